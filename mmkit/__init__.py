@@ -1,0 +1,18 @@
+"Train multimodal models with Megatron-Core from a notebook; the names below are imported when they are asked for."
+__version__ = "0.1.0"
+
+NAMES = {
+    'Config': 'mmkit.config', 'Layout': 'mmkit.config', 'Optim': 'mmkit.config', 'Data': 'mmkit.config', 'Columns': 'mmkit.config', 'Loop': 'mmkit.config',
+    'load_config': 'mmkit.config', 'override': 'mmkit.config',
+    'hf_to_mm': 'mmkit.converters.convert', 'mm_to_hf': 'mmkit.converters.convert', 'qwen2_5_vl_towers': 'mmkit.converters.qwen2_5_vl',
+    'llava_to_mllm': 'mmkit.datasets.llava', 'Run': 'mmkit.launch',
+}
+
+
+def __getattr__(name: str):
+    if name not in NAMES: raise AttributeError(f"module 'mmkit' has no attribute {name!r}; it hands out {', '.join(sorted(NAMES))}")
+    from importlib import import_module
+    return getattr(import_module(NAMES[name]), name)
+
+
+def __dir__(): return sorted([*globals(), *NAMES])

@@ -1,0 +1,34 @@
+"""For every test: one thread per process, no process left behind, and no test skipped in silence."""
+import os
+import psutil, pytest
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')           # two cores, several ranks: one thread each; the ranks inherit it
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    "In CI a skipped test is a failed one, and its reason says what is missing."
+    report = (yield).get_result()
+    if report.skipped and not hasattr(report, 'wasxfail') and os.environ.get('CI'):
+        report.outcome, report.longrepr = 'failed', f'skipped, and CI skips nothing: {call.excinfo.value}'
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+    "A file that skips itself counts the same."
+    report = (yield).get_result()
+    if report.skipped and os.environ.get('CI'): report.outcome, report.longrepr = 'failed', f'skipped, and CI skips nothing: {report.longrepr}'
+
+def pytest_terminal_summary(terminalreporter):
+    "Outside CI every skip is named with its reason."
+    for report in terminalreporter.stats.get('skipped', []): terminalreporter.write_line(f'skipped {report.nodeid}: {report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr}')
+
+@pytest.fixture(autouse=True, scope='module')
+def no_process_left_behind():
+    "After the tests of one file, no process started by them is alive."
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    yield
+    started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    _, alive = psutil.wait_procs(started, timeout=5)
+    alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and 'multiprocessing.' not in ' '.join(p.cmdline())]   # Python's own trackers stay
+    left = [f'{p.pid}: {" ".join(p.cmdline())[:120]}' for p in alive]
+    for p in alive: p.kill()
+    assert not left, f'processes left running: {left}'

@@ -1,0 +1,98 @@
+"""README.md from nbs/index.ipynb, without Quarto.
+
+    python tests/readme.py            write README.md, its pictures, and the map in the index
+    python tests/readme.py --check    exit 1 if one of them is stale
+
+The cell of the index that begins with `<!-- map -->` is a table of all notebooks, each with the sentence under its own title.
+A picture is named once in a tutorial, by a first line `#| label: NAME` in the cell whose saved output it is, and shown in the
+index as `![what it shows](images/NAME.png)`."""
+import argparse, base64, json, posixpath, re, sys
+from pathlib import Path
+
+LIMIT, MAP = 100_000, '<!-- map -->'
+NOTE = '<!-- Made from nbs/index.ipynb by tests/readme.py: edit the notebook. -->\n\n'
+FLOORS = ('ground', 'parallel', 'models', 'converters', 'datasets', 'trainer', 'front')
+DIRECTIVE, LINK = re.compile(r'#\s*\|\s*(.*)'), re.compile(r'(!?\[[^\]]*\]\()([^)\s#]+)')
+
+def read(path): return json.loads(path.read_text(encoding='utf-8'))
+def text_of(cell): return ''.join(cell['source'])
+
+def house_map(root):
+    "The table of all notebooks, floor by floor."
+    rows = [MAP, '| notebook | what it is |', '|---|---|']
+    paths = [p for p in sorted((root / 'nbs').glob('[0-9]*.ipynb')) + sorted((root / 'nbs/tutorials').glob('*.ipynb'))]
+    for i, path in enumerate(paths):
+        floor = 'tutorials' if path.parent.name == 'tutorials' else FLOORS[int(path.name[0])]
+        if f'| **{floor}** | |' not in rows: rows.append(f'| **{floor}** | |')
+        sentence = re.search(r'^> *(.*)', text_of(read(path)['cells'][0]), re.M)
+        rows.append(f"| [{path.stem}]({path.relative_to(root / 'nbs').as_posix()}) | {sentence[1].replace('|', chr(92) + '|') if sentence else ''} |")
+    return '\n'.join(rows)
+
+def index(root):
+    "The index, with the map as it has to be."
+    notebook = read(root / 'nbs/index.ipynb')
+    for cell in notebook['cells']:
+        if text_of(cell).startswith(MAP): cell['source'] = house_map(root).splitlines(True)
+    return notebook
+
+def labelled(root):
+    "name -> the last picture saved under the cell that bears the label, over all tutorials."
+    found = {}
+    for path in sorted((root / 'nbs/tutorials').glob('*.ipynb')):
+        for cell in read(path)['cells']:
+            name = re.search(r'^#\s*\|\s*label:\s*(\S+)', text_of(cell), re.M)
+            saved = [''.join(o['data']['image/png']) for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
+            if name and saved: found[name[1]] = base64.b64decode(saved[-1])
+    return found
+
+def shown(output):
+    "One saved output as Markdown."
+    data = {kind: ''.join(body) for kind, body in output.get('data', {}).items()}
+    if 'text/markdown' in data: return data['text/markdown'].strip()
+    text = (data.get('text/plain') or ''.join(output.get('text', ''))).rstrip()
+    return '\n'.join('    ' + line for line in text.split('\n')) if text else ''
+
+def blocks(cell):
+    "The Markdown blocks of one cell; `hide` leaves it out, `hide_input` shows its outputs only."
+    text = text_of(cell)
+    if cell['cell_type'] == 'markdown': return [text.strip()]
+    marks = {m[1].split(':')[0].strip() for m in map(DIRECTIVE.match, text.split('\n')) if m}
+    if 'hide' in marks or cell['cell_type'] != 'code': return []
+    code = '\n'.join(line for line in text.split('\n') if not DIRECTIVE.match(line)).strip()
+    return ([f'```python\n{code}\n```'] if code and 'hide_input' not in marks else []) + [s for o in cell['outputs'] if (s := shown(o))]
+
+def linked(text, root, made):
+    "The text with links as seen from the top of the project; a link that leads nowhere is an error."
+    def move(found):
+        if re.match(r'\w+:', found[2]): return found[0]
+        target = posixpath.normpath(posixpath.join('nbs', found[2]))
+        if target not in made and not (root / target).exists(): sys.exit(f'nbs/index.ipynb links to {found[2]}, which does not exist')
+        return found[1] + target
+    return ''.join(part if part.startswith('```') else LINK.sub(move, part) for part in re.split(r'(```.*?```)', text, flags=re.S))
+
+def build(root):
+    "path -> bytes of the index, of every picture README shows, and of README.md."
+    notebook, tutorials, made = index(root), labelled(root), {}
+    if notebook != read(root / 'nbs/index.ipynb'): made['nbs/index.ipynb'] = (json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n').encode()
+    body = '\n\n'.join(b for cell in notebook['cells'] for b in blocks(cell)) + '\n'
+    for name in re.findall(r'\]\(images/([\w-]+)\.png', body):
+        if name not in tutorials: sys.exit(f'nbs/index.ipynb shows images/{name}.png, but no tutorial cell with a saved picture has the line `#| label: {name}`')
+        if len(tutorials[name]) > LIMIT: sys.exit(f'the picture {name} has {len(tutorials[name]) // 1000} kB; README shows pictures of at most {LIMIT // 1000} kB')
+        made[f'nbs/images/{name}.png'] = tutorials[name]
+    return made | {'README.md': (NOTE + linked(body, root, made)).encode()}
+
+def stale(root):
+    "(path, bytes it should hold) of every file that is not what it should be."
+    return [(root / name, body) for name, body in build(root).items() if not (root / name).exists() or (root / name).read_bytes() != body]
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true')
+    parser.add_argument('--root', type=Path, default=Path(__file__).resolve().parent.parent)
+    given = parser.parse_args()
+    for path, body in stale(given.root):
+        if given.check: sys.exit(f'{path.relative_to(given.root)} is stale: run python tests/readme.py')
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(body)
+
+if __name__ == '__main__': main()
