@@ -6,10 +6,10 @@
 __all__ = ['NEEDED', 'HF_TO_MM', 'MM_TO_HF', 'METHODS', 'UNUSED', 'finish', 'stage_layers', 'refuse_unused', 'convert_parser',
            'convert', 'mm_convert', 'train', 'convert_llava', 'answer', 'mmkit_parser', 'mmkit']
 
-# %% ../nbs/64_cli.ipynb #64c56cc1
+# %% ../nbs/64_cli.ipynb #1a4e30b5
 import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ def finish(program: str, command: Callable[[], Any]) -> int:
         print(f'{program}: {error}', file=sys.stderr)
         return 1
 
-# %% ../nbs/64_cli.ipynb #83da8f30
+# %% ../nbs/64_cli.ipynb #6786c314
 def stage_layers(value: str | list) -> list:
     "[36] or [[36]], as text or parsed, as a list."
     try: layers = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError: layers = None
     numbers = lambda row: isinstance(row, list) and bool(row) and all(type(n) is int for n in row)
     if not numbers(layers) and not (isinstance(layers, list) and layers and all(map(numbers, layers))):
-        raise ValueError(f'{value} is not a list of whole numbers such as [18,18] or [[18,18]], without spaces or in quotes')
+        raise ArgumentTypeError(f'{value} is not a list of whole numbers such as [18,18] or [[18,18]]')
     return layers
 
 # %% ../nbs/64_cli.ipynb #b6c0df6c
@@ -95,15 +95,15 @@ def convert_parser() -> Any:
         methods.add_subcommand(name, method, help=text)
     return parser
 
-# %% ../nbs/64_cli.ipynb #8c1d4c44
+# %% ../nbs/64_cli.ipynb #41919721
 def convert(method: str, cfg: Any) -> Any:
     "What a conversion wrote; `cfg` has the fields of the method."
-    from mmkit.converters.convert import hf_to_mm, mm_to_hf
-    from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
     refuse_unused(cfg)
     layout, source = cfg.parallel_config, Path(cfg.hf_config.hf_dir)
     if layout.tp_size < 1: raise ValueError(f'--cfg.parallel_config.tp_size must be at least 1, not {layout.tp_size}')
     if not source.is_dir(): raise ValueError(f'--cfg.hf_config.hf_dir {source} is not a folder: give a Hugging Face folder')
+    from mmkit.converters.convert import hf_to_mm, mm_to_hf
+    from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
     try: towers = qwen2_5_vl_towers(load_json(source / 'config.json'), layout.vit_pp_layers, layout.llm_pp_layers)
     except ValueError as error: raise ValueError(str(error).replace('vision_layers', 'vit_pp_layers').replace('text_layers', 'llm_pp_layers')) from None
     if method == 'hf_to_mm': return hf_to_mm(source, cfg.mm_dir, towers, layout.tp_size)
@@ -136,22 +136,23 @@ def answer(options: Namespace) -> str:
     from mmkit.models.generate import chat
     return chat(options.folder, options.question, images=options.image)
 
-# %% ../nbs/64_cli.ipynb #ed00fd80
+# %% ../nbs/64_cli.ipynb #580547ff
 def mmkit_parser() -> ArgumentParser:
     "The parser of the command mmkit."
     parser = ArgumentParser(prog='mmkit', description='Train Qwen2.5-VL with Megatron-Core.')
+    exact = dict(allow_abbrev=False)     # else --rank would pass for --ranks
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    one = commands.add_parser('train', help='train as a config.json says', usage='mmkit train CONFIG.json [--ranks N] [--run FOLDER] [name=value ...]')
+    one = commands.add_parser('train', help='train as a config.json says', usage='mmkit train CONFIG.json [--ranks N] [--run FOLDER] [name=value ...]', **exact)
     one.add_argument('config', metavar='CONFIG.json', help='config of a run; name=value changes it, such as layout.tp=2')
     one.add_argument('--ranks', type=int, help='number of ranks (all devices; 2 on a CPU)')
     one.add_argument('--run', metavar='FOLDER', help='new folder for records, logs and checkpoints (runs/ and the time)')
     one.set_defaults(command=train)
-    one = commands.add_parser('llava-to-mllm', help='convert a LLaVA-Instruct file to messages and images')
+    one = commands.add_parser('llava-to-mllm', help='convert a LLaVA-Instruct file to messages and images', **exact)
     one.add_argument('source', metavar='IN', help='LLaVA-Instruct JSON')
     one.add_argument('target', metavar='OUT', help='new JSON file')
     one.add_argument('--images', metavar='DIR', required=True, help='folder with the pictures')
     one.set_defaults(command=convert_llava)
-    one = commands.add_parser('chat', help='ask a model')
+    one = commands.add_parser('chat', help='ask a model', **exact)
     one.add_argument('folder', metavar='FOLDER', help='Hugging Face folder, such as a checkpoint')
     one.add_argument('question', metavar='QUESTION')
     one.add_argument('--image', metavar='PICTURE', action='append', default=[], help='picture to ask about; may be given again')

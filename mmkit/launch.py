@@ -88,7 +88,7 @@ def main_of_agent() -> None:
         write_atomic(Path(folder, 'log', 'end.json'), json.dumps({'status': end, 'time': time.time()}))
     sys.exit(0 if end == 'done' else 1)
 
-# %% ../nbs/60_launch.ipynb #c9912e81
+# %% ../nbs/60_launch.ipynb #689c1aa8
 def draw_losses(records: Sequence[dict], title: str = '') -> bytes:
     "A PNG of the loss over the steps."
     from matplotlib.figure import Figure
@@ -98,6 +98,7 @@ def draw_losses(records: Sequence[dict], title: str = '') -> bytes:
     axes.plot(*zip(*points) if points else ([], []), marker='.' if len(points) < 30 else '')
     axes.set(xlabel='step', ylabel='loss', title=title)
     axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     picture = io.BytesIO()
     figure.savefig(picture, format='png')
     return picture.getvalue()

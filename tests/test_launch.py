@@ -167,8 +167,10 @@ def test_a_recycled_process_number_is_not_the_agent(start):
     note.write_text(json.dumps({**json.loads(note.read_text()), 'pid': os.getpid()}))
     assert run.status == 'done'
     run.stop()                                           # must not end this process
+    assert not run.running
     note.write_text(json.dumps({**json.loads(note.read_text()), 'started': psutil.Process().create_time()}))
-    assert run.status == 'running'
+    assert run.running                                   # the time of the start is what told them apart
+    note.unlink()
 
 
 def test_two_runs_of_one_name_get_two_folders_and_a_flood_does_not_stall(tmp_path, target, monkeypatch):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'new_folder', 'zip_places', 'PeerWriter', 'Written', 'progress', 'write_stage', 'hf_to_mm', 'copy_rest',
-           'write_like', 'write_index', 'compare_layout', 'drifted', 'mm_to_hf']
+           'write_like', 'write_index', 'compare_layout', 'drifted', 'other_dtypes', 'mm_to_hf']
 
 # %% ../../nbs/32_converters.convert.ipynb #2fe4256d
 import json
@@ -157,7 +157,7 @@ def write_index(hf: HFFolder, folder: Path, size: int) -> None:
         places = dict(sorted((own, file) for file, own in hf.places.values()))
         (folder / index.name).write_text(json.dumps(dict(metadata=dict(total_size=size), weight_map=places), indent=2))
 
-# %% ../../nbs/32_converters.convert.ipynb #ddbd1c8d
+# %% ../../nbs/32_converters.convert.ipynb #c04f3297
 def compare_layout(mm: MMFolder, towers: tuple[Tower, ...], tp: int) -> None:
     "Returns when the folder is laid out as it is said to be; else a ValueError with both layouts."
     found, told = ({'tp': n, **{t.name: [list(row) for row in t.layers] for t in laid}} for n, laid in ((mm.found.tp, mm.found.towers), (tp, towers)))
@@ -169,7 +169,12 @@ def drifted(mm: MMFolder) -> list[str]:
     return [f'{piece.mm} of the last stage differs from {piece.hf[0]}, which it should equal: the latter is written'
             for k, piece in mm.copies if not torch.equal(raw(mm.whole(k, piece)), raw(mm[piece.hf[0]]))]
 
-# %% ../../nbs/32_converters.convert.ipynb #a1f337b6
+def other_dtypes(mm: MMFolder, hf: HFFolder) -> list[str]:
+    "A sentence about weights that a training keeps in another number format than the pattern."
+    pairs = {(mm.dtype(name), hf.dtype(name)) for name in mm.names}
+    return [f'{new} is written where the pattern has {old}' for new, old in sorted(pairs, key=str) if new != old]
+
+# %% ../../nbs/32_converters.convert.ipynb #bf7f851e
 def mm_to_hf(mm_dir: str | Path, hf_dir: str | Path, save_dir: str | Path, towers: tuple[Tower, ...], tp: int = 1) -> Written:
     "What was written: the weights of a MindSpeed-MM folder as a Hugging Face folder, with files and names as in `hf_dir`."
     hf, mm = HFFolder(hf_dir), MMFolder(mm_dir, towers)
@@ -182,5 +187,5 @@ def mm_to_hf(mm_dir: str | Path, hf_dir: str | Path, save_dir: str | Path, tower
         others = [name for name in copy_rest(hf.path, folder) if name not in hf.shards and not name.endswith('.index.json')]
         write_like(hf, folder, mm, bar)
         write_index(hf, folder, size)
-    notes = drifted(mm) + ([f'not copied, since they hold other weights: {some(others)}'] if others else [])
+    notes = drifted(mm) + other_dtypes(mm, hf) + ([f'not copied, since they hold other weights: {some(others)}'] if others else [])
     return Written(Path(save_dir), len(hf.shards), len(hf.places), size, tuple(notes))

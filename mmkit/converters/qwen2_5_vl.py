@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['linear', 'norm', 'sizes', 'vision_rules', 'text_rules', 'qwen2_5_vl_towers']
 
-# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #daae5b44
+# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #b42d4f99
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .folders import ties_embeddings
 from .weights import Pack, Rule, Split, Tower, dim0, dim1, fused_qkv, grouped_qkv, pairs, rows, rule, same, stack, whole
 
-# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #43ff0d5f
+# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #d293017d
 def linear(mm: str, *hf: str, out: tuple[int, ...], into: int, split: Split, pack: Pack = same, at: str = 'layer', bias: bool = True) -> tuple[Rule, ...]:
     "The rules of a linear layer, `out` rows from each of its sources and `into` columns: its weight, and its bias if it has one."
     weight = rule(f'{mm}.weight', *(f'{h}.weight' for h in hf), pack=pack, split=split, at=at, shapes=tuple((n, into) for n in out))
@@ -24,7 +24,7 @@ def norm(mm: str, hf: str, size: int, at: str = 'layer') -> Rule:
     "The rule of an RMSNorm over `size` numbers."
     return rule(f'{mm}.weight', f'{hf}.weight', at=at, shapes=((size,),))
 
-# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #5a913cfe
+# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #579eb3c2
 def sizes(config: Mapping[str, Any]) -> tuple[dict, dict]:
     "The vision and the text sizes in a parsed Hugging Face config.json of either shape; a ValueError names what is not there."
     text = {**config, **(config.get('text_config') or {})}
@@ -38,7 +38,7 @@ def sizes(config: Mapping[str, Any]) -> tuple[dict, dict]:
         raise ValueError(f"config.json has vision out_hidden_size {vision['out_hidden_size']} and text hidden_size {text['hidden_size']}: they must be equal")
     return vision, text
 
-# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #2d297818
+# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #96d1d5b0
 def vision_rules(v: Mapping[str, Any]) -> tuple[Rule, ...]:
     "The rules of the vision tower and its merger."
     size, wide, merged = v['hidden_size'], v['intermediate_size'], v['hidden_size'] * v['spatial_merge_size'] ** 2
@@ -57,7 +57,7 @@ def vision_rules(v: Mapping[str, Any]) -> tuple[Rule, ...]:
         *linear(end + 'encoder.linear_fc1', merger + 'mlp.0', out=(merged,), into=merged, split=dim0, at='last'),
         *linear(end + 'encoder.linear_fc2', merger + 'mlp.2', out=(v['out_hidden_size'],), into=merged, split=dim1, at='last'))
 
-# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #d38eabc3
+# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #aed7c36d
 def text_rules(t: Mapping[str, Any], tied: bool) -> tuple[Rule, ...]:
     "The rules of the language model; `tied` says that its output weight is its embedding."
     size, wide, words = t['hidden_size'], t['intermediate_size'], (t['vocab_size'], t['hidden_size'])
@@ -76,7 +76,7 @@ def text_rules(t: Mapping[str, Any], tied: bool) -> tuple[Rule, ...]:
         norm('text_decoder.decoder.final_layernorm', 'model.norm', size, at='last'),
         rule('text_decoder.output_layer.weight', 'model.embed_tokens.weight' if tied else 'lm_head.weight', split=dim0, at='last', copy=tied, shapes=(words,)))
 
-# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #abfc5527
+# %% ../../nbs/33_converters.qwen2_5_vl.ipynb #60630acd
 def qwen2_5_vl_towers(config: Mapping[str, Any], vision_layers: Iterable | None = None, text_layers: Iterable | None = None) -> tuple[Tower, Tower]:
     "The vision and the text tower of the model that a parsed config.json describes; the layers default to one stage with everything."
     vision, text = sizes(config)

@@ -7,7 +7,7 @@ __all__ = ['whole', 'dim0', 'dim1', 'pairs', 'same', 'stack', 'Rows', 'Split', '
            'fused_qkv', 'Rule', 'rule', 'rows', 'Tower', 'Piece', 'owners', 'pieces', 'shards', 'misfits', 'some',
            'check']
 
-# %% ../../nbs/30_converters.weights.ipynb #8ea4db28
+# %% ../../nbs/30_converters.weights.ipynb #1e7a7864
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# %% ../../nbs/30_converters.weights.ipynb #3e006f42
+# %% ../../nbs/30_converters.weights.ipynb #8bccc3a8
 @dataclass(frozen=True)
 class Split:
     "How a whole tensor is divided over tensor-parallel ranks; `dim` is the one that gets shorter."
@@ -33,7 +33,7 @@ def equal_parts(x: Tensor, count: int, dim: int) -> list[Tensor]:
     if x.shape[dim] % count: raise ValueError(f'dim {dim} of {tuple(x.shape)} is not divisible by tp={count}')
     return list(x.chunk(count, dim))
 
-# %% ../../nbs/30_converters.weights.ipynb #3a8d360c
+# %% ../../nbs/30_converters.weights.ipynb #a2fc353b
 def halves(x: Tensor) -> Tensor:
     "`x` (2a, ...) seen as (2, a, ...)."
     if x.shape[0] % 2: raise ValueError(f'dim 0 of {tuple(x.shape)} does not hold two equal halves')
@@ -45,7 +45,7 @@ dim1 = Split('dim1', lambda x, n: equal_parts(x, n, 1), lambda xs: torch.cat(xs,
 pairs = Split('pairs', lambda x, n: [part.flatten(0, 1) for part in equal_parts(halves(x), n, 1)],
               lambda xs: torch.cat([halves(x) for x in xs], 1).flatten(0, 1), 0)
 
-# %% ../../nbs/30_converters.weights.ipynb #1e17b6d4
+# %% ../../nbs/30_converters.weights.ipynb #171aced1
 @dataclass(frozen=True)
 class Pack:
     "How source tensors become one target tensor; `groups` (0: none) may not be torn apart by a split."
@@ -59,7 +59,7 @@ class Pack:
 same = Pack('same', lambda x: x, lambda x: (x,))
 stack = Pack('stack', lambda *xs: torch.cat(xs), lambda x: tuple(x.chunk(2)))
 
-# %% ../../nbs/30_converters.weights.ipynb #1d913982
+# %% ../../nbs/30_converters.weights.ipynb #5646bdfc
 def grouped_qkv(groups: int, ratio: int) -> Pack:
     "q, k, v as `groups` groups of rows, each with `ratio` query heads, one key head and one value head."
     def pack(*qkv: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def fused_qkv(heads: int) -> Pack:
     grouped = grouped_qkv(heads, 1)
     return Pack(f'fused_qkv({heads})', lambda x: grouped.pack(*x.chunk(3)), lambda x: (torch.cat(grouped.unpack(x)),), heads)
 
-# %% ../../nbs/30_converters.weights.ipynb #f0578855
+# %% ../../nbs/30_converters.weights.ipynb #108711e7
 @dataclass(frozen=True)
 class Rule:
     "One row of the table: the target's name, the names and shapes of its sources, how they are packed, split and placed."
@@ -93,7 +93,7 @@ def rule(mm: str, *hf: str, **options: Any) -> Rule:
     "`Rule(mm, hf, ...)` with the source names as plain arguments."
     return Rule(mm, hf, **options)
 
-# %% ../../nbs/30_converters.weights.ipynb #4ad962a0
+# %% ../../nbs/30_converters.weights.ipynb #201b5230
 Rows = tuple[tuple[int, ...], ...]
 
 
@@ -107,7 +107,7 @@ def rows(layers: Iterable | None, depth: int, name: str = 'layers') -> Rows:
     if total != depth: raise ValueError(f'{name} {layers} adds up to {total} but the model has {depth} such layers: change the numbers so that they add up')
     return table
 
-# %% ../../nbs/30_converters.weights.ipynb #4a6d61a8
+# %% ../../nbs/30_converters.weights.ipynb #a0f2b574
 @dataclass(frozen=True)
 class Tower:
     "A stack of numbered layers with what comes before the first and after the last; it draws itself as a table."
@@ -125,7 +125,7 @@ class Tower:
         place = lambda rule: rule.at + (', a copy' if rule.copy else '')
         return head + '\n'.join(f"| `{r.mm}` | {'<br>'.join(f'`{h}`' for h in r.hf)} | {r.pack} | {r.split} | {place(r)} |" for r in self.rules)
 
-# %% ../../nbs/30_converters.weights.ipynb #f06b6a72
+# %% ../../nbs/30_converters.weights.ipynb #92aaca06
 @dataclass(frozen=True)
 class Piece:
     "One target tensor of one chunk, under its own name and those of its sources."
@@ -138,13 +138,14 @@ def owners(towers: tuple[Tower, ...]) -> list[list[int]]:
     "For each tower the chunks that hold some of its layers; raises when the towers cannot follow one another."
     for tower in towers[1:]:
         if [len(row) for row in tower.layers] != [len(row) for row in towers[0].layers]:
-            raise ValueError(f'{towers[0].name} has {len(towers[0].layers)} rows of {len(towers[0].layers[0])} numbers and {tower.name} {len(tower.layers)} rows of {len(tower.layers[0])}: both need the same pipeline')
+            one, two = (f'{t.name} layers {[list(row) for row in t.layers]}' for t in (towers[0], tower))
+            raise ValueError(f'{one} and {two} belong to different pipelines: give both as many rows and as many numbers in a row')
     held = [[k for k, n in enumerate(tower.counts) if n] for tower in towers]
     for before, after, one, two in zip(towers, towers[1:], held, held[1:]):
         if one[-1] > two[0]: raise ValueError(f'{before.name} layers {before.counts} reach past the first of the {after.name} layers {after.counts}: all {before.name} layers come first')
     return held
 
-# %% ../../nbs/30_converters.weights.ipynb #fc6c37f0
+# %% ../../nbs/30_converters.weights.ipynb #78287de0
 def pieces(towers: tuple[Tower, ...]) -> list[list[Piece]]:
     "For every pipeline chunk, in order, the tensors it holds; chunk v of stage p is number v * stages + p."
     held = owners(towers)
@@ -161,7 +162,7 @@ def pieces(towers: tuple[Tower, ...]) -> list[list[Piece]]:
             start += n
     return out
 
-# %% ../../nbs/30_converters.weights.ipynb #cddab32a
+# %% ../../nbs/30_converters.weights.ipynb #a44f448f
 def shards(piece: Piece, source: Any, tp: int) -> list[Tensor]:
     "What each of `tp` ranks gets of this piece, as meta tensors; raises a ValueError when it cannot be packed or cut."
     dtypes = {source.dtype(h) for h in piece.hf}
@@ -183,7 +184,7 @@ def misfits(chunks: list[list[Piece]], source: Any, tp: int) -> tuple[list[str],
         except (ValueError, RuntimeError) as error: cuts.append(f'{" + ".join(piece.hf)}: {error}')
     return shapes, cuts
 
-# %% ../../nbs/30_converters.weights.ipynb #15e21493
+# %% ../../nbs/30_converters.weights.ipynb #7aef47e5
 def some(items: Iterable[str], limit: int = 4) -> str:
     "The first `limit` items as text, and how many more there are."
     items = sorted(items)

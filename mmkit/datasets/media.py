@@ -8,9 +8,10 @@ __all__ = ['Choose', 'Each', 'Clip', 'READERS', 'MediaError', 'explain', 'whiten
            'picture_patches', 'cut', 'join', 'see', 'resize_frames', 'frames_patches', 'frame_indices', 'decord_clip',
            'count_packets', 'av_clip', 'file_clip', 'picture_clip', 'Frames', 'picked', 'read_frames']
 
-# %% ../../nbs/41_datasets.media.ipynb #64be2265
+# %% ../../nbs/41_datasets.media.ipynb #b6d4fc11
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,21 +21,23 @@ import numpy as np
 
 from ..config import require
 
-# %% ../../nbs/41_datasets.media.ipynb #a8005308
+# %% ../../nbs/41_datasets.media.ipynb #f6dd4ebc
 class MediaError(ValueError):
     "A picture or clip that cannot be used; the message is `file: reason`."
 
 
 def explain(error: Exception) -> str:
-    "What went wrong, in one line without the library's stack."
+    "What went wrong, in one line without the library's stack and places in its source."
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = re.sub(r'\[\d\d:\d\d:\d\d\] \S+: ', '', text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
 
-# %% ../../nbs/41_datasets.media.ipynb #ce1bb6d2
+# %% ../../nbs/41_datasets.media.ipynb #e97e26ea
 def whiten(picture: 'Image.Image') -> 'Image.Image':
-    "The picture as RGB, transparent parts on white."
+    "The picture as RGB, transparent parts on white, 16-bit grey scaled to 8."
     from PIL import Image
+    if picture.mode.startswith('I'): picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
     if 'A' not in picture.getbands() and 'transparency' not in picture.info: return picture.convert('RGB')
     picture = picture.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')

@@ -1,0 +1,81 @@
+"""What the tests of equal answers share: a model opened as the trainer opens it, whole gradients under Hugging Face's names, distances and tables."""
+import json, os, socket
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmkit.converters.weights import pieces
+from mmkit.parallel.data import accumulate, gradients
+from mmkit.parallel.engine import megatron
+from mmkit.ranks import run_ranks
+from mmkit.trainer.loop import build
+from mmkit.trainer.task import TASKS
+from mmkit.trainer.weights import joined
+
+TESTS = Path(__file__).resolve().parent
+LIMIT = 1e-5                                    # largest difference over largest value
+
+def free_ports(count):
+    "Numbers of ports that nobody listens on."
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets: one.bind(('127.0.0.1', 0))
+        return [one.getsockname()[1] for one in sockets]
+
+def on_ranks(module, function, folder, ranks, timeout):
+    "What `module.function(folder, worlds)` of this folder returns on rank 0 of a launch, as JSON makes it."
+    out = Path(folder) / f'{function}-{ranks}.json'
+    run_ranks(f'import json, os, sys\nsys.path.insert(0, {str(TESTS)!r})\nimport {module}, parity\n'
+              f'found = {module}.{function}({str(folder)!r}, parity.worlds({free_ports(40)!r}))\n'
+              f'if os.environ["RANK"] == "0": open({str(out)!r}, "w").write(json.dumps(found))', ranks, timeout)
+    return json.loads(out.read_text())
+
+def worlds(ports):
+    "Each `next` gives the processes of a launch a meeting place of its own, for their next mesh: at the old one a fast rank would read old addresses."
+    for port in ports: yield os.environ.update(MASTER_PORT=str(port))
+
+def small_buckets(size=20_000):
+    "Makes Megatron cut its gradient buffer into many buckets also for a tiny model, so that overlap has something to overlap."
+    megatron().DistributedDataParallelConfig = partial(megatron().DistributedDataParallelConfig, bucket_size=size)
+
+def open_trainer(config, mesh):
+    "(task, model, wrapped model) as `fit` makes them."
+    task = TASKS[config.task](config)
+    model, wrapped, _ = build(config, task, mesh)
+    return task, model, wrapped
+
+def step_gradients(task, wrapped, mesh, batches):
+    "(mean loss, whole gradients by Hugging Face name) of a step over this rank's micro-batches, on every rank."
+    total, count = accumulate(wrapped, iter(batches), len(batches), task.loss)
+    total, count = mesh.dp.sum(torch.stack([total.detach(), count.to(total.dtype)])).tolist()
+    mine, found = gradients(wrapped, mesh), {}
+    for piece in pieces(task.towers)[0]:
+        if piece.mm in mine: found.update(zip(piece.hf, piece.rule.pack.unpack(joined(mine[piece.mm], piece.rule.split, mesh))))
+    return total / count, found
+
+def apart(mine: Tensor, theirs: Tensor) -> float:
+    "Largest absolute difference over largest absolute value; where the reference is zero, only zero is near."
+    difference, size = (mine - theirs).abs().max().item(), theirs.abs().max().item()
+    if mine.shape != theirs.shape or difference != difference: return float('inf')
+    return difference / size if size else (float('inf') if difference else 0.0)
+
+def furthest(mine, theirs):
+    "(distance, name) of the tensor that is furthest from its reference; different names are infinitely far."
+    if differ := mine.keys() ^ theirs.keys(): return float('inf'), f'only on one side: {sorted(differ)[:3]}'
+    return max((apart(mine[name], theirs[name]), name) for name in mine)
+
+def over_ranks(distance):
+    "The largest of a number over all ranks."
+    x = torch.tensor(float(distance))
+    torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
+    return x.item()
+
+def table(head, rows):
+    "Rows as a table in Markdown; small numbers with two digits."
+    text = [[f'{x:.1e}' if isinstance(x, float) else '' if x is None else str(x) for x in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    lines = ['| ' + ' | '.join(x.ljust(width) for x, width in zip(row, widths)) + ' |' for row in text]
+    return '\n'.join([lines[0], '|' + '|'.join('-' * (width + 2) for width in widths) + '|', *lines[1:]])

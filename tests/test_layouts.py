@@ -1,0 +1,117 @@
+"""Twenty steps of training give the same losses, norms and first gradients however the model and the batch are laid out.
+
+Every step holds pictures of several sizes, clips and plain text. Each layout is compared with one rank that takes the samples one by one."""
+import json, random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file, save_file
+
+import parity
+from mmkit.config import Config, Data, Layout, Loop, Optim, override
+from mmkit.device import pick_device, place
+from mmkit.parallel.mesh import open_mesh
+from mmkit.toy import emoji_clip, emoji_names, emoji_picture, sentence, tiny_qwen2_5_vl, write_clip
+from mmkit.trainer.loop import fit
+
+STEPS, GLOBAL = 20, 8
+SIZES = dict(hidden=128, layers=4, heads=4, kv_heads=2, ffn=256, vision_hidden=128, vision_depth=4, vision_heads=4, vision_ffn=160, window=56, full_attention=(1, 3))
+ROWS = {                                        # title: (ranks, what differs from the first row, which row has the same answer)
+    'tp 1, one by one': (1, [], None),
+    'micro-batches of 2': (1, ['loop.micro_batch=2'], 'tp 1, one by one'),
+    'micro-batches of 4': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
+    'micro-batches of 8': (1, ['loop.micro_batch=8'], 'tp 1, one by one'),
+    'recompute': (1, ['layout.recompute=full', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'zero1 on one rank': (1, ['layout.data=zero1', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'tp 2': (2, ['layout.tp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'tp 2, sequence parallel': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'tp 2, sequence parallel, recompute, zero1': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full', 'layout.data=zero1', 'loop.micro_batch=8'], 'tp 1, one by one'),
+    'dp 2, ddp': (2, ['loop.micro_batch=2'], 'tp 1, one by one'),
+    'dp 2, ddp, overlap': (2, ['layout.overlap=true'], 'tp 1, one by one'),
+    'dp 2, zero1': (2, ['layout.data=zero1', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'dp 2, zero1, overlap': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'loss by sample': (1, ['loop.loss=sample', 'loop.micro_batch=8'], None),
+    'loss by sample, micro-batches of 2': (1, ['loop.loss=sample', 'loop.micro_batch=2'], 'loss by sample'),
+    'loss by sample, dp 2': (2, ['loop.loss=sample'], 'loss by sample'),
+    'loss by micro-batch of 2': (1, ['loop.loss=micro_batch', 'loop.micro_batch=2'], None),
+    'loss by micro-batch of 2, dp 2': (2, ['loop.loss=micro_batch', 'loop.micro_batch=2', 'layout.data=zero1'], 'loss by micro-batch of 2'),
+}
+SHORT = [title for title in ROWS if title.startswith('loss by')]                    # five steps are enough for the meaning of the loss
+
+def talk(*said, images=(), videos=()):
+    "A record in mllm form, questions and answers in turn."
+    return dict(images=list(images), videos=list(videos), messages=[dict(role='assistant' if i % 2 else 'user', content=text) for i, text in enumerate(said)])
+
+def write_data(folder):
+    "Pictures of several sizes, two clips, and a JSON of 31 conversations; 31 and 8 share no factor, so the batches of each epoch differ."
+    draw, names, records = random.Random(0), emoji_names(12), []
+    for i, name in enumerate(names):
+        emoji_picture(name, i, 150).resize((draw.choice([56, 84, 140, 196]), draw.choice([56, 112, 168]))).save(folder / f'{i}.png')
+        records.append(talk('<image>\nWhat is this?', sentence(name), images=[f'{i}.png']))
+    for i in range(6): records.append(talk('<image>Compare it with <image>', f'{names[i]} and {names[i + 1]}', 'Which one came first?', sentence(names[i]), images=[f'{i}.png', f'{i + 1}.png']))
+    for i, direction in enumerate(('left', 'up')): write_clip(folder / f'{direction}.mp4', emoji_clip(names[i], direction, frames=12 + 8 * i, size=(56, 84)[i]))
+    for i in range(5): records.append(talk('<video>\nWhere does it go?', f'It goes {("left", "up")[i % 2]}.', videos=[f'{("left", "up")[i % 2]}.mp4']))
+    records.append(talk('<image> and <video>', 'A picture and a clip.', images=['3.png'], videos=['left.mp4']))
+    for i in range(7): records.append(talk(f'Spell {names[i]}.' * (i + 1), ' '.join(names[i])))
+    (folder / 'talks.json').write_text(json.dumps(records))
+    return [message['content'] for record in records for message in record['messages']]
+
+def config_of(folder, title):
+    "The configuration of a row."
+    data = Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, video_max_pixels=8000, workers=0)
+    loop = Loop(steps=5 if title in SHORT else STEPS, global_batch=GLOBAL)
+    plain = Config(weights=str(folder / 'tiny'), data=data, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, eps=1e-8, clip=1.0), loop=loop, dtype='float32')
+    return override(plain, ROWS[title][1])
+
+@pytest.fixture(scope='module')
+def house(tmp_path_factory):
+    "A tiny model, conversations, and what all rows gave on one and on two ranks."
+    folder = tmp_path_factory.mktemp('layouts')
+    tiny_qwen2_5_vl(folder / 'tiny', write_data(folder), random_all=True, tied=False, seed=3, **SIZES)
+    found = {}
+    for ranks in (1, 2): found |= parity.on_ranks('test_layouts', 'train', folder, ranks, 400)
+    return folder, found
+
+def first_gradients(config, folder, title):
+    "Saves the whole gradients of the first step; returns what its micro-batches hold: samples, pictures and clips, tokens."
+    with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
+        if config.layout.overlap: parity.small_buckets()
+        task, _, wrapped = parity.open_trainer(config, mesh)
+        batches = next(task.batches(mesh))
+        _, found = parity.step_gradients(task, wrapped, mesh, batches)
+        if mesh.first: save_file({name: x.contiguous() for name, x in found.items()}, folder / f'{title}.safetensors')
+        return [(len(batch['lengths']), len(batch['grid']), int(batch['tokens'])) for batch in batches]
+
+def train(folder, worlds):
+    "Losses and gradient norms of every row of this world; its first gradients lie beside as files."
+    folder, found = Path(folder), {}
+    for title in (title for title, row in ROWS.items() if row[0] == place().world):
+        config = config_of(folder, title)
+        next(worlds); held = first_gradients(config, folder, title)
+        next(worlds); records = fit(config, folder / 'runs' / title.replace(' ', '-'))
+        found[title] = dict(held=held, losses=[r.loss for r in records], norms=[r.grad_norm for r in records])
+    return found
+
+def far(mine, theirs): return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
+
+def test_the_batches_hold_everything_and_the_model_learns(house):
+    found = house[1]['tp 1, one by one']
+    assert len(found['held']) == GLOBAL and any(k == 0 for _, k, _ in found['held']) and any(k == 2 for _, k, _ in found['held'])
+    assert len(found['losses']) == STEPS and found['losses'][-1] < 0.5 * found['losses'][0] and sum(norm > 1 for norm in found['norms']) > STEPS / 2
+    assert far(house[1]['loss by sample']['losses'][:1], found['losses'][:1]) > 1e-3 and far(house[1]['loss by micro-batch of 2']['losses'][:1], house[1]['loss by sample']['losses'][:1]) > 1e-3
+
+def test_layouts_never_change_the_answer(house, capsys):
+    folder, found = house
+    rows = []
+    for title, (ranks, _, like) in ROWS.items():
+        if like is None: continue
+        gradient, name = parity.furthest(*(load_file(folder / f'{row}.safetensors') for row in (title, like)))
+        rows.append([title, ranks, far(found[title]['losses'], found[like]['losses']), far(found[title]['norms'], found[like]['norms']), gradient, name])
+    text = parity.table(['layout', 'ranks', 'losses', 'norms', 'first gradients', 'furthest gradient'], rows)
+    with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one sample at a time, {STEPS} steps of AdamW, fp32\n\n{text}\n')
+    assert all(max(row[2], row[4]) <= parity.LIMIT for row in rows), text
+
+def test_recompute_gives_the_same_bits(house):
+    found = house[1]
+    assert found['recompute']['losses'] == found['micro-batches of 4']['losses'] and found['recompute']['norms'] == found['micro-batches of 4']['norms']
