@@ -5,7 +5,8 @@ NAMES = {
     'Config': 'mmkit.config', 'Layout': 'mmkit.config', 'Optim': 'mmkit.config', 'Data': 'mmkit.config', 'Columns': 'mmkit.config', 'Loop': 'mmkit.config',
     'load_config': 'mmkit.config', 'override': 'mmkit.config',
     'hf_to_mm': 'mmkit.converters.convert', 'mm_to_hf': 'mmkit.converters.convert', 'qwen2_5_vl_towers': 'mmkit.converters.qwen2_5_vl',
-    'llava_to_mllm': 'mmkit.datasets.llava', 'Run': 'mmkit.launch',
+    'llava_to_mllm': 'mmkit.datasets.llava', 'PRESETS': 'mmkit.trainer.presets', 'chat': 'mmkit.trainer.chat', 'open_chat': 'mmkit.trainer.chat',
+    'launch': 'mmkit.run', 'Run': 'mmkit.run', 'plot_losses': 'mmkit.show', 'show_samples': 'mmkit.show', 'compare': 'mmkit.show', 'watch': 'mmkit.show',
 }
 
 

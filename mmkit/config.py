@@ -6,9 +6,10 @@
 __all__ = ['require', 'Layout', 'Optim', 'Columns', 'Data', 'Loop', 'Config', 'read_dataclass', 'read_tuple', 'read', 'dumps',
            'load_config', 'parse', 'replace_at', 'override', 'mistake']
 
-# %% ../nbs/01_config.ipynb #0db01689
+# %% ../nbs/01_config.ipynb #44804ef4
 import json
 import types
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -121,7 +122,7 @@ class Loop:
         require(self.global_batch % each == 0, f'loop.global_batch={self.global_batch} is not a multiple of micro_batch x copies = {self.micro_batch} x {copies}')
         return self.global_batch // each
 
-# %% ../nbs/01_config.ipynb #af266452
+# %% ../nbs/01_config.ipynb #f7d54374
 @dataclass(frozen=True, kw_only=True)
 class Config:
     "All that a run needs to know."
@@ -138,6 +139,7 @@ class Config:
     seed: int = 42
 
     def __post_init__(self):
+        require(self.optim.warmup < self.loop.steps, f'optim.warmup={self.optim.warmup} must be smaller than loop.steps={self.loop.steps}')
         require(len(set(self.freeze)) < 3, 'freeze names every part of the model; leave at least one of vision, merger, text to train')
 
     def check(self, world: int) -> int:
@@ -213,8 +215,8 @@ def override(config: Any, words: list[str]) -> Any:
         replace_at(tree, path.split('.'), parse(text))
     return read(type(config), tree)
 
-# %% ../nbs/01_config.ipynb #f8e973d2
-def mistake(call, *arguments) -> str:
+# %% ../nbs/01_config.ipynb #423025f2
+def mistake(call: Callable[..., Any], *arguments: Any) -> str:
     "The message of the ValueError that the call raises; it must raise one."
     try: call(*arguments)
     except ValueError as error: return str(error)

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['toy_job', 'score', 'ask_transformers', 'Result', 'examine_run', 'first_run']
 
-# %% ../nbs/63_first_run.ipynb #f2e19931
+# %% ../nbs/63_first_run.ipynb #45edb434
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import Config, Data
-from .launch import Run, launch
+from .run import Run, launch, make_folder
 from .show import plot_losses
 from .toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
 from .trainer.chat import exact_match, open_chat
 from .trainer.presets import PRESETS
 
-# %% ../nbs/63_first_run.ipynb #095f47c6
+# %% ../nbs/63_first_run.ipynb #ba0cb4ab
 def toy_job(folder: str | Path, seed: int = 0, pictures: int = 2560, held_out: int = 400, steps: int = 400) -> Config:
     "Writes `data/`, `held_out/` and `start/` (a Hugging Face folder) below `folder`; returns the configuration that trains on them."
     folder, names = Path(folder), emoji_names(16)
@@ -26,7 +26,8 @@ def toy_job(folder: str | Path, seed: int = 0, pictures: int = 2560, held_out: i
     _, exam = llava_toy(folder / 'held_out', names, held_out, seed + 1000, text_only=0)
     start = tiny_qwen2_5_vl(folder / 'start', conversation_texts(file), seed=seed)
     config = PRESETS['toy'](str(start), Data(files=(str(file),), media_dir=str(images)))
-    return replace(config, seed=seed, loop=replace(config.loop, steps=steps, samples=str(exam), sample_every=100))
+    optim = replace(config.optim, warmup=min(config.optim.warmup, steps // 10))
+    return replace(config, seed=seed, optim=optim, loop=replace(config.loop, steps=steps, samples=str(exam), sample_every=100))
 
 # %% ../nbs/63_first_run.ipynb #59963750
 def score(folder: str | Path, exam: str | Path, media_dir: str | Path, count: int = 10**9) -> tuple[float, list[dict]]:
@@ -66,7 +67,7 @@ class Result:
         return (f'held-out exact match {self.trained:.1%} of {self.asked} fresh pictures (untrained {self.untrained:.1%}); '
             f'transformers, from the same folder, gave the same answer to {self.agreed} of 8; {self.seconds:.0f} s in all\n{self.checkpoint}')
 
-# %% ../nbs/63_first_run.ipynb #89421dba
+# %% ../nbs/63_first_run.ipynb #f4f4e1d9
 def examine_run(run: Run, config: Config, start: float, say: Callable[[str], None]) -> Result:
     "Draws the losses of an ended run and judges its last checkpoint."
     plot_losses(run).savefig(run.folder / 'losses.png')
@@ -80,11 +81,11 @@ def examine_run(run: Run, config: Config, start: float, say: Callable[[str], Non
     agreed = sum(one['answer'] == said for one, said in zip(found, theirs))
     return Result(run, checkpoint, untrained, trained, len(found), agreed, found, time.perf_counter() - start)
 
-def first_run(folder: str | Path = 'runs/first-run', ranks: int = 2, seed: int = 0, steps: int = 400, say: Callable[[str], None] = print) -> Result:
-    "Makes the data, trains on `ranks` ranks, saves, and judges on held-out pictures; `say` gets a line for each thing that happens."
-    start, folder = time.perf_counter(), Path(folder)
+def first_run(folder: str | Path | None = None, ranks: int = 2, seed: int = 0, steps: int = 400, say: Callable[[str], None] = print) -> Result:
+    "Makes the data, trains on `ranks` ranks, saves, and judges on held-out pictures, all in a new folder (default: in runs/); `say` gets a line for each thing that happens."
+    start, folder = time.perf_counter(), make_folder(folder, 'first-run')
     config = toy_job(folder / 'job', seed, steps=steps)
     say(f'2560 pictures and a Qwen2.5-VL with random weights are in {folder / "job"}; training on {ranks} ranks')
     run = launch(config, ranks, folder=folder / 'run')
-    run.follow(lambda line: say(line))
+    run.follow(say)
     return examine_run(run, config, start, say)

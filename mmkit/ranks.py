@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OWN_FRAMES', 'follow_parent', 'leave', 'run_target', 'close_group', 'main_of_rank', 'last_words', 'RankFailed',
-           'package_path', 'child_environment', 'run_ranks', 'ranks_magic', 'load_ipython_extension']
+           'Interrupted', 'package_path', 'child_environment', 'run_ranks', 'ranks_magic', 'load_ipython_extension']
 
-# %% ../nbs/03_ranks.ipynb #d4bad55a
+# %% ../nbs/03_ranks.ipynb #2a34a059
 import importlib.util
 import os
 import runpy
@@ -21,10 +21,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 
-# %% ../nbs/03_ranks.ipynb #6cf84173
+# %% ../nbs/03_ranks.ipynb #140d11c8
 def follow_parent(parent: int, then: Callable[[], None], every: float = 0.3) -> None:
     "Starts a thread that calls `then` soon after the process `parent` is no longer the parent of this one."
     def watch():
@@ -42,7 +43,7 @@ def leave(code: int) -> None:
     sys.stderr.flush()
     os._exit(code)
 
-# %% ../nbs/03_ranks.ipynb #dd6d5953
+# %% ../nbs/03_ranks.ipynb #7e1c971a
 def run_target(target: str, arguments: list[str]) -> int:
     "The exit code of a script (`….py`) or a module (`package.module`) run as the main program; its traceback, if any, is in stderr."
     sys.argv = [target, *arguments]
@@ -67,7 +68,7 @@ def close_group() -> None:
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
-# %% ../nbs/03_ranks.ipynb #9cb3dfe8
+# %% ../nbs/03_ranks.ipynb #2e42233d
 def main_of_rank() -> None:
     "What a rank of `run_ranks` executes: the command line is the parent's process id, the target and its arguments."
     parent, target, *arguments = sys.argv[1:]
@@ -77,8 +78,8 @@ def main_of_rank() -> None:
         leave(code)
     close_group()
 
-# %% ../nbs/03_ranks.ipynb #74f8a903
-OWN_FRAMES = ('mmkit/ranks.py', 'mmkit/launch.py', '<frozen runpy>', '/runpy.py')
+# %% ../nbs/03_ranks.ipynb #37abe9ab
+OWN_FRAMES = ('mmkit/ranks.py', 'mmkit/run.py', '<frozen runpy>', '/runpy.py')
 
 
 def last_words(text: str, size: int = 6000) -> str:
@@ -95,7 +96,7 @@ def last_words(text: str, size: int = 6000) -> str:
             kept.append(line)
     return '\n'.join(kept)
 
-# %% ../nbs/03_ranks.ipynb #17fc75b6
+# %% ../nbs/03_ranks.ipynb #5d009705
 class RankFailed(RuntimeError):
     "A rank ended badly; `rank`, `exit_code` (minus the signal's number when a signal ended it), `ending` and `words` say how."
 
@@ -107,7 +108,14 @@ class RankFailed(RuntimeError):
     def _render_traceback_(self):          # a notebook shows this instead of our own frames
         return [f'{type(self).__name__}: {self}']
 
-# %% ../nbs/03_ranks.ipynb #dbd00bdb
+
+class Interrupted(KeyboardInterrupt):
+    "An interrupt after which everything was ended in good order; a notebook shows its one line."
+
+    def _render_traceback_(self):
+        return [str(self)]
+
+# %% ../nbs/03_ranks.ipynb #ef43e37b
 def package_path() -> str:
     "PYTHONPATH for a child process: the folder mmkit is imported from, then what was set before."
     home = Path(importlib.util.find_spec('mmkit').origin).parents[1]
@@ -116,7 +124,7 @@ def package_path() -> str:
 
 def child_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
     "The environment of a rank: this process's own, one thread each, nothing buffered, plus `changes`."
-    defaults = {'OMP_NUM_THREADS': '1'}
+    defaults = {'OMP_NUM_THREADS': '1', 'CUDA_DEVICE_MAX_CONNECTIONS': '1'}      # the second: Megatron's wish for tensor parallel
     fixed = {'PYTHONUNBUFFERED': '1', 'PYTHONFAULTHANDLER': '1', 'MPLBACKEND': 'agg', 'PYTHONPATH': package_path()}
     return {**defaults, **os.environ, **fixed, **(changes or {})}
 
@@ -136,7 +144,7 @@ def _start(script, ranks, changes, outputs):
             yield subprocess.Popen(command, env=child_environment({**shared, **own, **(changes or {})}), stdin=subprocess.DEVNULL,
                                    stdout=out, stderr=error, start_new_session=True)
 
-# %% ../nbs/03_ranks.ipynb #d2efcf9e
+# %% ../nbs/03_ranks.ipynb #5024040e
 def _first_failure(processes, outputs, deadline):
     while time.monotonic() < deadline:
         codes = [p.poll() for p in processes]
@@ -161,7 +169,7 @@ def _kill(processes):
             pass
         process.wait()
 
-# %% ../nbs/03_ranks.ipynb #9a519f40
+# %% ../nbs/03_ranks.ipynb #db48da28
 def run_ranks(source: str, ranks: int = 2, timeout: float = 120, env: dict[str, str] | None = None) -> str:
     "What rank 0 prints when the text `source` runs as a script on `ranks` ranks; raises RankFailed, or TimeoutError after `timeout` seconds."
     with TemporaryDirectory(prefix='ranks-') as folder:
@@ -176,13 +184,15 @@ def run_ranks(source: str, ranks: int = 2, timeout: float = 120, env: dict[str, 
         except TimeoutError:
             places = '\n'.join(f'--- rank {rank}\n{words(rank)}' for rank in range(ranks))
             raise TimeoutError(f'{ranks} ranks did not end within {timeout} s; they were here:\n{places}') from None
+        except KeyboardInterrupt:
+            raise Interrupted(f'interrupted: all {ranks} ranks have ended') from None
         finally:
             _kill(processes)
         if failed is not None:
             raise RankFailed(failed, processes[failed].returncode, words(failed))
         return (folder / 'out0').read_text(encoding='utf-8', errors='replace')
 
-# %% ../nbs/03_ranks.ipynb #23c56b16
+# %% ../nbs/03_ranks.ipynb #f9ecf92a
 def ranks_magic(line: str, cell: str) -> None:
     "Runs the cell's text on as many ranks as the line says (2 if it says nothing; a second number is the time limit in seconds)."
     words = line.split()
@@ -192,6 +202,6 @@ def ranks_magic(line: str, cell: str) -> None:
     print(run_ranks(cell, *numbers), end='')
 
 
-def load_ipython_extension(ipython) -> None:
+def load_ipython_extension(ipython: Any) -> None:
     "Called by `%load_ext mmkit.ranks`: registers the cell magic `%%ranks`."
     ipython.register_magic_function(ranks_magic, 'cell', 'ranks')

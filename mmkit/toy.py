@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/04_toy.ipynb #0052dd0e
+# %% ../nbs/04_toy.ipynb #06f1c409
 EMOJI = {
-    'red apple': ('🍎', '红苹果'), 'banana': ('🍌', '香蕉'), 'umbrella': ('☂️', '雨伞'), 'frog': ('🐸', '青蛙'),
+    'red apple': ('🍎', '红苹果'), 'banana': ('🍌', '香蕉'), 'rocket': ('🚀', '火箭'), 'frog': ('🐸', '青蛙'),
     'fish': ('🐟', '鱼'), 'dog': ('🐶', '狗'), 'penguin': ('🐧', '企鹅'), 'elephant': ('🐘', '大象'),
     'gift': ('🎁', '礼物'), 'pig': ('🐷', '猪'), 'tree': ('🌲', '树'), 'sunflower': ('🌻', '向日葵'),
     'pizza': ('🍕', '披萨'), 'rainbow': ('🌈', '彩虹'), 'sailboat': ('⛵', '帆船'), 'house': ('🏠', '房子'),
-    'car': ('🚗', '汽车'), 'red heart': ('❤️', '红心'), 'rocket': ('🚀', '火箭'), 'bicycle': ('🚲', '自行车'),
+    'car': ('🚗', '汽车'), 'red heart': ('❤️', '红心'), 'umbrella': ('☂️', '雨伞'), 'bicycle': ('🚲', '自行车'),
     'butterfly': ('🦋', '蝴蝶'), 'octopus': ('🐙', '章鱼'), 'mushroom': ('🍄', '蘑菇'), 'star': ('⭐', '星星'),
     'key': ('🔑', '钥匙'), 'crown': ('👑', '皇冠'), 'cactus': ('🌵', '仙人掌'), 'snowman': ('⛄', '雪人'),
     'balloon': ('🎈', '气球'), 'cat': ('🐱', '猫'), 'strawberry': ('🍓', '草莓'), 'soccer ball': ('⚽', '足球'),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import mmkit
-from mmkit.cli import mm_convert
+from mmkit.cli import mm_convert, mmkit as command
 
 GOLDEN = Path(__file__).parent / 'golden'
 HF = GOLDEN / 'qwen2_5_vl_hf'
@@ -120,11 +120,30 @@ def test_help_names_every_field():
 
 
 def test_mmkit_says_what_it_can_do_and_what_is_wrong(tmp_path):
-    assert {'train', 'llava-to-mllm', 'chat'} <= set(re.findall(r'[\w-]+', run('mmkit --help').stdout))
+    assert {'first-run', 'train', 'llava-to-mllm', 'chat'} <= set(re.findall(r'[\w-]+', run('mmkit --help').stdout))
     said = run('mmkit train nowhere.json layout.tp=2', tmp_path, code=1)
     assert said.stderr.startswith('mmkit: ') and 'nowhere.json' in said.stderr and len(said.stderr.strip().splitlines()) == 1
     for line in ('mmkit train config.json --rank 2', 'mmkit train config.json fast', 'mmkit chat folder question more', 'mmkit', 'mmkit sing'):
         assert last(run(line, tmp_path, code=2).stderr).startswith('mmkit')
+
+
+def test_mmkit_hands_on_what_was_said(tmp_path, monkeypatch, capsys):
+    from mmkit.config import Config, dumps
+    (tmp_path / 'config.json').write_text(dumps(Config(weights='weights')))
+    told = {}
+    class Run:
+        status, folder = 'done', 'here'
+        def follow(self, print_line): print_line('step 1')
+    def launch(config, ranks=None, folder=None): told.update(config=config, ranks=ranks, folder=folder); return Run()
+    monkeypatch.setattr('mmkit.run.launch', launch)
+    monkeypatch.setattr('mmkit.trainer.chat.chat', lambda folder, question, images=(): f'{folder} {question} {images}')
+    monkeypatch.setattr('mmkit.first_run.first_run', lambda folder=None, ranks=2, seed=0, steps=400, say=print: say(f'{folder} {ranks} {seed} {steps}') or 'well')
+    assert command(['train', str(tmp_path / 'config.json'), 'layout.tp=2', '--ranks', '4', '--run', 'there', 'loop.steps=3']) == 0
+    assert (told['config'].layout.tp, told['config'].loop.steps, told['config'].weights, told['ranks'], told['folder']) == (2, 3, 'weights', 4, 'there')
+    assert command(['chat', 'folder', '--image', 'a.jpg', 'What is this?', '--image', 'b.jpg']) == 0
+    assert command(['first-run', '--run', 'x', '--steps', '5']) == 0
+    assert capsys.readouterr().out.splitlines() == ['step 1', 'done: here', "folder What is this? ['a.jpg', 'b.jpg']", 'x 2 0 5', 'well']
+    assert command(['train', str(tmp_path / 'config.json'), 'layout.tpp=2']) == 1 and 'tpp' in capsys.readouterr().err
 
 
 def test_mmkit_converts_llava_and_names_what_it_drops(tmp_path):

@@ -172,6 +172,15 @@ def test_a_broken_peer_folder_is_refused(edit, words, tmp_path):
     refuses(tmp_path / 'hf', lambda: mm_to_hf(folder, HF, tmp_path / 'hf', towers_of('tp2_pp2'), 2), *words)
 
 
+def test_tensors_of_the_wrong_shape_on_every_rank_are_named(tmp_path):
+    hf_to_mm(HF, tmp_path / 'mm', towers_of('tp1'))
+    file = tmp_path / 'mm/release/mp_rank_00/model_optim_rng.pt'
+    content = torch.load(file, weights_only=True)
+    content['model']['text_decoder.embedding.word_embeddings.weight'] = torch.zeros(384, 64).bfloat16()     # Megatron's padded vocabulary
+    torch.save(content, file)
+    refuses(tmp_path / 'hf', lambda: mm_to_hf(tmp_path / 'mm', HF, tmp_path / 'hf', towers_of('tp1')), 'misshapen: model.embed_tokens.weight is (384, 64) instead of (320, 64)')
+
+
 def test_a_drifted_copy_of_the_embedding_is_told(tmp_path):
     folder = edited(tmp_path, lambda model: model['text_decoder.output_layer.weight'].add_(1))
     assert 'text_decoder.output_layer.weight of the last stage differs' in mm_to_hf(folder, HF, tmp_path / 'hf', towers_of('tp2_pp2'), 2).notes[0]
@@ -183,8 +192,10 @@ def test_stale_ranks_and_wrong_layouts_are_refused(tmp_path):
     refuses(tmp_path / 'mm', lambda: hf_to_mm(HF, tmp_path / 'mm', towers_of('tp2_pp2'), 2), 'already holds something')
     assert files_of(tmp_path / 'mm') == files_of(GOLDEN / 'qwen2_5_vl_tp1')
     refuses(tmp_path / 'hf', lambda: mm_to_hf(tmp_path / 'mm', HF, tmp_path / 'hf', towers_of('tp2_pp2'), 2), "{'tp': 1, 'vision': [[3]], 'text': [[4]]}", "{'tp': 2, 'vision': [[3, 0]], 'text': [[1, 3]]}")
-    (tmp_path / 'mm/release/mp_rank_00_001').mkdir()
-    refuses(tmp_path / 'hf', lambda: mm_to_hf(tmp_path / 'mm', HF, tmp_path / 'hf', towers_of('tp1')), 'mp_rank_00, mp_rank_00_001')
+    for other in ('mp_rank_00_001', 'mp_rank_00_000_000', 'mp_rank_01'):
+        (tmp_path / 'mm/release' / other).mkdir()
+        refuses(tmp_path / 'hf', lambda: mm_to_hf(tmp_path / 'mm', HF, tmp_path / 'hf', towers_of('tp1')), other)
+        (tmp_path / 'mm/release' / other).rmdir()
 
 
 def test_the_file_of_a_training_is_read_without_its_settings(tmp_path):
@@ -206,18 +217,20 @@ class Attack:
     def __init__(self, call, *arguments): self.what = call, arguments
     def __reduce__(self): return self.what
 
-@pytest.mark.parametrize('place', [lambda content, attack: content | dict(args=attack), lambda content, attack: dict(model=content['model'] | {LAYER + 'more': attack})], ids=['beside', 'inside'])
-@pytest.mark.parametrize('call', [os.system, eval, subprocess.Popen, Path.touch], ids=lambda call: call.__qualname__)
+@pytest.mark.parametrize('place', ['beside', 'inside'])
+@pytest.mark.parametrize('call', [os.system, eval, subprocess.Popen, torch.save], ids=lambda call: call.__qualname__)
 def test_no_code_of_a_file_is_run(call, place, tmp_path):
     witness = tmp_path / 'witness'
-    argument = {os.system: f'touch {witness}', eval: f"open({str(witness)!r}, 'w')", subprocess.Popen: ['touch', str(witness)], Path.touch: witness}[call]
+    argument = {os.system: f'touch {witness}', eval: f"open({str(witness)!r}, 'w')", subprocess.Popen: ['touch', str(witness)], torch.save: {}}[call]
     folder = tmp_path / 'mm'
     hf_to_mm(HF, folder, towers_of('tp1'))
     file = folder / 'release/mp_rank_00/model_optim_rng.pt'
-    torch.save(place(torch.load(file, weights_only=True), Attack(call, argument)), file)
+    content = torch.load(file, weights_only=True)
+    (content if place == 'beside' else content['model'])['more'] = Attack(call, argument, *[str(witness)] * (call is torch.save))
+    torch.save(content, file)
     try: mm_to_hf(folder, HF, tmp_path / 'hf', towers_of('tp1'))
     except ValueError as error: assert 'pickle' in str(error) and str(file) in str(error) and '\n' not in str(error)
-    else: assert call is Path.touch and place(dict(model={}), 0).get('args') == 0      # an object of a harmless module beside the weights is passed over
+    else: assert (call, place) == (torch.save, 'beside')      # beside the weights, an object of a harmless module is passed over
     assert not witness.exists()
 
 

@@ -12,7 +12,7 @@ import readme
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {'nbs', 'mmkit', 'tests', '.ci', 'settings.ini', 'setup.py', 'constraints.txt', 'MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md', '.gitignore', '.gitattributes'}
 NPU_MODULES = {'device', 'parallel.engine', 'parallel.attention', 'parallel.layers'}
-ENVIRONMENT_MODULES = {'device', 'ranks', 'launch'}
+ENVIRONMENT_MODULES = {'device', 'ranks', 'run'}
 LATE = ('transformers', 'diffusers', 'megatron', 'decord', 'av', 'PIL', 'matplotlib', 'ipywidgets', 'IPython')
 PICTURE_LIMIT, NOTEBOOK_LIMIT = 100_000, 500_000
 
@@ -324,7 +324,7 @@ FAKE_TORCH = {'torch.py': ''}
 PLANTED = [
     (order, rope('#| export\nfrom mmkit.trainer.loop import fit') | {'nbs/53_trainer.loop.ipynb': room('trainer.loop')}, 'only lower numbers'),
     (order, rope('def late():\n    from mmkit.trainer import loop') | {'nbs/53_trainer.loop.ipynb': room('trainer.loop')}, 'only lower numbers'),
-    (order, rope('%load_ext mmkit.launch') | {'nbs/60_launch.ipynb': room('launch')}, 'only lower numbers'),
+    (order, rope('%load_ext mmkit.run') | {'nbs/60_run.ipynb': room('run')}, 'only lower numbers'),
     (order, {'nbs/30_converters.weights.ipynb': room('converters.weights', 'import mmkit.models.rope')}, 'floors 2, 3 and 4'),
     (order, rope('from mmkit.devices import one'), 'no numbered notebook'),
     (own_name, {'nbs/20_models.rope.ipynb': room('models.ropes')}, 'default_exp'),

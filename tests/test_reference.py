@@ -14,7 +14,7 @@ from mmkit.config import Config, Layout
 from mmkit.converters.folders import hub_name
 from mmkit.device import pick_device, place
 from mmkit.models.generate import generate, whole_logits
-from mmkit.models.qwen2_5_vl import QwenShape, position_ids
+from mmkit.models.qwen2_5_vl import QwenShape
 from mmkit.parallel.mesh import open_mesh
 from mmkit.toy import tiny_qwen2_5_vl
 from mmkit.trainer.task import pack, positions
@@ -27,11 +27,11 @@ CASES = {
     'text only': [[[9], [24]]],
     'one image': [[[4, (1, 10, 14), 11]]],
     'images of odd sizes': [[[3, (1, 6, 22), 2, (1, 10, 14), (1, 4, 6), 8]]],
-    'video': [[[3, (2, 8, 12, 0.5), 9]]],
+    'video': [[[3, (2, 8, 12, 1.0), 9]]],
     'long video': [[[5, (4, 6, 4, 1.5), 4, (3, 4, 4, 0.25), 8]]],
-    'mixed': [[[6], [3, (1, 10, 14), 5], [2, (3, 10, 8, 0.5), 4, (1, 6, 22), 7]], [[12], [5]], [[2, (1, 4, 4), (1, 8, 6), 3], [8]], [[7]]],     # every other micro-batch has no picture
+    'mixed': [[[6], [3, (1, 10, 14), 5], [2, (2, 10, 8, 1.0), 4, (1, 6, 22), 7]], [[12], [5]], [[2, (1, 4, 4), (1, 8, 6), 3], [8]], [[7]]],     # every other micro-batch has no picture
 }
-PROMPTS = [[4, (1, 10, 14), 6], [3, (1, 6, 22), 2, (1, 4, 4), 5], [9], [2, (2, 8, 12, 0.5), 4]]
+PROMPTS = [[4, (1, 10, 14), 6], [3, (1, 6, 22), 2, (1, 4, 4), 5], [9], [2, (2, 8, 12, 1.0), 4]]
 NEW = 16
 LAYOUTS = {
     1: {'tp 1': Layout(data='ddp'), 'recompute': Layout(data='ddp', recompute='full'), 'zero1': Layout()},
@@ -63,7 +63,7 @@ def step_of(folder, case):
 # transformers
 
 def hf_inputs(model, sample):
-    "A sample as arguments of transformers, with its own position ids where it makes the same ones."
+    "A sample as arguments of transformers."
     films, parts = sample['seconds'] > 0, sample['pixels'].split(sample['grid'].prod(1).tolist())
     kinds = (sample['input_ids'] == model.config.image_token_id) + 2 * (sample['input_ids'] == model.config.video_token_id)
     found = dict(input_ids=sample['input_ids'][None], attention_mask=torch.ones(1, len(kinds), dtype=torch.int64))
@@ -81,15 +81,15 @@ def behind_the_longer_side(model, sample):
     "Our position ids as transformers 5 changes them: words go on behind the longer side of a clip, also where its time reaches further."
     found, late = sample['positions'].clone(), 0
     visual = (sample['input_ids'] == model.config.image_token_id) | (sample['input_ids'] == model.config.video_token_id)
-    starts = iter(zip(sample['grid'].tolist(), sample['seconds'].tolist()))
-    token = 0
+    items, token = iter(sample['grid'].tolist()), 0
     while token < len(visual):
         found[:, token] -= late
         if not visual[token]: token += 1; continue
-        (steps, rows, columns), seconds = next(starts)
+        steps, rows, columns = next(items)
         cells = steps * rows * columns // 4
         found[:, token + 1:token + cells] -= late
-        late += max(0, int((steps - 1) * seconds * 2) + 1 - max(rows, columns) // 2)
+        reached = sample['positions'][0, token + cells - 1] - sample['positions'][0, token]
+        late += max(0, int(reached) + 1 - max(rows, columns) // 2)
         token += cells
     return found
 
@@ -222,17 +222,22 @@ def test_no_weight_is_zero_or_one(house):
         for key, x in load_file(house[0] / name / 'model.safetensors').items(): assert not ((x == 0) | (x == 1)).any(), key
 
 def test_positions(house):
-    "Equal to transformers' own, where both of its rules (4: behind the largest position; 5: behind a frame's longer side) agree, and to the installed one's rule where not."
+    """Equal to transformers' own wherever all three rules for clips agree, and in the other case to ours as the installed version bends it.
+
+    Ours is the original's: time advances by the seconds of a step, words go on behind the largest position. transformers 4.57 takes whole
+    seconds only (0.5 counts as 0); 5 lets words go on behind the longer side of a frame, also where time reaches further."""
     import transformers
     folder, models = house
-    five = int(transformers.__version__.split('.')[0]) >= 5
-    differ = set()
-    for name, case in itertools.product(MODELS, CASES):
+    five, differ = int(transformers.__version__.split('.')[0]) >= 5, set()
+    rates = [[[3, (12, 4, 6, 2 / rate), 2] for rate in (0.3, 0.6, 0.7, 1.2, 1.5, 1.7, 2.4, 3, 6, 10, 24, 29.97)]]        # two frames of a clip are 2 / rate seconds apart
+    for name, case in [*itertools.product(MODELS, CASES), ('tied', rates)]:
+        shape = QwenShape.from_hf(json.loads((folder / name / 'config.json').read_text()))
         for sample in (sample for micro in step_of(folder / name, case) for sample in micro):
             fifth = behind_the_longer_side(models[name], sample)
-            assert torch.equal(hf_positions(models[name], sample), fifth if five else sample['positions'])
-            if not torch.equal(fifth, sample['positions']): differ.add(case)
-    assert differ == {'long video'}                   # all the others are equal by both rules
+            fourth = positions(shape, sample['input_ids'], sample['grid'], sample['seconds'].trunc())
+            assert torch.equal(hf_positions(models[name], sample), fifth if five else fourth), case
+            if not torch.equal(fifth, sample['positions']) or not torch.equal(fourth, sample['positions']): differ.add(str(case))
+    assert differ == {'long video', str(rates)}
 
 def check_rows(rows, capsys, title):
     with capsys.disabled(): print(f'\n\n{title}\n\n' + parity.table(['layout', 'model', 'step', 'logits', 'loss', 'gradients', 'furthest gradient'], rows) + '\n')

@@ -45,7 +45,7 @@ def new_folder(target: str | Path, size: int = 0) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
-# %% ../../nbs/32_converters.convert.ipynb #dca62b62
+# %% ../../nbs/32_converters.convert.ipynb #8887dfaa
 def zip_places(path: Path) -> Iterator[tuple[str, int, int, tuple[int, int]]]:
     "For every stored entry of a zip archive: its name, where its bytes begin, how many there are, and the two places of its checksum."
     with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
@@ -62,7 +62,7 @@ class PeerWriter(TensorFile):
     def __init__(self, path: Path, groups: Mapping[str, Mapping[str, Tensor]]):
         empty = {group: {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items()} for group, tensors in groups.items()}
         path.parent.mkdir(parents=True)
-        with torch.serialization.skip_data(): torch.save(empty | {'checkpoint_version': 3.0}, path)
+        with torch.serialization.skip_data(): torch.serialization.save(empty | {'checkpoint_version': 3.0}, path)     # torch.save itself, which device plug-ins may replace
         tensors = {(group, name): x for group, named in empty.items() for name, x in named.items()}
         entries = {name: rest for name, *rest in zip_places(path)}
         places, checksums = {}, {}

@@ -161,7 +161,7 @@ class SafetensorsWriter(TensorFile):
         Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
         super().__init__(path, {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()})
 
-# %% ../../nbs/31_converters.folders.ipynb #4cd784f1
+# %% ../../nbs/31_converters.folders.ipynb #62414db3
 HARMLESS = ('argparse.', 'megatron.', 'mindspeed', 'numpy.', 'collections.', 'pathlib.', 'torch.')
 
 
@@ -182,7 +182,7 @@ def load_peer_file(path: Path) -> dict:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if foreign := [name for name in asked if not name.startswith(HARMLESS)]: raise ValueError(f'{path} needs pickle for {some(foreign)}: {advice}')
         with torch.serialization.safe_globals([(type('Ignored', (Ignored,), {}), name) for name in asked]):
-            content = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+            content = torch.serialization.load(path, map_location='cpu', mmap=True, weights_only=True)     # torch.load itself, which device plug-ins may replace
     except ValueError: raise
     except Exception as error: raise ValueError(f'{path} cannot be read without pickle ({str(error).splitlines()[0]}): {advice}') from None
     if not isinstance(content, dict): raise ValueError(f'{path} holds no dictionary of tensors: give a Megatron checkpoint')

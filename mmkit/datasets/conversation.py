@@ -192,7 +192,7 @@ class Listing:
         if folder not in self.names: self.names[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
         return name in self.names[folder]
 
-# %% ../../nbs/43_datasets.conversation.ipynb #fba99ad0
+# %% ../../nbs/43_datasets.conversation.ipynb #0744cfbf
 def check_files(record: Record, media_dir: str | Path, exists: Callable[[str], bool]) -> None:
     "Raises BadRecord naming the first picture or clip of the record that is not there."
     for name in (*record.images, *record.videos):
@@ -207,7 +207,7 @@ def open_records(data: Data) -> tuple[list[Record], Report]:
     require(files, 'data.files is empty: name one or more JSON or JSONL files')
     raws = [(f'{Path(file).name}[{number}]', raw) for file in files for number, raw in enumerate(read_raw(file))][:data.max_samples]
     records, dropped, exists = [], [], Listing()
-    for index, (place, raw) in enumerate(tqdm(raws, unit=' records', disable=len(raws) < 10_000)):
+    for index, (place, raw) in enumerate(tqdm(raws, unit=' records', mininterval=1, disable=len(raws) < 10_000)):
         try:
             record = to_record(raw, data.columns)
             check_record(record)

@@ -67,7 +67,7 @@ def to_mllm(record: dict, images: str | os.PathLike) -> dict:
     messages = [{'role': ROLES[turn['from']], 'content': turn['value']} for turn in record['conversations']]
     return {'images': paths, 'messages': messages}
 
-# %% ../../nbs/40_datasets.llava.ipynb #b0f4098e
+# %% ../../nbs/40_datasets.llava.ipynb #309fb657
 def llava_to_mllm(source: str | Path, target: str | Path, images: str | os.PathLike, overwrite: bool = False) -> Report:
     "Writes the LLaVA-Instruct file `source` as messages-and-images JSON to `target`; the Report names every dropped record."
     from tqdm.auto import tqdm
@@ -78,7 +78,7 @@ def llava_to_mllm(source: str | Path, target: str | Path, images: str | os.PathL
     records = load_json(source, limit=1 << 36)
     require(isinstance(records, list), f'{source} holds {type(records).__name__} and not a list of records: give a LLaVA-Instruct JSON array')
     lines, dropped = [], []
-    for index, record in enumerate(tqdm(records, unit=' records', disable=len(records) < 10_000)):
+    for index, record in enumerate(tqdm(records, unit=' records', mininterval=1, disable=len(records) < 10_000)):
         if fault := find_fault(record, images):
             name = record.get('id', '') if isinstance(record, dict) else ''
             dropped.append(Dropped(index, str(name), fault))

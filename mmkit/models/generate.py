@@ -37,7 +37,7 @@ def drawn(temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0].to(logits.device)
     return pick
 
-# %% ../../nbs/27_models.generate.ipynb #8a36eef5
+# %% ../../nbs/27_models.generate.ipynb #9c08e0b5
 def whole_logits(model: Qwen2_5_VL, x: Tensor, mesh: Mesh) -> Tensor:
     "Logits (n, vocabulary) of vectors (n, width) on every rank."
     mine = model.text_decoder.logits(x)
@@ -47,15 +47,17 @@ def whole_logits(model: Qwen2_5_VL, x: Tensor, mesh: Mesh) -> Tensor:
 
 @torch.no_grad()
 def tokens(model: Qwen2_5_VL, batch: dict, prompts: int, room: int, mesh: Mesh, pick: Pick = likeliest) -> Iterator[Tensor]:
-    "Ids (prompts,) of up to `room` new tokens after the first `prompts` segments of a packed batch; the caller stops."
+    "Ids (prompts,) of up to `room` new tokens after the first `prompts` segments of a packed batch; the caller stops. Under sequence parallel, tp divides `prompts`."
     lengths = batch['lengths'][:prompts]
-    last, filled, device = lengths.cumsum(0) - 1, lengths.clone(), batch['input_ids'].device
+    device = batch['input_ids'].device
+    last, filled = (lengths.cumsum(0) - 1).to(device), lengths.to(device)
     caches = [Cache(lengths.tolist(), room) for _ in range(model.shape.text.layers)]
     within = segments(batch['lengths'].tolist(), causal=True, device=device)
     x = model.hidden(batch, [cache.fill(within) for cache in caches])[last]
     place = torch.stack([part.max() for part in batch['positions'][:, :int(lengths.sum())].split(lengths.tolist(), 1)])
-    for _ in range(room):
+    for left in reversed(range(room)):
         yield (ids := pick(whole_logits(model, x, mesh)))
+        if not left: return
         place = place + 1
         x = model.text_decoder(model.text_decoder.embed(ids), place.expand(3, -1), [cache.step(filled) for cache in caches])
         filled = filled + 1

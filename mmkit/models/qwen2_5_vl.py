@@ -35,7 +35,7 @@ class QwenShape:
         vision = config['vision_config']
         return cls(VisionShape.from_hf(vision), TextShape.from_hf(config), config['image_token_id'], config['video_token_id'], vision.get('tokens_per_second', 2))
 
-# %% ../../nbs/23_models.qwen2_5_vl.ipynb #8cd5222d
+# %% ../../nbs/23_models.qwen2_5_vl.ipynb #8346ad33
 def position_ids(shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     "Positions (3, s) of time, row and column for ids (s) with items of grid (items, 3) and `seconds` (items) per step."
     visual = np.isin(input_ids, (shape.image_token, shape.video_token))
@@ -46,7 +46,7 @@ def position_ids(shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seco
         start += begin - token
         size = int(steps), int(rows) // shape.vision.merge, int(columns) // shape.vision.merge
         cells = np.indices(size).reshape(3, -1)
-        cells[0] = cells[0] * float(step_seconds) * shape.positions_per_second
+        cells[0] = cells[0].astype(np.float32) * np.float32(float(step_seconds) * shape.positions_per_second)      # in float32, as in transformers
         found.append(cells + start)
         start, token = start + int(cells.max()) + 1, begin + cells.shape[1]
     found.append(np.tile(np.arange(len(input_ids) - token) + start, (3, 1)))

@@ -6,8 +6,9 @@
 __all__ = ['VisionShape', 'patch_positions', 'Windows', 'windows', 'PatchEmbed', 'VisionAttention', 'VisionLayer', 'Merger',
            'VisionTower']
 
-# %% ../../nbs/21_models.vision.ipynb #8150242e
+# %% ../../nbs/21_models.vision.ipynb #711b2164
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Merger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.encoder(self.layernorm(x).view(-1, self.encoder.linear_fc2.input_size))
 
-# %% ../../nbs/21_models.vision.ipynb #cda4705f
+# %% ../../nbs/21_models.vision.ipynb #1e462e0c
 class VisionTower(nn.Module):
     "Pictures and videos, as patches in one row, to tokens for the text tower in the same order."
     def __init__(self, shape: VisionShape, mesh: Mesh, dtype: torch.dtype):
@@ -141,18 +142,18 @@ class VisionTower(nn.Module):
         self.projector = Merger(shape, config)
 
     def forward(self, patches: Tensor, grid: Tensor) -> Tensor:
-        "Patches (p, patch_size) of items with grids (items, 3) to tokens (p / 4, out_width)."
-        found = windows(grid.cpu(), self.shape)
+        "Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, out_width)."
+        found = windows(grid, self.shape)
         order, unit = found.order.to(patches.device), self.shape.merge**2
         x = self.encoder['patch_embed']['proj'](patches).unflatten(0, (-1, unit))[order].flatten(0, 1)[:, None]       # s b h
         cos, sin = self.angles(grid, found.order, patches.device)
         inside, whole = (segments(lengths, causal=False, device=x.device) for lengths in (found.window_lengths, found.frame_lengths))
         for number, layer in enumerate(self.encoder['blocks']['layers']):
-            x = recompute(self.recompute, layer, x, cos, sin, whole if number in self.shape.full_layers else inside)
+            x = recompute(self.recompute, partial(layer, attend=whole if number in self.shape.full_layers else inside), x, cos, sin)
         tokens = self.projector(x[:, 0])
         return tokens[order.argsort()]
 
     def angles(self, grid: Tensor, order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         "Cosines and sines (1 patches d) in window order, in float32."
-        positions = patch_positions(grid.cpu(), self.shape.merge).unflatten(0, (-1, self.shape.merge**2))[order].flatten(0, 1)
+        positions = patch_positions(grid, self.shape.merge).unflatten(0, (-1, self.shape.merge**2))[order].flatten(0, 1)
         return cos_sin(rope_2d(positions.to(device), self.shape.width // self.shape.heads, self.shape.theta)[None], torch.float32)

@@ -29,11 +29,10 @@ def wrap_data_parallel(model: nn.Module, config: Any, layout: Layout) -> nn.Modu
     config.no_sync_func = wrapped.no_sync if layout.overlap else None
     return wrapped
 
-# %% ../../nbs/15_parallel.data.ipynb #64074f48
+# %% ../../nbs/15_parallel.data.ipynb #85328c42
 def build_optimizer(wrapped: nn.Module, optim: Optim, layout: Layout, dtype: torch.dtype, steps: int) -> tuple[Any, Any]:
     "Megatron's optimizer and learning-rate schedule for a wrapped model and a run of this many steps."
     engine = megatron()
-    if not optim.warmup < max(steps, 1): raise ValueError(f'optim.warmup={optim.warmup} must be smaller than loop.steps={steps}')
     optimizer = engine.get_megatron_optimizer(engine.OptimizerConfig(
         optimizer='adam', lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.betas[0], adam_beta2=optim.betas[1],
         adam_eps=optim.eps, clip_grad=optim.clip, bf16=dtype == torch.bfloat16, params_dtype=dtype,

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from .engine import megatron
 from .mesh import Mesh
 
-# %% ../../nbs/13_parallel.layers.ipynb #010420a3
+# %% ../../nbs/13_parallel.layers.ipynb #a9cb1dd0
 def engine_config(mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool) -> Any:
     "Megatron's configuration for layers on this mesh."
+    # layers are given their sizes one by one; hidden_size and heads only have to pass Megatron's check that tp divides them
     return megatron().TransformerConfig(
         num_layers=1, hidden_size=mesh.tp.size, num_attention_heads=mesh.tp.size, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=mesh.tp.size, sequence_parallel=sequence_parallel, calculate_per_token_loss=True,

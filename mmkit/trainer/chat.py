@@ -26,7 +26,7 @@ from ..parallel.mesh import Mesh, open_mesh
 from .task import QwenTask, answer, examine
 from .weights import load_weights
 
-# %% ../../nbs/56_trainer.chat.ipynb #03a4f1b0
+# %% ../../nbs/56_trainer.chat.ipynb #d2172ec1
 def picture_tag(image: Any, height: int = 96) -> str:
     "HTML of a picture (file or PIL), scaled to a height in pixels."
     from PIL import Image
@@ -46,8 +46,8 @@ class Answer:
     def __str__(self): return self.text
 
     def _repr_html_(self):
-        pictures = ''.join(picture_tag(image) for image in self.images)
-        return f'<div>{pictures}<br><span style="color:#888">{html.escape(self.question)}</span><br><b>{html.escape(self.text)}</b></div>'
+        pictures, asked = ''.join(picture_tag(image) for image in self.images), self.question.replace('<image>', '').strip()
+        return f'<div>{pictures}<br><span style="color:#888">{html.escape(asked)}</span><br><b>{html.escape(self.text)}</b></div>'
 
 # %% ../../nbs/56_trainer.chat.ipynb #207da39d
 @dataclass(frozen=True)

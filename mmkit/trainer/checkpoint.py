@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['checkpoints', 'save', 'latest']
 
-# %% ../../nbs/53_trainer.checkpoint.ipynb #edf34f31
+# %% ../../nbs/53_trainer.checkpoint.ipynb #e900bfea
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -31,8 +32,8 @@ def save(model: nn.Module, task: Task, mesh: Mesh, run: str | Path, step: int, k
     dist.barrier()
     return target
 
-# %% ../../nbs/53_trainer.checkpoint.ipynb #10f57fed
-def latest(run: str | Path, report=print) -> Path:
+# %% ../../nbs/53_trainer.checkpoint.ipynb #5f4beee3
+def latest(run: str | Path, report: Callable[[str], None] = print) -> Path:
     "The newest checkpoint of a run whose manifest holds; FileNotFoundError if there is none. `report` gets a sentence for each damaged one."
     for folder in reversed(checkpoints(run)):
         try: check_manifest(folder)

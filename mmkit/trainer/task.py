@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'Task', 'weighted', 'positions', 'to_device', 'pack', 'QwenTask', 'answer', 'examine']
 
-# %% ../../nbs/51_trainer.task.ipynb #d37e694a
+# %% ../../nbs/51_trainer.task.ipynb #41edad5b
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,7 +25,7 @@ from ..datasets.conversation import Conversations, collate_conversations, encode
 from ..datasets.order import ordered_batches, stream
 from ..datasets.turns import read_raw, to_record
 from ..files import write_atomic
-from ..models.generate import generate, likeliest
+from ..models.generate import Pick, generate, likeliest
 from ..models.qwen2_5_vl import Qwen2_5_VL, QwenShape, freeze, position_ids
 from ..parallel.mesh import Mesh
 
@@ -56,14 +56,14 @@ def weighted(losses: Tensor, samples: Tensor, meaning: str) -> tuple[Tensor, int
     _, number, length = samples.unique(return_inverse=True, return_counts=True)
     return (losses / length[number]).sum(), len(length)
 
-# %% ../../nbs/51_trainer.task.ipynb #d68f6bf0
+# %% ../../nbs/51_trainer.task.ipynb #fb94e65d
 def positions(shape: QwenShape, input_ids: Tensor, grid: Tensor, seconds: Tensor) -> Tensor:
     "The model's `position_ids` for tensors."
     return torch.from_numpy(position_ids(shape, input_ids.numpy(), grid.numpy(), seconds.numpy()))
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    "The micro-batch with its tensors on the device; lengths stay, they are read on the host."
-    return {name: x if name == 'lengths' else x.to(device, non_blocking=True) for name, x in batch.items()}
+    "The micro-batch with its tensors on the device; lengths and grids stay, they are read on the host."
+    return {name: x if name in ('lengths', 'grid') else x.to(device, non_blocking=True) for name, x in batch.items()}
 
 def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     "Samples as one packed micro-batch that knows its number of `tokens` without padding; broken samples that were replaced are named on the log."
@@ -72,7 +72,7 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     batch['tokens'] = torch.tensor(sum(len(sample['input_ids']) for sample in samples))
     return batch
 
-# %% ../../nbs/51_trainer.task.ipynb #0ac4096b
+# %% ../../nbs/51_trainer.task.ipynb #02186a1a
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
@@ -91,6 +91,7 @@ class QwenTask:
         "For every step, this rank's packed micro-batches; their lengths are multiples of tp."
         data, loop = self.config.data, self.config.loop
         dataset = Conversations(data, self.like.path, self.places)
+        if mesh.first and dataset.report.dropped: print(dataset.report, flush=True)
         order = ordered_batches(len(dataset), loop.global_batch, loop.micro_batch, mesh.dp.rank, mesh.dp.size, self.config.seed, first_step, data.shuffle)
         collate = partial(pack, multiple=mesh.tp.size, pad=dataset.encoder.pad)
         with closing(stream(dataset, order, collate, data.workers)) as steps:
@@ -107,8 +108,8 @@ class QwenTask:
         found = examine(model, mesh, self.like.path, self.config.data, self.config.loop.samples, self.config.loop.sample_count)
         if mesh.first: write_atomic(file, json.dumps(found, ensure_ascii=False, indent=1))
 
-# %% ../../nbs/51_trainer.task.ipynb #a63a79b1
-def answer(model: nn.Module, mesh: Mesh, folder: str | Path, data: Data, records: list, room: int = 64, pick=likeliest, at_once: int = 32) -> list[str]:
+# %% ../../nbs/51_trainer.task.ipynb #5016ef3b
+def answer(model: nn.Module, mesh: Mesh, folder: str | Path, data: Data, records: list, room: int = 64, pick: Pick = likeliest, at_once: int = 32) -> list[str]:
     "The model's answer to each record (a conversation that ends with a question), in batches of `at_once`."
     encoder = open_encoder(folder, data)
     tokenizer, said = encoder.tokenizer, []

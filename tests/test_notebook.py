@@ -1,0 +1,74 @@
+"Real training in a real notebook kernel: a killed rank and an interrupt are said in the cell, and nothing is left."
+import json
+import os
+import signal
+import threading
+import time
+
+import nbformat
+import psutil
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+CELLS = ['''
+from pathlib import Path
+from mmkit import Config, Data, Layout, Loop, Optim
+from mmkit.run import launch
+from mmkit.show import watch
+from mmkit.toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
+images, file = llava_toy('data', emoji_names(4), count=32, size=56)
+start = tiny_qwen2_5_vl('start', conversation_texts(file), hidden=64)
+config = Config(weights=str(start), data=Data(files=(str(file),), media_dir=str(images)), layout=Layout(tp=2),
+                optim=Optim(lr=1e-3), loop=Loop(steps=100000, global_batch=4, micro_batch=4))
+''', '''
+run = launch(config, 2, folder='run')
+watch(run)
+''']
+
+
+def descendants():
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def when_training(folder, act):
+    "Calls `act` in a thread once some steps are on record; returns where the time of the call will stand."
+    called = []
+
+    def wait():
+        metrics = folder / 'run' / 'metrics.jsonl'
+        while not metrics.exists() or metrics.read_text().count('\n') < 3: time.sleep(0.1)
+        called.append(time.time())
+        act()
+    threading.Thread(target=wait, daemon=True).start()
+    return called
+
+
+def rank_process(folder, rank):
+    "The process of a rank, found by its log file, which it has open."
+    log = str((folder / 'run' / 'log' / f'rank{rank}.txt').resolve())
+    for process in descendants():
+        try: held = {os.readlink(f'/proc/{process.pid}/fd/{n}') for n in (1, 2)}
+        except OSError: continue
+        if held == {log} and f'RANK={rank}' in open(f'/proc/{process.pid}/environ').read().split('\0') and process.ppid() != process.pid: return process
+
+
+@pytest.mark.parametrize('end', ['kill', 'interrupt'])
+def test_the_cell_says_how_training_ended(end, tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
+    client = NotebookClient(notebook, timeout=200, resources={'metadata': {'path': str(tmp_path)}})
+
+    def kill(): os.kill(rank_process(tmp_path, 1).pid, signal.SIGKILL)
+
+    def interrupt(): os.kill(client.km.provisioner.process.pid, signal.SIGINT)
+    called = when_training(tmp_path, kill if end == 'kill' else interrupt)
+    with client.setup_kernel():
+        client.execute_cell(client.nb.cells[0], 0)
+        with pytest.raises(CellExecutionError) as error: client.execute_cell(client.nb.cells[1], 1)
+        assert called, error.value
+        seconds = time.time() - called[0]
+        alive = [p.cmdline() for p in descendants() if str(tmp_path / 'run') in ' '.join(p.cmdline()) or 'mmkit.run' in ' '.join(p.cmdline())]
+    assert seconds < 10 and not alive
+    said = str(error.value)
+    if end == 'kill': assert 'rank 1' in said and 'SIGKILL' in said, said
+    else: assert 'KeyboardInterrupt' in said and json.loads((tmp_path / 'run/log/end.json').read_text())['status'] == 'stopped'
