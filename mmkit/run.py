@@ -7,7 +7,7 @@ __all__ = ['main_of_rank', 'first_failure', 'run_torchrun', 'main_of_agent', 'dr
            'agent_process', 'read_status', 'RunFolder', 'run_html', 'wait_for_end', 'stop_processes', 'raise_failure',
            'Run', 'check_config', 'make_folder', 'start', 'launch', 'torchrun_magic', 'load_ipython_extension']
 
-# %% ../nbs/60_run.ipynb #f1fcea6e
+# %% ../nbs/60_run.ipynb #b599275f
 import io
 import json
 import os
@@ -20,6 +20,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -72,7 +73,7 @@ def run_torchrun(folder: Path, arguments: list[str]) -> str:
         return 'failed'
     return 'done'
 
-# %% ../nbs/60_run.ipynb #5cb8af5e
+# %% ../nbs/60_run.ipynb #d496565a
 def main_of_agent() -> None:
     "The process between notebook and ranks; the command line is its parent's process id (0: follow nobody), the run folder, the number of ranks, the target and its arguments."
     parent, folder, ranks, *command = sys.argv[1:]
@@ -214,7 +215,7 @@ def raise_failure(folder: Path) -> None:
         raise RunFailed(folder, **load_json(folder / 'failure.json'))
     raise RunFailed(folder, None, 1, read_end(folder / 'log' / 'torchrun.txt', 3000).strip() or 'it ended without a word (killed?)')
 
-# %% ../nbs/60_run.ipynb #64c021a6
+# %% ../nbs/60_run.ipynb #1d27e262
 class Run(RunFolder):
     "A started run. `Run(folder)` opens one again that is going on or has ended."
 
@@ -232,8 +233,9 @@ class Run(RunFolder):
                 time.sleep(every)
         except KeyboardInterrupt:
             self.stop()
+            with suppress(Exception): watch()          # the interrupt may have left a library half imported
             raise Interrupted(f'interrupted: every rank of {self.folder} has ended') from None
-        finally: watch()
+        watch()
         if self.status == 'failed': raise_failure(self.folder)
         return self
 
@@ -272,7 +274,7 @@ def make_folder(folder: str | Path | None, name: str | None) -> Path:
         (path / 'log').mkdir()
         return path
 
-# %% ../nbs/60_run.ipynb #7af452ba
+# %% ../nbs/60_run.ipynb #caf10c9d
 def start(folder: Path, target: str, ranks: int, stay: bool = False, env: dict[str, str] | None = None) -> Run:
     "Starts `target` on `ranks` ranks of torchrun in an existing run folder; with `stay` the run outlives this process."
     command = [sys.executable, '-c', 'from mmkit.run import main_of_agent; main_of_agent()', '0' if stay else str(os.getpid()),
@@ -294,7 +296,7 @@ def launch(config: Config | dict, ranks: int | None = None, folder: str | Path |
     write_atomic(folder / 'config.json', json.dumps(config) if isinstance(config, dict) else dumps(config))
     return start(folder, target, ranks or pick_device().count(), stay, env)
 
-# %% ../nbs/60_run.ipynb #7167cb65
+# %% ../nbs/60_run.ipynb #9940559d
 def torchrun_magic(line: str, cell: str) -> Run:
     "Runs the cell's text under torchrun (`-n RANKS`, `--name NAME`) and returns its Run; rank 0's output appears as it comes."
     words = shlex.split(line)

@@ -7,7 +7,7 @@ __all__ = ['PANELS', 'by_name', 'smoothed', 'to_png', 'new_figure', 'draw_line',
            'thumbnail', 'answer_html', 'show_samples', 'can_update', 'View', 'Text', 'watch', 'stop_button',
            'watch_async']
 
-# %% ../nbs/61_show.ipynb #80c5be8d
+# %% ../nbs/61_show.ipynb #0c4f2c65
 import asyncio
 import io
 import math
@@ -15,6 +15,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def watch(run: Run, every: float = 0.5, smooth: float = 0.8) -> None:
     "Shows a run while it goes on and returns when it is done or stopped; raises RunFailed. An interrupt stops all ranks."
     run.wait(watch=View(run, smooth).refresh, every=every)
 
-# %% ../nbs/61_show.ipynb #f979dbe4
+# %% ../nbs/61_show.ipynb #9f52495b
 def stop_button(run: Run) -> Any:
     "A stop button on the page and the handle of its output, or None where a button cannot work."
     from IPython.display import display
@@ -218,8 +219,8 @@ async def watch_async(run: Run, every: float = 0.5, smooth: float = 0.8) -> None
             await asyncio.sleep(every)
     except (KeyboardInterrupt, asyncio.CancelledError):
         run.stop()
+        with suppress(Exception): view.refresh()       # the interrupt may have left a library half imported
         raise
     finally:
         if button: button[0].close(), button[1].update(Text(f'{run.folder.name}: {run.status}'))
-        view.refresh()
-    run.wait()
+    run.wait(watch=view.refresh)
