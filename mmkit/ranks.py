@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OWN_FRAMES', 'follow_parent', 'leave', 'run_target', 'close_group', 'main_of_rank', 'last_words', 'RankFailed',
-           'Interrupted', 'package_path', 'child_environment', 'run_ranks', 'ranks_magic', 'load_ipython_extension']
+           'Interrupted', 'heard_interrupts', 'package_path', 'child_environment', 'run_ranks', 'ranks_magic',
+           'load_ipython_extension']
 
-# %% ../nbs/03_ranks.ipynb #2a34a059
+# %% ../nbs/03_ranks.ipynb #a66abc18
 import importlib.util
 import os
 import runpy
@@ -17,7 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,7 +80,7 @@ def main_of_rank() -> None:
         leave(code)
     close_group()
 
-# %% ../nbs/03_ranks.ipynb #37abe9ab
+# %% ../nbs/03_ranks.ipynb #012eccf7
 OWN_FRAMES = ('mmkit/ranks.py', 'mmkit/run.py', '<frozen runpy>', '/runpy.py')
 
 
@@ -114,6 +116,19 @@ class Interrupted(KeyboardInterrupt):
 
     def _render_traceback_(self):
         return [str(self)]
+
+# %% ../nbs/03_ranks.ipynb #10c936e9
+@contextmanager
+def heard_interrupts() -> Iterator[list]:
+    "A list that holds something once this process was interrupted; the interrupt is raised as well."
+    def hear(number, frame):
+        heard.append(number)
+        raise KeyboardInterrupt
+    heard, main = [], threading.current_thread() is threading.main_thread()         # only the main thread is interrupted
+    before = signal.signal(signal.SIGINT, hear) if main else None
+    try: yield heard
+    finally:
+        if main: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 # %% ../nbs/03_ranks.ipynb #ef43e37b
 def package_path() -> str:

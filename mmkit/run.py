@@ -7,7 +7,7 @@ __all__ = ['main_of_rank', 'first_failure', 'run_torchrun', 'main_of_agent', 'dr
            'agent_process', 'read_status', 'RunFolder', 'run_html', 'wait_for_end', 'stop_processes', 'raise_failure',
            'Run', 'check_config', 'make_folder', 'start', 'launch', 'torchrun_magic', 'load_ipython_extension']
 
-# %% ../nbs/60_run.ipynb #b599275f
+# %% ../nbs/60_run.ipynb #78f1fb9a
 import io
 import json
 import os
@@ -31,7 +31,7 @@ import psutil
 from .config import Config, dumps
 from .device import pick_device
 from .files import Jsonl, copy_output, load_json, read_end, write_atomic
-from .ranks import Interrupted, RankFailed, child_environment, close_group, follow_parent, last_words, leave, run_target
+from .ranks import Interrupted, RankFailed, heard_interrupts, child_environment, close_group, follow_parent, last_words, leave, run_target
 
 # %% ../nbs/60_run.ipynb #b34ea584
 def main_of_rank() -> None:
@@ -215,7 +215,7 @@ def raise_failure(folder: Path) -> None:
         raise RunFailed(folder, **load_json(folder / 'failure.json'))
     raise RunFailed(folder, None, 1, read_end(folder / 'log' / 'torchrun.txt', 3000).strip() or 'it ended without a word (killed?)')
 
-# %% ../nbs/60_run.ipynb #1d27e262
+# %% ../nbs/60_run.ipynb #e40a7e55
 class Run(RunFolder):
     "A started run. `Run(folder)` opens one again that is going on or has ended."
 
@@ -227,10 +227,12 @@ class Run(RunFolder):
         "The run once it is done or stopped; raises RunFailed, or TimeoutError after `timeout` seconds. `watch` is called again and again."
         deadline = float('inf') if timeout is None else time.monotonic() + timeout
         try:
-            while self.running:
-                if time.monotonic() > deadline: raise TimeoutError(f'{self.folder} is still {self.status} after {timeout} s: wait again or stop() it')
-                watch()
-                time.sleep(every)
+            with heard_interrupts() as heard:
+                while self.running:
+                    if heard: raise KeyboardInterrupt
+                    if time.monotonic() > deadline: raise TimeoutError(f'{self.folder} is still {self.status} after {timeout} s: wait again or stop() it')
+                    watch()
+                    time.sleep(every)
         except KeyboardInterrupt:
             self.stop()
             with suppress(Exception): watch()          # the interrupt may have left a library half imported
