@@ -21,7 +21,7 @@ def chats(count, rng, grid):
     "Chats as samples: a question of many words, an answer of half as many that is trained, a picture if there is a grid."
     for _ in range(count):
         asked, said = rng.integers(40, 160), rng.integers(20, 80)
-        yield rng.integers(300, 4000, asked), rng.integers(300, 4000, said), grid
+        yield rng.integers(1000, 4000, asked), rng.integers(1000, 4000, said), grid      # above the tokens that mark pictures
 
 
 def sample(shape, places, asked, said, grid):
