@@ -1,6 +1,5 @@
 """What the tests of equal answers share: a model opened as the trainer opens it, whole gradients under Hugging Face's names, distances and tables."""
-import json, os, socket
-from contextlib import ExitStack
+import json
 from functools import partial
 from pathlib import Path
 
@@ -18,24 +17,13 @@ from mmkit.trainer.weights import joined
 TESTS = Path(__file__).resolve().parent
 LIMIT = 1e-5                                    # largest difference over largest value
 
-def free_ports(count):
-    "Numbers of ports that nobody listens on."
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets: one.bind(('127.0.0.1', 0))
-        return [one.getsockname()[1] for one in sockets]
-
 def on_ranks(module, function, folder, ranks, timeout):
-    "What `module.function(folder, worlds)` of this folder returns on rank 0 of a launch, as JSON makes it."
+    "What `module.function(folder)` of this folder returns on rank 0 of a launch, as JSON makes it."
     out = Path(folder) / f'{function}-{ranks}.json'
-    run_ranks(f'import json, os, sys\nsys.path.insert(0, {str(TESTS)!r})\nimport {module}, parity\n'
-              f'found = {module}.{function}({str(folder)!r}, parity.worlds({free_ports(40)!r}))\n'
+    run_ranks(f'import json, os, sys\nsys.path.insert(0, {str(TESTS)!r})\nimport {module}\n'
+              f'found = {module}.{function}({str(folder)!r})\n'
               f'if os.environ["RANK"] == "0": open({str(out)!r}, "w").write(json.dumps(found))', ranks, timeout)
     return json.loads(out.read_text())
-
-def worlds(ports):
-    "Each `next` gives the processes of a launch a meeting place of its own, for their next mesh: at the old one a fast rank would read old addresses."
-    while True: yield
 
 def small_buckets(size=20_000):
     "Makes Megatron cut its gradient buffer into many buckets also for a tiny model, so that overlap has something to overlap."

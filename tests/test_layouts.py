@@ -87,13 +87,13 @@ def first_gradients(config, folder, title):
         if mesh.first: save_file({name: x.contiguous() for name, x in found.items()}, folder / f'{title}.safetensors')
         return [batch['grid'][:, 0].tolist() for batch in batches]
 
-def train(folder, worlds):
+def train(folder):
     "Losses and gradient norms of every row of this world; its first gradients lie beside as files."
     folder, found = Path(folder), {}
     for title in (title for title, row in ROWS.items() if row[0] == place().world):
         config = config_of(folder, title)
-        next(worlds); held = first_gradients(config, folder, title)
-        next(worlds); records = fit(config, folder / 'runs' / title.replace(' ', '-'))
+        held = first_gradients(config, folder, title)
+        records = fit(config, folder / 'runs' / title.replace(' ', '-'))
         found[title] = dict(held=held, losses=[r.loss for r in records], norms=[r.grad_norm for r in records])
     return found
 

@@ -152,11 +152,10 @@ def answers(folder, name, model, mesh, stop=()):
     samples = step_of(folder / name, [PROMPTS])[0]
     return generate(model, pack(samples, mesh.tp.size, 0), len(samples), stop, mesh, room=NEW)
 
-def measure(folder, worlds):
+def measure(folder):
     "All cases of both models in every layout of this world, the greedy answers, and whether recompute gives the same bits."
     folder, rows, said, same_bits, kept, runs = Path(folder), [], {}, {}, {}, {}
     for title, layout in LAYOUTS[place().world].items():
-        next(worlds)
         with open_mesh(layout, pick_device('cpu')) as mesh:
             if layout.overlap: parity.small_buckets()
             for name in MODELS:
@@ -171,11 +170,10 @@ def measure(folder, worlds):
                     if 'recompute' in title: same_bits[f'{title}, {name}, {case}'] = all(torch.equal(mine[key], plain[key]) for key in mine)
                 runs[f'{title}, {name}'] = len(counted)
                 if mesh.dp.size == 1: said[f'{title}, {name}'] = answers(folder, name, model, mesh)
-    return dict(rows=rows, answers=said, same_bits=same_bits, runs=runs, more=more_on_one_rank(folder, worlds) if place().world == 1 else None)
+    return dict(rows=rows, answers=said, same_bits=same_bits, runs=runs, more=more_on_one_rank(folder) if place().world == 1 else None)
 
-def more_on_one_rank(folder, worlds):
+def more_on_one_rank(folder):
     "What needs no second rank: parts frozen, and the other spelling of names."
-    next(worlds)
     with open_mesh(Layout(data='ddp'), pick_device('cpu')) as mesh:
         return dict(frozen=frozen_rows(folder, mesh), spelling=spelling(folder, mesh))
 

@@ -45,7 +45,7 @@ def new_folder(target: str | Path, size: int = 0) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
-# %% ../../nbs/32_converters.convert.ipynb #8887dfaa
+# %% ../../nbs/32_converters.convert.ipynb #ec7bede3
 def zip_places(path: Path) -> Iterator[tuple[str, int, int, tuple[int, int]]]:
     "For every stored entry of a zip archive: its name, where its bytes begin, how many there are, and the two places of its checksum."
     with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
@@ -59,10 +59,10 @@ def zip_places(path: Path) -> Iterator[tuple[str, int, int, tuple[int, int]]]:
 
 class PeerWriter(TensorFile):
     "A MindSpeed-MM rank file to be filled in any order; `groups` maps model (or model0, model1 ...) to tensors that say dtype and shape."
-    def __init__(self, path: Path, groups: Mapping[str, Mapping[str, Tensor]]):
+    def __init__(self, path: Path, groups: Mapping[str, Mapping[str, Tensor]], versioned: bool = True):
         empty = {group: {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items()} for group, tensors in groups.items()}
         path.parent.mkdir(parents=True)
-        with torch.serialization.skip_data(): torch.serialization.save(empty | {'checkpoint_version': 3.0}, path)     # torch.save itself, which device plug-ins may replace
+        with torch.serialization.skip_data(): torch.serialization.save(empty | ({'checkpoint_version': 3.0} if versioned else {}), path)     # torch.save itself, which device plug-ins may replace
         tensors = {(group, name): x for group, named in empty.items() for name, x in named.items()}
         entries = {name: rest for name, *rest in zip_places(path)}
         places, checksums = {}, {}
@@ -91,12 +91,12 @@ def progress(size: int, title: str) -> tqdm:
     "A progress bar over `size` bytes."
     return tqdm(total=size, desc=title, unit='B', unit_scale=True, mininterval=0.5)
 
-# %% ../../nbs/32_converters.convert.ipynb #cd655454
-def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int, rank_folder: str, bar: tqdm) -> None:
+# %% ../../nbs/32_converters.convert.ipynb #dbd813cb
+def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int, rank_folder: str, versioned: bool, bar: tqdm) -> None:
     "Writes the files of all tensor ranks of one pipeline stage; `rank_folder` has a place for the rank."
     groups = {'model' if len(chunks) == 1 else f'model{v}': chunk for v, chunk in enumerate(chunks)}
     layout = {group: {p.mm: shards(p, hf, tp)[0] for p in chunk} for group, chunk in groups.items()}
-    writers = [PeerWriter(release / rank_folder.format(rank) / 'model_optim_rng.pt', layout) for rank in range(tp)]
+    writers = [PeerWriter(release / rank_folder.format(rank) / 'model_optim_rng.pt', layout, versioned or len(chunks) > 1) for rank in range(tp)]
     for group, piece in ((group, piece) for group, chunk in groups.items() for piece in chunk):
         full = piece.rule.pack.pack(*(hf[h] for h in piece.hf))
         for writer, part in zip(writers, piece.rule.split.cut(full, tp)):
@@ -104,7 +104,7 @@ def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int,
             bar.update(part.nbytes)
     for writer in writers: writer.close()
 
-# %% ../../nbs/32_converters.convert.ipynb #3c5d3821
+# %% ../../nbs/32_converters.convert.ipynb #0a32fd69
 def hf_to_mm(hf_dir: str | Path, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int = 1) -> Written:
     "What was written: the weights of a Hugging Face folder as a MindSpeed-MM folder, laid out as `towers` and `tp` say."
     hf = HFFolder(hf_dir)
@@ -115,7 +115,7 @@ def hf_to_mm(hf_dir: str | Path, mm_dir: str | Path, towers: tuple[Tower, ...], 
     with new_folder(mm_dir, size) as folder, progress(size, 'hf_to_mm') as bar:
         for stage in range(stages):
             rank_folder = 'mp_rank_{:02d}' + (f'_{stage:03d}' if stages > 1 else '')
-            write_stage(folder / 'release', chunks[stage::stages], hf, tp, rank_folder, bar)
+            write_stage(folder / 'release', chunks[stage::stages], hf, tp, rank_folder, all(tower.versioned for tower in towers), bar)
         (folder / 'latest_checkpointed_iteration.txt').write_text('release')
         for path in [folder, *folder.rglob('*')]: path.chmod(0o750 if path.is_dir() else 0o640)
     return Written(Path(mm_dir), tp * stages, tp * len(placed), size)

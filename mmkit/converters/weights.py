@@ -107,13 +107,14 @@ def rows(layers: Iterable | None, depth: int, name: str = 'layers') -> Rows:
     if total != depth: raise ValueError(f'{name} {layers} adds up to {total} but the model has {depth} such layers: change the numbers so that they add up')
     return table
 
-# %% ../../nbs/30_converters.weights.ipynb #a0f2b574
+# %% ../../nbs/30_converters.weights.ipynb #c8b82183
 @dataclass(frozen=True)
 class Tower:
     "A stack of numbered layers with what comes before the first and after the last; it draws itself as a table."
     rules: tuple[Rule, ...]
     layers: Rows
     name: str = 'tower'
+    versioned: bool = True          # whether the peer notes a version in files without virtual chunks
 
     @property
     def counts(self) -> list[int]:
