@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACTORIES', 'ANYWHERE', 'ON_CPU', 'MINDSPEED_OPTIONS', 'NAMES', 'LOADED', 'Idle', 'CpuCuda', 'on_cpu', 'CpuTorch',
-           'TypeName', 'answer_for_cuda', 'repair_random', 'repair_jit', 'repair_fp8', 'FusedAdamW', 'repair_optimizer',
-           'Repairing', 'Finder', 'repairs', 'prepare_npu', 'prepared_for', 'prepare', 'load_names', 'megatron']
+           'TypeName', 'answer_for_cuda', 'repair_random', 'repair_jit', 'repair_fp8', 'FusedAdamW', 'repair_mappings',
+           'repair_optimizer', 'Repairing', 'Finder', 'repairs', 'prepare_npu', 'prepared_for', 'prepare', 'load_names',
+           'megatron']
 
 # %% ../../nbs/10_parallel.engine.ipynb #6e13ac57
 import contextlib
@@ -100,20 +101,26 @@ def repair_fp8(module: Any) -> None:
     quantize = module.quantize_param_shard
     module.quantize_param_shard = lambda parameters, *rest: quantize(parameters, *rest) if len(parameters) else None
 
-# %% ../../nbs/10_parallel.engine.ipynb #450da2dd
+# %% ../../nbs/10_parallel.engine.ipynb #6942c5b3
 class FusedAdamW(torch.optim.AdamW):
     "torch's AdamW in its fused form, the twin of Apex's FusedAdam."
     def __init__(self, params: Any, **options: Any):
         super().__init__(params, fused=True, **options)
 
+def repair_mappings(module: Any) -> None:
+    "An all-reduce also of a tensor that is not contiguous: Megatron sums a copy of it and drops the sum."
+    reduce = module._reduce
+    module._reduce = lambda x: reduce(x.contiguous())
+
 def repair_optimizer(module: Any) -> None:
     "Megatron's Adam is torch's fused one where neither Transformer Engine nor Apex brings its own."
     if module.Adam is torch.optim.AdamW: module.Adam = FusedAdamW
 
-# %% ../../nbs/10_parallel.engine.ipynb #4764a3e0
+# %% ../../nbs/10_parallel.engine.ipynb #0f6a1c7c
 ANYWHERE = {
     'megatron.core.fp8_utils': repair_fp8,
     'megatron.core.optimizer': repair_optimizer,
+    'megatron.core.tensor_parallel.mappings': repair_mappings,
 }
 ON_CPU = {
     'megatron.core.tensor_parallel.random': repair_random,
