@@ -249,15 +249,17 @@ class Run(RunFolder):
     def __repr__(self): return f'Run({str(self.folder)!r}): {self.status}, {len(self.records())} records'
     def _repr_html_(self): return run_html(self)
 
-# %% ../nbs/60_run.ipynb #1334694f
+# %% ../nbs/60_run.ipynb #e57bb452
 def check_config(config: Config, ranks: int | None) -> int:
     "The number of ranks to start (None: as many as there are devices); raises a one-line ValueError when the config cannot run here."
     device = pick_device(config.device)
     ranks = device.count() if ranks is None else ranks
     if device.name != 'cpu' and ranks > device.count(): raise ValueError(f'ranks={ranks} and this machine has {device.count()} {device.name} devices: use at most {device.count()} ranks')
     config.check(ranks)
-    for kind, path in [('weights', config.weights), *(('data.files', file) for file in config.data.files)]:
-        if not Path(path).exists(): raise ValueError(f'{kind}={path!r} is not there: correct the path (relative paths start in {Path.cwd()})')
+    film = config.film
+    for kind, path in [('weights', config.weights), ('processor', config.processor), *(('data.files', file) for file in config.data.files),
+                       ('film.features', film.features), ('film.source', film.source), ('loop.samples', config.loop.samples)]:
+        if path is not None and not Path(path).exists(): raise ValueError(f'{kind}={path!r} is not there: correct the path (relative paths start in {Path.cwd()})')
     return ranks
 
 

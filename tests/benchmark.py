@@ -63,7 +63,7 @@ def main():
     from mmkit.toy import tiny_qwen2_5_vl
     from mmkit.trainer.loop import build
     from mmkit.trainer.step import train_step
-    from mmkit.trainer.task import QwenTask, pack
+    from mmkit.trainer.qwen2_5_vl import QwenTask, pack
 
     folder = tiny_qwen2_5_vl(Path(tempfile.mkdtemp()) / 'model', WORDS, hidden=512, layers=8, heads=8, kv_heads=2, ffn=1408, vocab=4096, tied=False)
     config = Config(weights=str(folder), layout=Layout(data='ddp'), optim=Optim(lr=1e-4), loop=Loop(global_batch=args.samples, micro_batch=args.samples))

@@ -37,7 +37,7 @@ def open_trainer(config, mesh):
 
 def step_gradients(task, wrapped, mesh, batches):
     "(mean loss, whole gradients by Hugging Face name) of a step over this rank's micro-batches, on every rank."
-    total, count = accumulate(wrapped, iter(batches), len(batches), task.loss)
+    total, count, *_ = accumulate(wrapped, iter(batches), len(batches), task.loss)
     total, count = mesh.dp.sum(torch.stack([total.detach(), count.to(total.dtype)])).tolist()
     mine, found = gradients(wrapped, mesh), {}
     for piece in pieces(task.towers)[0]:

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 import mmkit
 from mmkit.cli import mm_convert, mmkit as command
+from mmkit.converters.folders import MMFolder
+from mmkit.converters.wan2_1 import wan2_1_towers
 
 GOLDEN = Path(__file__).parent / 'golden'
 HF = GOLDEN / 'qwen2_5_vl_hf'
@@ -28,6 +30,12 @@ mm-convert  Qwen2_5_VLConverter mm_to_hf \\
   --cfg.parallel_config.vit_pp_layers [3] \\
   --cfg.parallel_config.tp_size 1
 '''
+WEIGHTS = './weights/Wan-AI/Wan2.1-T2V-1.3B-Diffusers'
+CONVERT_TO_MM = f'mmkit convert-wan --source_path {WEIGHTS}/transformer/ --target_path ckpt/wan/ --mode convert_to_mm'
+CONVERT_TO_HF = f'mmkit convert-wan --source_path ckpt/wan/ --ckpt_path {WEIGHTS}/transformer/ --target_path ckpt/wan_hf/ --mode convert_to_hf'
+WAN_TO_MM = f'mm-convert WanConverter hf_to_mm --cfg.source_path {WEIGHTS}/transformer/ --cfg.target_path ckpt/wan/'
+WAN_TO_HF = f'mm-convert WanConverter mm_to_hf --cfg.source_path ckpt/wan/ --cfg.target_path ckpt/wan_hf/ --cfg.hf_dir {WEIGHTS}/transformer/'
+RESPLIT = f'mm-convert WanConverter resplit --cfg.source_path ckpt/wan/ --cfg.target_path ckpt/other/ --cfg.hf_dir {WEIGHTS}/transformer/'
 
 
 def run(line, folder=None, code=0):
@@ -38,10 +46,15 @@ def run(line, folder=None, code=0):
     assert 'Traceback' not in done.stderr
     return done
 
+def does(line):
+    "The exit code of a line of mm-convert or mmkit that runs in this process."
+    program, *words = shlex.split(line.replace('\\\n', ' '))
+    try: return {'mm-convert': mm_convert, 'mmkit': command}[program](words)
+    except SystemExit as end: return end.code
+
 def inside(line, capsys, code):
-    "What a line of mm-convert says on stderr when it runs in this process; it must end with this exit code."
-    try: ended = mm_convert(shlex.split(line.replace('\\\n', ' '))[1:])
-    except SystemExit as end: ended = end.code
+    "What a line says on stderr when it runs in this process and fails; it must end with this exit code."
+    ended = does(line)
     said = capsys.readouterr()
     assert (ended, said.out) == (code, ''), said.err
     return said.err
@@ -113,14 +126,159 @@ def test_fields_that_change_nothing_are_accepted(work):
     assert mm_convert(shlex.split(line)[1:]) == 0
 
 
-def test_help_names_every_field():
+@pytest.fixture
+def wan(tmp_path, monkeypatch):
+    "A folder as the quick start has it, with pipelines around small Wan2.1 transformers; the test runs in it."
+    monkeypatch.chdir(tmp_path)
+    for kind in ('t2v', 'i2v'):
+        pipeline = tmp_path / WEIGHTS.replace('T2V', kind.upper())
+        shutil.copytree(GOLDEN / f'wan2_1_{kind}_hf', pipeline / 'transformer')
+        (pipeline / 'model_index.json').write_text('{"_class_name": "WanPipeline"}')
+    return tmp_path
+
+def files_of(folder): return {file.relative_to(folder).as_posix(): file.read_bytes() for file in Path(folder).rglob('*') if file.is_file()}
+def tensors_of(folder): return {name: x for file in Path(folder).glob('*.safetensors') for name, x in load_file(file).items()}
+def same(x, y): return x.dtype == y.dtype and x.shape == y.shape and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+def equal(mine, theirs): return mine.keys() == theirs.keys() and all(same(mine[name], x) for name, x in theirs.items())
+
+def check_peers(folder, golden):
+    "Every file of `folder` holds what the peer's converter wrote into it."
+    assert files_of(folder).keys() == files_of(golden).keys()
+    for name in files_of(golden):
+        mine, theirs = Path(folder) / name, golden / name
+        if mine.suffix != '.pt': assert mine.read_bytes() == theirs.read_bytes(); continue
+        mine, theirs = (torch.load(file, weights_only=True) for file in (mine, theirs))
+        assert mine.keys() == theirs.keys() and mine.get('checkpoint_version') == theirs.get('checkpoint_version')
+        for group in theirs.keys() - {'checkpoint_version'}: assert equal(mine[group], theirs[group]), (name, group)
+
+
+@pytest.mark.parametrize('golden, layers', [('t2v_pp1', ''), ('t2v_pp1', '[]'), ('t2v_pp2', '[1,3]'), ('t2v_pp2', '[[1,3]]'), ('t2v_pp2_vpp2', '[[1,1],[1,1]]'), ('i2v_pp1', '[4]')])
+def test_both_spellings_of_wan_write_the_peers_files_and_read_them(golden, layers, wan):
+    kind = lambda line: line.replace('T2V', golden[:3].upper())
+    assert does(kind(CONVERT_TO_MM) + (f" --pp_vpp_layers '{layers}'" if layers else '')) == 0
+    assert does(kind(WAN_TO_MM).replace('ckpt/wan', 'ckpt/same') + (f" --cfg.target_parallel_config.pp_layers '{layers}'" if layers else '')) == 0
+    check_peers('ckpt/wan', GOLDEN / f'wan2_1_{golden}')
+    assert files_of('ckpt/wan') == files_of('ckpt/same')
+    shutil.rmtree('ckpt/wan'); shutil.copytree(GOLDEN / f'wan2_1_{golden}', 'ckpt/wan')
+    assert does(kind(CONVERT_TO_HF)) == does(kind(WAN_TO_HF).replace('wan_hf', 'same_hf')) == 0
+    assert files_of('ckpt/wan_hf') == files_of('ckpt/same_hf') and files_of('ckpt/wan_hf').keys() == files_of(GOLDEN / f'wan2_1_{golden[:3]}_hf').keys()
+    assert equal(tensors_of('ckpt/wan_hf'), tensors_of(GOLDEN / f'wan2_1_{golden[:3]}_hf'))
+
+
+def test_a_line_of_the_quick_start_for_wan_in_a_shell(wan):
+    assert last(run(CONVERT_TO_MM + " --pp_vpp_layers '[1,3]'", wan).stdout) == 'wrote 123 tensors, 0.08 MB, in 2 files: ckpt/wan'
+    check_peers('ckpt/wan', GOLDEN / 'wan2_1_t2v_pp2')
+
+
+@pytest.mark.parametrize('steps', [['[1,3]', '[[1,1],[1,1]]'], ['[[1,1],[1,1]]', '[2,1,1]', '[4]'], ['[4]', '[2,2] --cfg.target_parallel_config.tp_size 2', '[3,1]']], ids=' then '.join)
+def test_wan_with_pictures_goes_through_layouts_and_opens_in_diffusers(steps, wan, capsys):
+    from diffusers import WanTransformer3DModel
+    first, *others = (f' --cfg.target_parallel_config.pp_layers {layers}' for layers in steps)
+    lines = [line.replace('T2V', 'I2V') for line in (WAN_TO_MM, RESPLIT, WAN_TO_HF)]
+    assert does(lines[0].replace('ckpt/wan', 'ckpt/0') + first) == 0
+    for k, layers in enumerate(others): assert does(lines[1].replace('ckpt/wan', f'ckpt/{k}').replace('ckpt/other', f'ckpt/{k + 1}') + layers) == 0
+    assert ('MindSpeed-MM does not: it has no tensor parallelism' in capsys.readouterr().out) == any('tp_size' in step for step in steps)
+    whole = WEIGHTS.replace('T2V', 'I2V')
+    assert does(lines[2].replace('ckpt/wan/', f'ckpt/{len(others)}').replace(f'{whole}/transformer/', whole)) == 0        # the pipeline folder will do
+    hf = GOLDEN / 'wan2_1_i2v_hf'
+    for k, layers in enumerate(steps):
+        table = json.loads(layers.split()[0])
+        found = MMFolder(f'ckpt/{k}', wan2_1_towers(json.loads((hf / 'config.json').read_text()))).found
+        assert found.towers[0].layers == tuple(map(tuple, table if isinstance(table[0], list) else [table])) and found.tp == 1 + ('tp_size 2' in layers)
+        assert {f'img_emb.proj.{part}.{end}' for part in (0, 1, 3, 4) for end in ('weight', 'bias')} <= found.chunks[0][0].keys()
+    assert equal(tensors_of('ckpt/wan_hf'), tensors_of(hf))
+    opened, report = WanTransformer3DModel.from_pretrained('ckpt/wan_hf', output_loading_info=True)
+    assert not any(report.values()) and all(torch.equal(opened.state_dict()[name].float(), x.float()) for name, x in tensors_of(hf).items())
+
+
+def test_a_resplit_equals_a_conversion(wan):
+    assert does(WAN_TO_MM) == does(RESPLIT + ' --cfg.target_parallel_config.pp_layers [[1,1],[1,1]]') == 0
+    check_peers('ckpt/other', GOLDEN / 'wan2_1_t2v_pp2_vpp2')
+
+
+def test_an_iteration_of_a_training_and_a_pattern_that_was_converted_in_place(wan):
+    shutil.copytree(GOLDEN / 'wan2_1_t2v_pp2', 'ckpt/wan')
+    Path('ckpt/wan/release').rename('ckpt/wan/iter_0000500')
+    Path('ckpt/wan/latest_checkpointed_iteration.txt').write_text('500')
+    shutil.copytree(GOLDEN / 'wan2_1_t2v_pp1', f'{WEIGHTS}/transformer', dirs_exist_ok=True)
+    assert does(CONVERT_TO_HF) == does(CONVERT_TO_HF.replace('ckpt/wan/', 'ckpt/wan/iter_0000500').replace('wan_hf', 'same')) == 0
+    assert files_of('ckpt/wan_hf') == files_of('ckpt/same') and files_of('ckpt/same').keys() == files_of(GOLDEN / 'wan2_1_t2v_hf').keys()
+
+
+PP = '--cfg.target_parallel_config.pp_layers'
+@pytest.mark.parametrize('line, words', [
+    (WAN_TO_MM + f' {PP} [2,3]', f'{PP} [2, 3] adds up to 5 but the model has 4'),
+    (CONVERT_TO_MM + ' --pp_vpp_layers [2,3]', '--pp_vpp_layers [2, 3] adds up to 5 but the model has 4'),
+    (CONVERT_TO_MM + ' --pp_vpp_layers [[1,1],[2]]', '--pp_vpp_layers [[1, 1], [2]] has rows of [1, 2] numbers: each row needs one number for each pipeline stage'),
+    (WAN_TO_MM + f' {PP} [[2],[2]]', f'{PP} [[2], [2]] has 2 virtual chunks on 1 stage: virtual chunks need at least 2 stages'),
+    (CONVERT_TO_MM + ' --pp_vpp_layers [0,4]', '--pp_vpp_layers [0, 4] has a stage without layers'),
+    (WAN_TO_MM.replace('weights/', 'weight/'), '--cfg.source_path weight/Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer is not a folder: give the transformer folder of a Wan2.1 model'),
+    (CONVERT_TO_MM.replace(WEIGHTS, 'qwen'), '--source_path qwen/transformer holds a qwen2_5_vl: give the transformer folder of a Wan2.1 model'),
+    (CONVERT_TO_MM.replace(f'{WEIGHTS}/transformer/', 'weights'), '--source_path weights has no config.json'),
+    (CONVERT_TO_MM.replace(f'{WEIGHTS}/transformer/', 'bare'), 'bare holds no .safetensors file'),
+    (CONVERT_TO_MM.replace(f'{WEIGHTS}/transformer/', 'two'), '--source_path two has two models, transformer and transformer_2: give one of these folders'),
+    (CONVERT_TO_MM.replace(f'{WEIGHTS}/transformer/', 'mm'), '--source_path mm holds a MindSpeed-MM checkpoint'),
+    (CONVERT_TO_MM.replace('ckpt/wan/', f'{WEIGHTS}/transformer/'), 'transformer is also the source, which is never changed: give a new folder, such as weights/Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer_mm'),
+    (CONVERT_TO_MM.replace('ckpt/wan/', 'qwen'), 'qwen already holds something: give a folder that is new or empty'),
+    (RESPLIT.replace('ckpt/wan/', 'mm').replace('ckpt/other/', 'mm'), '--cfg.target_path mm is also the source'),
+    (CONVERT_TO_HF, '--source_path ckpt/wan is not a folder: give a folder that mm-convert or MindSpeed-MM wrote'),
+    (CONVERT_TO_HF.replace('ckpt/wan/', f'{WEIGHTS}/transformer'), 'transformer has no latest_checkpointed_iteration.txt: give a folder that mm-convert or MindSpeed-MM wrote'),
+    (CONVERT_TO_HF.replace('ckpt/wan/', 'mm/iter_0000020'), 'with 20 in its latest_checkpointed_iteration.txt'),
+    (CONVERT_TO_HF.replace('ckpt/wan/', 'bits'), '--source_path bits holds ranks but is not called release or iter_ and 7 digits'),
+    (CONVERT_TO_HF.replace('ckpt/wan/', 'mm').replace(f'--ckpt_path {WEIGHTS}/transformer/', ''), '--ckpt_path is missing: give the transformer folder of the model'),
+    (RESPLIT.replace('ckpt/wan/', 'mm').replace(f'--cfg.hf_dir {WEIGHTS}/transformer/', ''), '--cfg.hf_dir is missing: give the transformer folder of the model'),
+    (CONVERT_TO_HF.replace('ckpt/wan/', 'mm').replace('T2V', 'I2V'), 'does not fit the model: missing: blocks.0.cross_attn.k_img.bias'),
+    (CONVERT_TO_HF.replace('ckpt/wan/', 'mm').replace(WEIGHTS, 'qwen'), '--ckpt_path qwen/transformer holds a qwen2_5_vl'),
+    (CONVERT_TO_HF.replace('ckpt/wan/', 'qwen_mm'), 'qwen_mm holds [0] wan layers, 0 in all, but the model has 4'),
+    (CONVERT_TO_HF.replace('ckpt/wan/', 'mm') + ' --pp_vpp_layers [1,3]', '--pp_vpp_layers [1, 3] is not possible, the layout of the source is found by itself: leave it out'),
+    (WAN_TO_HF.replace('ckpt/wan/', 'mm') + ' --cfg.target_parallel_config.tp_size 2', '--cfg.target_parallel_config.tp_size 2 is not possible'),
+    (WAN_TO_MM + ' --cfg.target_parallel_config.tp_size 0', '--cfg.target_parallel_config.tp_size 0 does not divide the 2 heads of the model: give a number that does'),
+    (WAN_TO_MM + ' --cfg.target_parallel_config.tp_size 3', '--cfg.target_parallel_config.tp_size 3 does not divide the 2 heads'),
+    (WAN_TO_MM + ' --cfg.target_parallel_config.ep_size 2', '--cfg.target_parallel_config.ep_size 2 is not possible, the model has no experts: leave it out'),
+    (WAN_TO_HF + ' --cfg.lora_path lora', '--cfg.lora_path lora is not possible, LoRA weights are not merged here: leave it out'),
+    ('mm-convert WanConverter layerzero_to_mm --cfg.source_path save --cfg.target_path mm --iteration 20 --prefix predictor --ema_model false', 'layerzero_to_mm is not possible, the shards of a LayerZero training'),
+    ('mm-convert WanConverter merge_lora_to_base --cfg.source_path a --cfg.target_path b --cfg.lora_path c --lora_rank 8 --lora_alpha 16 --use_npu true', 'merge_lora_to_base is not possible, no LoRA files are read here')])
+def test_what_cannot_be_converted_of_wan_is_one_sentence(line, words, wan, capsys):
+    for name, source in {'qwen/transformer': HF, 'mm': GOLDEN / 'wan2_1_t2v_pp1', 'mm/iter_0000020': GOLDEN / 'wan2_1_t2v_pp1' / 'release', 'bits': GOLDEN / 'wan2_1_t2v_pp1' / 'release', 'qwen_mm': GOLDEN / 'qwen2_5_vl_tp1'}.items(): shutil.copytree(source, name)
+    for name in ('bare', 'two/transformer', 'two/transformer_2'):
+        Path(name).mkdir(parents=True)
+        shutil.copyfile(GOLDEN / 'wan2_1_t2v_hf' / 'config.json', Path(name) / 'config.json')
+    before = files_of(wan)
+    said = inside(line, capsys, code=1)
+    assert len(said.strip().splitlines()) == 1 and said.startswith(f'{line.split()[0]}: ') and words in said
+    assert files_of(wan) == before and not Path('ckpt').exists()
+
+
+@pytest.mark.parametrize('line, words', [
+    (WAN_TO_MM + f' {PP} 4', '4 is not a list of whole numbers'), (CONVERT_TO_MM + ' --pp_vpp_layers 1,3', 'argument --pp_vpp_layers: 1,3 is not a list of whole numbers such as [18,18] or [[18,18]]'),
+    (CONVERT_TO_MM.replace('convert_to_mm', 'to_mm'), "argument --mode: invalid choice: 'to_mm'"), (CONVERT_TO_MM.replace('--mode convert_to_mm', ''), '--mode'),
+    (CONVERT_TO_MM.replace('--source_path', '--source'), '--source_path'), (CONVERT_TO_MM + ' --tp 2', 'not understood: --tp 2'),
+    (WAN_TO_MM.replace('source_path', 'source_dir'), '--cfg.source_dir'), (WAN_TO_MM.replace('hf_to_mm', 'mm_to_dcp'), "invalid choice: 'mm_to_dcp'")])
+def test_what_is_not_understood_of_wan_is_one_line_with_code_2(line, words, wan, capsys):
+    said = inside(line, capsys, code=2)
+    assert len(said.strip().splitlines()) == 1 and said.startswith(line.split()[0]) and words in said and not Path('ckpt').exists()
+
+
+def test_wans_fields_that_change_nothing_are_accepted(wan):
+    assert does(WAN_TO_MM + " --cfg.target_parallel_config.ep_size 1 --cfg.target_parallel_config.tp_size 1 --cfg.lora_path '' --cfg.hf_dir ''") == 0
+    assert does(WAN_TO_HF + f' {PP} []') == 0
+    Path('there.yaml').write_text(f'cfg:\n  source_path: {WEIGHTS}\n  target_path: again\n  target_parallel_config: {{pp_layers: [1, 3]}}\n')
+    assert does('mm-convert WanConverter hf_to_mm --config there.yaml') == 0
+    check_peers('again', GOLDEN / 'wan2_1_t2v_pp2')
+
+
+def test_help_names_every_field(capsys):
     said = run('mm-convert Qwen2_5_VLConverter mm_to_hf -h').stdout
     for field in ('save_hf_dir', 'mm_dir', 'hf_config.hf_dir', 'parallel_config.llm_pp_layers', 'parallel_config.vit_pp_layers', 'parallel_config.tp_size'): assert f'--cfg.{field}' in said
+    for line, words in (('mm-convert WanConverter resplit -h', ('source_path', 'target_path', 'hf_dir', 'pp_layers', 'tp_size', 'Wan')), ('mm-convert WanConverter -h', ('hf_to_mm', 'layerzero_to_mm', 'not possible')), ('mmkit convert-wan -h', ('--pp_vpp_layers', '--ckpt_path'))):
+        assert does(line) == 0
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words), shown
     for line in ('mm-convert -h', 'mm-convert Qwen2_5_VLConverter -h'): assert 'Qwen2_5_VLConverter' in run(line).stdout or 'hf_to_mm' in run(line).stdout
 
 
 def test_mmkit_says_what_it_can_do_and_what_is_wrong(tmp_path):
-    assert {'first-run', 'train', 'llava-to-mllm', 'chat'} <= set(re.findall(r'[\w-]+', run('mmkit --help').stdout))
+    assert {'first-run', 'train', 'llava-to-mllm', 'chat', 'convert-wan'} <= set(re.findall(r'[\w-]+', run('mmkit --help').stdout))
     said = run('mmkit train nowhere.json layout.tp=2', tmp_path, code=1)
     assert said.stderr.startswith('mmkit: ') and 'nowhere.json' in said.stderr and len(said.stderr.strip().splitlines()) == 1
     for line in ('mmkit train config.json --rank 2', 'mmkit train config.json fast', 'mmkit chat folder question more', 'mmkit', 'mmkit sing'):

@@ -13,7 +13,7 @@ from mmkit.datasets.conversation import Conversations, collate_conversations, en
 from mmkit.datasets.llava import llava_to_mllm
 from mmkit.datasets.media import (READERS, MediaError, PatchRule, fit_area, frame_indices, frames_patches, grid_size, open_image_processor, picture_patches,
                                   picture_rule, read_frames, read_picture)
-from mmkit.datasets.order import ordered_batches, stream
+from mmkit.datasets.order import SizeOrder, ordered_batches, shuffled, stream
 from mmkit.datasets.turns import BadRecord, Record, Turn, prompt_tokens, share, to_tokens
 from mmkit.toy import conversation_texts, emoji_clip, emoji_names, emoji_picture, llava_toy, tiny_qwen2_5_vl, write_clip
 
@@ -391,6 +391,29 @@ def test_resuming_gives_the_tail():
     whole = list(islice(ordered_batches(10, 4, 2, 1, 2, seed=3), 12))
     for first in (1, 5, 11): assert list(islice(ordered_batches(10, 4, 2, 1, 2, seed=3, first_step=first), 12 - first)) == whole[first:]
     assert ordered_batches(10 ** 6, 512, seed=3).step(10 ** 5)                                  # no walk through the steps before
+
+def waiting_lists(sizes, whole, seed, epochs):
+    "For every epoch the steps it fills, walked clip by clip: each waits until a global batch of its size is there."
+    waiting = {size: [] for size in sizes}
+    for epoch in range(epochs):
+        steps = []
+        for size in waiting:
+            row = [number for number, its in enumerate(sizes) if its == size]
+            for place in shuffled(len(row), seed, epoch):
+                waiting[size].append(row[place])
+                if len(waiting[size]) == whole: steps.append(waiting[size]); waiting[size] = []
+        yield steps
+
+def test_steps_of_one_size_are_full_waiting_lists():
+    for seed in range(20):
+        choose = random.Random(seed)
+        sizes, whole = choose.choices([(1, 6, 6), (3, 6, 6), (3, 4, 8), (5, 2, 2)], (40, 10, 3, 1), k=choose.randint(1, 60)), choose.choice((1, 2, 6, 12, 64))
+        steps = map(SizeOrder(sizes=sizes, global_batch=whole, seed=seed).samples, itertools.count())
+        for wanted in waiting_lists(sizes, whole, seed, 70): assert sorted(islice(steps, len(wanted))) == sorted(wanted)
+
+def test_a_run_of_an_older_version_goes_on_with_the_same_samples():
+    assert ordered_batches(11, 8, seed=3).samples(5) == [4, 1, 10, 6, 9, 1, 3, 10]
+    assert list(map(SizeOrder(sizes=[(1, 6, 6)] * 5 + [(3, 6, 6)] * 4, global_batch=4, seed=3).samples, range(6))) == [[5, 6, 8, 7], [1, 4, 2, 0], [3, 1, 0, 3], [8, 7, 5, 6], [2, 4, 3, 0], [8, 5, 7, 6]]
 
 @pytest.mark.parametrize('wrong, words', [(dict(micro_batch=3, dp_size=2), 'use 6, or 12'), (dict(dp_rank=2, dp_size=2), 'dp_rank=2'), (dict(count=0), 'no samples'), (dict(micro_batch=0), 'at least 1'), (dict(first_step=-1), 'first_step')])
 def test_an_order_that_cannot_be_is_refused(wrong, words):

@@ -17,7 +17,7 @@ from mmkit.models.generate import generate, whole_logits
 from mmkit.models.qwen2_5_vl import QwenShape
 from mmkit.parallel.mesh import open_mesh
 from mmkit.toy import tiny_qwen2_5_vl
-from mmkit.trainer.task import pack, positions
+from mmkit.trainer.qwen2_5_vl import pack, positions
 
 SIZES = dict(hidden=64, layers=3, heads=4, kv_heads=2, ffn=160, vision_hidden=64, vision_depth=4, vision_heads=4, vision_ffn=96, window=56, full_attention=(1, 3))
 MODELS = {'tied': dict(tied=True, seed=1), 'untied': dict(tied=False, seed=2)}

@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['Encoders', 'key_of', 'tensor_path', 'write_tensors', 'read_tensors', 'Index', 'Ready', 'stamp', 'get_ready',
-           'Extraction', 'ahead', 'keep_clip', 'extract_features', 'pt_tensors', 'read_pt', 'own_entries',
-           'peer_entries', 'Features', 'OnlineFeatures', 'pad_text', 'collate_features', 'size_table', 'SizeOrder',
-           'size_chunks']
+           'Extraction', 'ahead', 'keep_clip', 'keep_nothing', 'extract_features', 'pt_tensors', 'read_pt',
+           'own_entries', 'peer_entries', 'Features', 'OnlineFeatures', 'pad_text', 'collate_features']
 
-# %% ../../nbs/47_datasets.features.ipynb #d3e180f6
+# %% ../../nbs/47_datasets.features.ipynb #1d8024df
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,12 +26,12 @@ import torch
 from torch import Tensor
 
 from ..config import require
-from .clips import BadClip, Listed
+from .clips import BadClip
 from .llava import Dropped
 from .media import MediaError
-from .order import check_order, ordered_batches, shuffled, stream
-from .video import ClipReport, Facts, Take, VideoClips, plan_take
-from ..files import Jsonl, parse_line, sha256, write_atomic
+from .order import size_table
+from .video import ClipReport, Facts, VideoClips, plan_take
+from ..files import Jsonl, load_json, parse_line, sha256, write_atomic
 
 # %% ../../nbs/47_datasets.features.ipynb #876f9826
 class Encoders(Protocol):
@@ -162,7 +160,7 @@ def ahead(work: Any, numbers: Sequence[int], count: int = 2) -> Iterator[Any]:
         finally:
             for task in waiting: task.cancel()
 
-# %% ../../nbs/47_datasets.features.ipynb #4ffeb0ed
+# %% ../../nbs/47_datasets.features.ipynb #6d268f25
 def keep_clip(ready: Ready, encoders: Encoders, folder: Path) -> tuple[bool, bool]:
     "Encodes and writes what is missing of a clip and its caption; returns whether the clip and whether the caption was."
     text = tensor_path(folder, 'text', ready.line['text'])
@@ -172,12 +170,21 @@ def keep_clip(ready: Ready, encoders: Encoders, folder: Path) -> tuple[bool, boo
     return ready.frames is not None, new_text
 
 
+def keep_nothing(encoders: Encoders, folder: Path) -> None:
+    "Encodes the empty caption, which stands for a dropped one, unless it is there; `nothing.json` names it."
+    key = key_of('', encoders.text_identity)
+    if not tensor_path(folder, 'text', key).is_file(): write_tensors(tensor_path(folder, 'text', key), dict(text=encoders.caption('')))
+    write_atomic(folder / 'nothing.json', json.dumps(dict(text=key)))
+
+# %% ../../nbs/47_datasets.features.ipynb #a38b4adc
 def extract_features(clips: VideoClips, encoders: Encoders, folder: str | Path, rank: int = 0, ranks: int = 1, progress: bool = True) -> Extraction:
     "Encodes every clip of this rank's share that is not in the folder yet; returns what it did."
     from tqdm.auto import tqdm
     require(0 <= rank < ranks, f'rank={rank} must lie between 0 and ranks - 1 = {ranks - 1}')
     folder, index, begun, done = Path(folder), Index(folder), time.monotonic(), Counter()
-    if rank == 0: index.keep({one.name for one in clips.listed})
+    if rank == 0:
+        index.keep({one.name for one in clips.listed})
+        keep_nothing(encoders, folder)
     known, dropped, remarks = index.read(), [], []
     share = range(rank, len(clips.listed), ranks)
     work = lambda number: get_ready(clips, number, known.get(clips.listed[number].name, {}), encoders, folder)
@@ -228,7 +235,7 @@ def peer_entries(file: Path) -> tuple[list[dict], list[Dropped]]:
         else: kept.append(dict(name=name, file=path, size=size, caption=record.get('cap', '')))
     return kept, dropped
 
-# %% ../../nbs/47_datasets.features.ipynb #646b72d1
+# %% ../../nbs/47_datasets.features.ipynb #7cb63810
 class Features:
     "len and [i] -> {name, caption, latents (c f h w), text (L d)} and for i2v first and image, from a folder of features, ours or the peer's."
 
@@ -250,9 +257,15 @@ class Features:
         else: tensors = {**read_tensors(tensor_path(self.folder, 'latents', entry['key'])), **read_tensors(tensor_path(self.folder, 'text', entry['text']))}
         return dict(name=entry['name'], caption=entry['caption'], **tensors)
 
+    @property
+    def nothing(self) -> Tensor:
+        "The vectors (L d) of the empty caption. Raises ValueError for the peer's features, which have none."
+        require((self.folder / 'nothing.json').is_file(), f'{self.folder} has no vectors of the empty caption: set film.caption_dropout=0, or extract the features with mmkit')
+        return read_tensors(tensor_path(self.folder, 'text', load_json(self.folder / 'nothing.json')['text']))['text']
+
     def _repr_markdown_(self) -> str: return size_table(self.sizes)
 
-# %% ../../nbs/47_datasets.features.ipynb #937360d7
+# %% ../../nbs/47_datasets.features.ipynb #487c1396
 class OnlineFeatures:
     "As Features, encoded when asked for."
 
@@ -260,6 +273,9 @@ class OnlineFeatures:
 
     @property
     def report(self) -> ClipReport: return self.clips.report
+
+    @property
+    def nothing(self) -> Tensor: return self.encoders.caption('')
 
     @property
     def sizes(self) -> list[tuple[int, int, int]]:
@@ -293,45 +309,3 @@ def collate_features(samples: Sequence[dict], length: int = 512) -> dict:
     texts = [sample['text'] for sample in samples]
     return dict(**batch, text=pad_text(texts, length), lengths=torch.tensor([len(text) for text in texts]),
                 names=[sample['name'] for sample in samples], captions=[sample['caption'] for sample in samples])
-
-# %% ../../nbs/47_datasets.features.ipynb #97617e45
-def size_table(sizes: Sequence[tuple]) -> str:
-    "A Markdown table of how many clips have which size, the most frequent first."
-    counts = Counter(sizes).most_common()
-    rows = [f'| {" x ".join(map(str, size))} | {count} | {count / len(sizes):.1%} |' for size, count in counts]
-    return '\n'.join([f'{len(sizes)} clips', '', '| frames x height x width | clips | share |', '|---|---|---|', *rows])
-
-# %% ../../nbs/47_datasets.features.ipynb #d5b797da
-@dataclass(frozen=True, kw_only=True)
-class SizeOrder:
-    "Steps of micro-batches of sample numbers for one data-parallel rank, each micro-batch of one size; goes where an Order goes."
-    sizes: tuple
-    global_batch: int
-    micro_batch: int = 1
-    dp_rank: int = 0
-    dp_size: int = 1
-    seed: int = 0
-    first_step: int = 0
-    shuffle: bool = True
-
-    def __post_init__(self): check_order(self)
-
-    count = property(lambda self: len(self.sizes))
-    accumulation = property(lambda self: self.global_batch // (self.micro_batch * self.dp_size))
-
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        each, chunks = self.accumulation * self.dp_size, size_chunks(self)
-        chunks = itertools.islice(chunks, self.first_step * each, None)
-        while True: yield list(itertools.islice(chunks, each))[self.dp_rank::self.dp_size]
-
-    def _repr_markdown_(self) -> str: return size_table(self.sizes)
-
-
-def size_chunks(order: SizeOrder) -> Iterator[list[int]]:
-    "The micro-batches of all ranks, without end."
-    waiting = defaultdict(list)
-    for epoch in itertools.count():
-        for number in shuffled(order.count, order.seed, epoch).tolist() if order.shuffle else range(order.count):
-            size = order.sizes[number]
-            waiting[size].append(number)
-            if len(waiting[size]) == order.micro_batch: yield waiting.pop(size)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Tiles', 'find_part', 'load_whole', 'open_vae', 'statistics', 'to_range', 'encode_pixels', 'encode_video',
-           'decode_video', 'TextEncoder', 'open_text_encoder', 'clean_caption', 'encode_text', 'ImageEncoder',
-           'open_image_encoder', 'encode_image', 'encode_first_frame', 'read_pieces', 'fingerprint', 'Codecs',
-           'open_codecs']
+           'decode_video', 'write_video', 'TextEncoder', 'open_text_encoder', 'clean_caption', 'encode_text',
+           'ImageEncoder', 'open_image_encoder', 'encode_image', 'encode_first_frame', 'read_pieces', 'fingerprint',
+           'Codecs', 'open_codecs']
 
-# %% ../../nbs/26_models.codecs.ipynb #e114f148
+# %% ../../nbs/26_models.codecs.ipynb #cafeb1d5
 import hashlib
 import json
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,23 @@ def decode_video(vae: nn.Module, latents: Tensor) -> np.ndarray:
     raw = latents.to(vae.device).float() / scale + mean
     video = vae.decode(raw[None].to(vae.dtype), return_dict=False)[0][0]
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+# %% ../../nbs/26_models.codecs.ipynb #ea6296a3
+def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, crf: int = 18) -> Path:
+    "Writes uint8 frames (t h w 3) as an mp4 that browsers play; a higher `crf` is a smaller file. Returns the path."
+    import av
+    require(frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and frames.size > 0, f'frames of {frames.dtype} {frames.shape}: a video is uint8 (t, h, w, 3)')
+    even = np.pad(frames, [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)], mode='edge')
+    with av.open(str(path), 'w', format='mp4', options={'movflags': '+faststart'}) as file:
+        stream = file.add_stream('libx264', rate=Fraction(fps).limit_denominator(1001), options={'crf': str(crf)})
+        stream.height, stream.width, stream.pix_fmt = *even.shape[1:3], 'yuv420p'
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1              # BT.709, 16 to 235
+        for frame in even:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')
+            file.mux(stream.encode(picture.reformat(format='yuv420p', dst_colorspace='ITU709', dst_color_range=1)))
+        file.mux(stream.encode())
+    return Path(path)
 
 # %% ../../nbs/26_models.codecs.ipynb #6dc2b7da
 @dataclass(frozen=True)

@@ -42,17 +42,17 @@ def build_optimizer(wrapped: nn.Module, optim: Optim, layout: Layout, dtype: tor
     if optim.warmup: schedule.step(1)         # the first update already moves: rate lr/warmup instead of 0
     return optimizer, schedule
 
-# %% ../../nbs/15_parallel.data.ipynb #5dcd08cf
-def accumulate(wrapped: nn.Module, batches: Iterator[Any], count: int, loss: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    "Runs `count` micro-batches forward and backward, reduces gradients; returns this rank's (sum of losses, count)."
+# %% ../../nbs/15_parallel.data.ipynb #06e167b8
+def accumulate(wrapped: nn.Module, batches: Iterator[Any], count: int, loss: Callable[[nn.Module, Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    "Runs `count` micro-batches forward and backward, reduces gradients; returns the sums, on this rank, of what `loss` gives: (sum of losses, count, ...)."
     def forward_step(iterator, model):
-        total, number = loss(model, next(iterator))
-        return total, lambda output: (output, number, (output.detach(), number))
+        total, number, *rest = loss(model, next(iterator))
+        return total, lambda output: (output, number, (output.detach(), number, *rest))
     wrapped.zero_grad()               # the float32 optimizer leaves p.grad aliased to the buffer; the next backward would count it twice
     wrapped.zero_grad_buffer()
     outputs = megatron().get_forward_backward_func()(forward_step_func=forward_step, data_iterator=batches, model=wrapped,
         num_microbatches=count, seq_length=1, micro_batch_size=1, forward_only=False)
-    return sum(total for total, _ in outputs), sum(number for _, number in outputs)
+    return tuple(map(sum, zip(*outputs)))
 
 # %% ../../nbs/15_parallel.data.ipynb #e55bdb30
 class Trained(nn.Module):

@@ -1,0 +1,117 @@
+"""Training films gives the same losses and first gradients however the model and the batch are laid out, and from kept features the same as from files.
+
+Clips of two lengths, dropped captions, Wan's own table of times and weights; a model of text and one that continues pictures."""
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import parity
+from mmkit.config import Clips, Config, Film, Layout, Loop, Optim, override
+from mmkit.datasets.features import extract_features
+from mmkit.datasets.video import VideoClips
+from mmkit.device import pick_device, place
+from mmkit.models.codecs import open_codecs
+from mmkit.parallel.mesh import open_mesh
+from mmkit.toyfilm import film_clips, tiny_wan, write_exact
+from mmkit.trainer.loop import fit
+
+STEPS, GLOBAL = 8, 8
+CLIPS = Clips(num_frames=9, max_height=48, max_width=48)
+LAYOUTS = {                                     # title: ranks, what differs from the first row
+    'tp 1, one by one': (1, []),
+    'micro-batches of 2': (1, ['loop.micro_batch=2']),
+    'micro-batches of 8': (1, ['loop.micro_batch=8']),
+    'recompute, zero1, workers': (1, ['layout.recompute=full', 'layout.data=zero1', 'loop.micro_batch=4', 'film.workers=2']),
+    'from files': (1, ['film.features=null', 'film.source=SOURCE']),
+    'tp 2': (2, ['layout.tp=2', 'loop.micro_batch=4']),
+    'tp 2, sequence parallel, recompute, zero1': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full', 'layout.data=zero1', 'loop.micro_batch=2']),
+    'dp 2, ddp': (2, ['loop.micro_batch=2']),
+    'dp 2, zero1, overlap, average': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4', 'loop.average=0.9']),
+    'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
+}
+ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
+FIRST = next(iter(LAYOUTS))
+
+def write_clips(folder):
+    "Twenty-three clips, every third one of five frames, and their list; 23 and 8 share no factor, so the batches of each epoch differ."
+    records = []
+    for number, (frames, caption) in enumerate(zip(*film_clips())):
+        if number % 2 or len(records) == 23: continue
+        write_exact(folder / f'{number}.mp4', frames[:5] if number % 3 == 0 else frames)
+        records.append(dict(path=f'{number}.mp4', cap=caption))
+    (folder / 'data.json').write_text(json.dumps(records))
+
+def config_of(folder, title):
+    "The configuration of a row."
+    _, model, words = ROWS[title]
+    film = Film(features=str(folder / f'features-{model}'), clips=CLIPS, caption_dropout=0.3, text_length=24, workers=0)
+    plain = Config(task='wan2_1', weights=str(folder / model), film=film, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant'),
+        loop=Loop(steps=STEPS, global_batch=GLOBAL), dtype='float32')
+    return override(plain, [word.replace('SOURCE', str(folder / 'data.json')) for word in words])
+
+@pytest.fixture(scope='module')
+def house(tmp_path_factory):
+    "Two models, their features, and what all rows gave on one and on two ranks."
+    folder = tmp_path_factory.mktemp('films')
+    write_clips(folder)
+    for model in ('t2v', 'i2v'):
+        tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, random_all=True, seed=3)
+        extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
+    found = {}
+    for ranks in (1, 2): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
+    return folder, found
+
+def train(folder):
+    "What every row of this world gave; its first gradients lie beside as files."
+    folder, found = Path(folder), {}
+    for title in (title for title, row in ROWS.items() if row[0] == place().world):
+        config = config_of(folder, title)
+        with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
+            if config.layout.overlap: parity.small_buckets()
+            task, _, wrapped = parity.open_trainer(config, mesh)
+            batches = next(task.batches(mesh))
+            _, gradients = parity.step_gradients(task, wrapped, mesh, batches)
+            if mesh.first: save_file({name: x.contiguous() for name, x in gradients.items()}, folder / f'{title}.safetensors')
+            held = dict(frames=[batch['clean'].shape[2] for batch in batches], sigmas=sum((batch['sigma'].tolist() for batch in batches), []))
+        records = fit(config, folder / 'runs' / title.replace(' ', '-'))
+        found[title] = dict(held, losses=[r.loss for r in records], norms=[r.grad_norm for r in records], parts=[r.parts for r in records], tokens=[r.tokens for r in records])
+    return found
+
+def far(mine, theirs): return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
+
+def test_the_steps_hold_what_they_should(house):
+    for model in ('t2v', 'i2v'):
+        one, two = house[1][f'{model}: {FIRST}'], house[1][f'{model}: dp 2, ddp']
+        assert len(set(one['tokens'])) == 2 and len(one['losses']) == STEPS and one['losses'][-1] < one['losses'][0]        # steps of both lengths
+        assert len(set(one['sigmas'])) == GLOBAL and len(two['sigmas']) == GLOBAL // 2 and set(two['sigmas']) < set(one['sigmas'])     # each copy draws its own part
+        assert all(len(parts) == 10 and any(part is not None for part in parts) for parts in one['parts'])
+
+def test_layouts_never_change_the_answer(house, capsys):
+    folder, found = house
+    rows = []
+    for title, (ranks, model, _) in ROWS.items():
+        like = f'{model}: {FIRST}'
+        if title == like: continue
+        gradient, name = parity.furthest(*(load_file(folder / f'{row}.safetensors') for row in (title, like)))
+        rows.append([title, ranks, far(found[title]['losses'], found[like]['losses']), far(found[title]['norms'], found[like]['norms']), gradient, name])
+    text = parity.table(['layout', 'ranks', 'losses', 'norms', 'first gradients', 'furthest gradient'], rows)
+    with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one clip at a time, {STEPS} steps of AdamW, fp32\n\n{text}\n')
+    assert all(max(row[2], row[4]) <= parity.LIMIT for row in rows), text
+
+def test_kept_features_train_bit_for_bit_as_files_do(house):
+    found = house[1]
+    for model in ('t2v', 'i2v'):
+        for kept, fresh in ((FIRST, 'from files'),):
+            assert found[f'{model}: {kept}']['losses'] == found[f'{model}: {fresh}']['losses'] and found[f'{model}: {kept}']['norms'] == found[f'{model}: {fresh}']['norms']
+
+def test_what_is_saved_opens_in_diffusers(house):
+    from diffusers import WanTransformer3DModel
+    for title, (_, model, _) in ROWS.items():
+        saved = house[0] / 'runs' / title.replace(' ', '-') / 'checkpoints' / f'step-{STEPS:07d}'
+        opened, report = WanTransformer3DModel.from_pretrained(saved / 'transformer', output_loading_info=True)
+        assert not report['missing_keys'] and not report['unexpected_keys'] and (saved / 'model_index.json').is_file() and (saved / 'vae' / 'config.json').is_file()
+        like = load_file(house[0] / 'runs' / f'{model}: {FIRST}'.replace(' ', '-') / 'checkpoints' / f'step-{STEPS:07d}' / 'transformer' / 'diffusion_pytorch_model.safetensors')
+        apart = max((value - like[name]).abs().mean().item() for name, value in opened.state_dict().items())
+        assert (apart > 1e-4) if 'average' in title else (apart < 3e-5), (title, apart)
