@@ -162,7 +162,7 @@ class Sampling:
         for name in ('height', 'width'): require(getattr(self, name) >= 16 and not getattr(self, name) % 16, f'sampling.{name}={getattr(self, name)} is not a multiple of 16')
         require(self.steps >= 1 and self.fps >= 1 and self.shift > 0, f'sampling.steps={self.steps}, fps={self.fps} and shift={self.shift} must be positive')
 
-# %% ../nbs/01_config.ipynb #b5f898cf
+# %% ../nbs/01_config.ipynb #c1055434
 @dataclass(frozen=True, kw_only=True)
 class Film:
     "Clips to learn from: encoded ones, or files and the rules that cut them; which times are trained, which captions are dropped, how samples are made."
@@ -172,14 +172,13 @@ class Film:
     flow: Flow = field(default_factory=Flow)
     sampling: Sampling = field(default_factory=Sampling)
     caption_dropout: float = 0.1
-    text_length: int = 512
     shuffle: bool = True
     workers: int = 2
 
     def __post_init__(self):
         require(not (self.features and self.source), 'film.features and film.source are both given: encoded clips are used as they are, so give one')
         require(0 <= self.caption_dropout <= 1, f'film.caption_dropout={self.caption_dropout} is a share between 0 and 1')
-        require(self.text_length >= 1 and self.workers >= 0, f'film.text_length={self.text_length} must be at least 1 and film.workers={self.workers} not negative')
+        require(self.workers >= 0, f'film.workers must be 0 or more, not {self.workers}')
 
 # %% ../nbs/01_config.ipynb #5dddc0a8
 @dataclass(frozen=True, kw_only=True)

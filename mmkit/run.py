@@ -173,7 +173,7 @@ class RunFolder:
         "The last lines a rank has printed (of its last 64 KB)."
         return '\n'.join(read_end(self.folder / 'log' / f'rank{rank}.txt').rstrip('\n').split('\n')[-lines:])
 
-# %% ../nbs/60_run.ipynb #f85ca487
+# %% ../nbs/60_run.ipynb #f9597b61
 def run_html(run: RunFolder) -> str:
     "The state of a run as static HTML: status, newest record, loss, newest samples, last lines of rank 0."
     records, status = run.records(), run.status
@@ -183,8 +183,9 @@ def run_html(run: RunFolder) -> str:
         parts.append(f'<code>{escape(progress(records[-1], run.steps))}</code>')
         parts.append(f'<img alt="loss" src="data:image/png;base64,{b64encode(draw_losses(records)).decode()}">')
     for step, samples in list(run.samples().items())[-1:]:
-        rows = ''.join(f'<li>{escape(str(sample.get("question")))} → <b>{escape(str(sample.get("answer")))}</b></li>' for sample in samples[:4])
-        parts.append(f'answers after step {step}<ul>{rows}</ul>')
+        told = lambda sample, *keys: escape(str(next((sample[key] for key in keys if key in sample), None)))
+        rows = ''.join(f'<li>{told(sample, "question", "prompt")} → <b>{told(sample, "answer", "video")}</b></li>' for sample in samples[:4])
+        parts.append(f'samples after step {step}<ul>{rows}</ul>')
     return ''.join(f'<div>{part}</div>' for part in parts) + f'<pre>{escape(run.tail(8))}</pre>'
 
 # %% ../nbs/60_run.ipynb #9a311ddf
@@ -215,7 +216,7 @@ def raise_failure(folder: Path) -> None:
         raise RunFailed(folder, **load_json(folder / 'failure.json'))
     raise RunFailed(folder, None, 1, read_end(folder / 'log' / 'torchrun.txt', 3000).strip() or 'it ended without a word (killed?)')
 
-# %% ../nbs/60_run.ipynb #e40a7e55
+# %% ../nbs/60_run.ipynb #f46d030c
 class Run(RunFolder):
     "A started run. `Run(folder)` opens one again that is going on or has ended."
 
@@ -241,10 +242,10 @@ class Run(RunFolder):
         if self.status == 'failed': raise_failure(self.folder)
         return self
 
-    def follow(self, print_line: Callable[[str], None] = print) -> 'Run':
-        "As `wait`, with one line of text per record."
+    def follow(self, print_line: Callable[[str], None] = print, every: int = 1) -> 'Run':
+        "As `wait`, with one line of text for the record of every so many steps, and of the last."
         log = Jsonl(self.folder / 'metrics.jsonl')
-        return self.wait(watch=lambda: [print_line(progress(record, self.steps)) for record in log.new()])
+        return self.wait(watch=lambda: [print_line(progress(record, self.steps)) for record in log.new() if record['step'] % every == 0 or record['step'] == self.steps])
 
     def __repr__(self): return f'Run({str(self.folder)!r}): {self.status}, {len(self.records())} records'
     def _repr_html_(self): return run_html(self)

@@ -7,7 +7,7 @@ __all__ = ['PANELS', 'by_name', 'smoothed', 'to_png', 'new_figure', 'draw_line',
            'differences', 'compare', 'thumbnail', 'answer_html', 'show_samples', 'can_update', 'View', 'Text', 'watch',
            'stop_button', 'watch_async']
 
-# %% ../nbs/61_show.ipynb #0c4f2c65
+# %% ../nbs/61_show.ipynb #d0c27667
 import asyncio
 import io
 import math
@@ -20,6 +20,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .datasets.media import read_frames
+from .datasets.video import film_html
 from .files import Jsonl, load_json
 from .run import Run, progress
 
@@ -137,11 +139,12 @@ def compare(runs: Any, smooth: float = 0.0) -> 'Figure':
     below.grid(alpha=0.3)
     return figure
 
-# %% ../nbs/61_show.ipynb #198ba66a
+# %% ../nbs/61_show.ipynb #2383dad0
 def thumbnail(places: Sequence[Path], name: str | None, width: int = 160) -> str:
-    "An HTML picture `width` pixels wide of the file `name`, looked for in several folders; its name when it cannot be shown."
+    "HTML of the picture or film `name`, `width` pixels wide, looked for in several folders; its name when it cannot be shown."
     path = next((place / name for place in places if name and (place / name).is_file()), None)
     if path is None: return escape(f'{name} (not found)') if name else ''
+    if path.suffix == '.mp4': return film_html(path.read_bytes(), read_frames(path, video_fps=1e6, video_maxlen=6).pixels, width)
     from PIL import Image, UnidentifiedImageError
     try: picture = Image.open(path).convert('RGB')
     except UnidentifiedImageError: return escape(path.name)
@@ -155,13 +158,14 @@ def answer_html(sample: dict) -> str:
     "Question and answer of one sample as HTML, coloured and marked by whether the answer is the expected one."
     answer, expected = str(sample.get('answer', '')).strip(), sample.get('expected')
     right = expected is not None and answer == str(expected).strip()
+    if 'video' in sample: return f'<b>{escape(str(sample.get("prompt", "")))}</b>'
     colour, mark = ('#222', '') if expected is None else ('#18804a', '✓ ') if right else ('#c0392b', '✗ ')
     wanted = '' if right or expected is None else f'<br><small>expected: {escape(str(expected))}</small>'
     return f'{escape(str(sample.get("question", "")).replace("<image>", "").strip())}<br><b style="color:{colour}">{mark}{escape(answer)}</b>{wanted}'
 
-# %% ../nbs/61_show.ipynb #b1cbfb52
+# %% ../nbs/61_show.ipynb #ef16459e
 def show_samples(run: Run | str | Path, step: int | None = None, count: int = 8) -> 'HTML':
-    "An HTML table of the answers after `step` (default: the newest): picture, question, answer, and what was expected."
+    "An HTML table of the samples after `step` (default: the newest): picture, question, answer and what was expected, or film and prompt."
     from IPython.display import HTML
     run = run if isinstance(run, Run) else Run(run)
     samples = run.samples()
@@ -171,8 +175,8 @@ def show_samples(run: Run | str | Path, step: int | None = None, count: int = 8)
     config = load_json(run.folder / 'config.json')
     places = [run.folder, run.folder / 'samples', Path(config.get('data', {}).get('media_dir', '.')), Path('.')]
     cell = '<td style="text-align:left;vertical-align:top">'
-    rows = ''.join(f'<tr>{cell}{thumbnail(places, sample.get("image"))}</td>{cell}{answer_html(sample)}</td></tr>' for sample in samples[step][:count])
-    return HTML(f'<table><caption>{escape(run.folder.name)}, answers after step {step}</caption>{rows}</table>')
+    rows = ''.join(f'<tr>{cell}{thumbnail(places, sample.get("video", sample.get("image")))}</td>{cell}{answer_html(sample)}</td></tr>' for sample in samples[step][:count])
+    return HTML(f'<table><caption>{escape(run.folder.name)}, samples after step {step}</caption>{rows}</table>')
 
 # %% ../nbs/61_show.ipynb #04629bdb
 def can_update() -> bool:
@@ -180,14 +184,14 @@ def can_update() -> bool:
     from IPython import get_ipython
     return hasattr(get_ipython(), 'kernel')
 
-# %% ../nbs/61_show.ipynb #53cd4a48
+# %% ../nbs/61_show.ipynb #7b2e4545
 class View:
-    "Two outputs of a cell that follow a run: its curves and its last lines."
+    "Outputs of a cell that follow a run: its curves, its last lines and its newest samples."
 
     def __init__(self, run: Run, smooth: float = 0.8):
         self.run, self.smooth, self.live = run, smooth, can_update()
         self.log, self.records, self.handles = Jsonl(run.folder / 'metrics.jsonl'), [], {}
-        self.pause = 0.0
+        self.pause, self.sampled = 0.0, None
         if self.live: self.show('picture', Text(''))               # the picture stands above the text, although it comes later
 
     def refresh(self) -> None:
@@ -201,6 +205,10 @@ class View:
         if self.records and (new or not running):
             title = f'{self.run.folder.name}: {self.run.status}, step {self.records[-1]["step"]} of {self.run.steps or "?"}'
             self.show('picture', Image(to_png(plot_losses({'': self.records}, self.smooth, title)), format='png'))
+        samples = self.run.samples()
+        if samples and max(samples) != self.sampled:
+            self.sampled = max(samples)
+            self.show('samples', show_samples(self.run, count=4))
         self.show('text', Text('\n'.join([self.run.status, *(progress(record, self.run.steps) for record in self.records[-1:]), self.run.tail(6)])))
         self.pause = time.monotonic() + min(2, 4 * (time.monotonic() - began))
 

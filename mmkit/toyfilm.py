@@ -9,9 +9,9 @@ __all__ = ['STARS', 'LANES', 'GRID', 'SIDE', 'DOT', 'FRAMES', 'SIZE', 'LETTERS',
            'tiny_umt5_tokenizer', 'start_as_wan', 'start_random', 'tiny_text_encoder', 'write_index',
            'tiny_image_encoder', 'tiny_transformer', 'tiny_wan']
 
-# %% ../nbs/06_toyfilm.ipynb #69d91193
+# %% ../nbs/06_toyfilm.ipynb #a59e47ad
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def film_clip(picture: np.ndarray, direction: str, lane: int = 0) -> np.ndarray:
         frame[y:y + SIDE, x:x + SIDE] = picture
     return clip.repeat(DOT, 1).repeat(DOT, 2)
 
-# %% ../nbs/06_toyfilm.ipynb #41b491b8
+# %% ../nbs/06_toyfilm.ipynb #09ac5d38
 def film_caption(name: str, direction: str) -> str:
     "What a clip shows, such as 'a red heart moves left'."
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name} moves {direction}"
@@ -63,9 +63,9 @@ def read_caption(caption: str) -> tuple[str, str]:
     return name, direction
 
 
-def film_clips(names: Sequence[str] = STARS) -> tuple[np.ndarray, list[str]]:
-    "All clips uint8 (n, 9, 48, 48, 3), one per name, direction and lane, and their captions."
-    pictures = {name: small_picture(name) for name in names}
+def film_clips(names: Sequence[str] = STARS, change: Callable[[np.ndarray], np.ndarray] = np.asarray) -> tuple[np.ndarray, list[str]]:
+    "All clips uint8 (n, 9, 48, 48, 3), one per name, direction and lane, of pictures that are changed first, and their captions."
+    pictures = {name: change(small_picture(name)) for name in names}
     shown = [(name, direction, lane) for name in names for direction in DIRECTIONS for lane in LANES]
     return np.stack([film_clip(pictures[name], direction, lane) for name, direction, lane in shown]), [film_caption(name, way) for name, way, _ in shown]
 
@@ -197,9 +197,9 @@ def tiny_vocabulary(texts: Sequence[str]) -> list[tuple[str, float]]:
     return [(name, 0.0) for name in ('<pad>', '</s>', '<unk>')] + [(f'<0x{byte:02X}>', -20.0) for byte in range(256)] + \
         [(letter, -10.0) for letter in letters] + [('▁' + word, -1.0) for word in words]
 
-# %% ../nbs/06_toyfilm.ipynb #ed23aa71
-def tiny_umt5_tokenizer(folder: str | Path, texts: Sequence[str]) -> int:
-    "Writes a tokenizer folder that knows the words of the texts; returns how many entries it has."
+# %% ../nbs/06_toyfilm.ipynb #4c8ad4fa
+def tiny_umt5_tokenizer(folder: str | Path, texts: Sequence[str], room: int = 512) -> int:
+    "Writes a tokenizer folder that knows the words of the texts and says that a model sees `room` tokens; returns how many entries it has."
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.Unigram(tiny_vocabulary(texts), unk_id=2, byte_fallback=True))
@@ -209,7 +209,7 @@ def tiny_umt5_tokenizer(folder: str | Path, texts: Sequence[str]) -> int:
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ('<pad>', '</s>', '<unk>')])
     tokenizer.save(str(Path(folder) / 'tokenizer.json'))
     write_json(Path(folder) / 'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', pad_token='<pad>', eos_token='</s>', unk_token='<unk>',
-               model_max_length=512, clean_up_tokenization_spaces=False))
+               model_max_length=room, clean_up_tokenization_spaces=False))
     return tokenizer.get_vocab_size()
 
 # %% ../nbs/06_toyfilm.ipynb #f6e9e31d
@@ -270,10 +270,10 @@ def tiny_transformer(channels: int, layers: int, heads: int, head_dim: int, ffn:
     return WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=head_dim, in_channels=2 * channels + 4 if image else channels,
                                  out_channels=channels, text_dim=text_dim, freq_dim=64, ffn_dim=ffn, num_layers=layers, rope_max_seq_len=64, **more)
 
-# %% ../nbs/06_toyfilm.ipynb #89928c70
+# %% ../nbs/06_toyfilm.ipynb #7732921e
 def tiny_wan(folder: str | Path, *, codec: Any = None, image: bool = False, layers: int = 4, heads: int = 4, head_dim: int = 32, ffn: int = 512,
-             text_dim: int = 64, names: Sequence[str] = STARS, seed: int = 0, random_all: bool = False) -> Path:
-    "Writes a whole Wan2.1 folder in diffusers' form for the clips of the names; returns it. `codec`: anything with save_pretrained, default the fitted LinearCodec."
+             text_dim: int = 64, names: Sequence[str] = STARS, room: int = 512, seed: int = 0, random_all: bool = False) -> Path:
+    "Writes a whole Wan2.1 folder in diffusers' form for the clips of the names; returns it. `codec`: anything with save_pretrained, default the fitted LinearCodec; `room`: the tokens of a caption that the model is to see."
     import torch
     from diffusers import UniPCMultistepScheduler
     folder, (clips, captions) = Path(folder), film_clips(names)
@@ -281,7 +281,7 @@ def tiny_wan(folder: str | Path, *, codec: Any = None, image: bool = False, laye
     codec.save_pretrained(folder / 'vae')
     with torch.random.fork_rng(devices=[]):                                         # the caller's random numbers stay as they are
         torch.manual_seed(seed)
-        tiny_text_encoder(tiny_umt5_tokenizer(folder / 'tokenizer', captions), text_dim).save_pretrained(folder / 'text_encoder')
+        tiny_text_encoder(tiny_umt5_tokenizer(folder / 'tokenizer', captions, room), text_dim).save_pretrained(folder / 'text_encoder')
         model = tiny_transformer(codec.config.z_dim, layers, heads, head_dim, ffn, text_dim, image)
         start_random(model) if random_all else start_as_wan(model)
         model.save_pretrained(folder / 'transformer')

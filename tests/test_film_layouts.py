@@ -46,7 +46,7 @@ def write_clips(folder):
 def config_of(folder, title):
     "The configuration of a row."
     _, model, words = ROWS[title]
-    film = Film(features=str(folder / f'features-{model}'), clips=CLIPS, caption_dropout=0.3, text_length=24, workers=0)
+    film = Film(features=str(folder / f'features-{model}'), clips=CLIPS, caption_dropout=0.3, workers=0)
     plain = Config(task='wan2_1', weights=str(folder / model), film=film, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant'),
         loop=Loop(steps=STEPS, global_batch=GLOBAL), dtype='float32')
     return override(plain, [word.replace('SOURCE', str(folder / 'data.json')) for word in words])
@@ -57,7 +57,7 @@ def house(tmp_path_factory):
     folder = tmp_path_factory.mktemp('films')
     write_clips(folder)
     for model in ('t2v', 'i2v'):
-        tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, random_all=True, seed=3)
+        tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, room=24, random_all=True, seed=3)
         extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
     found = {}
     for ranks in (1, 2): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)

@@ -7,14 +7,14 @@ __all__ = ['Encoders', 'key_of', 'tensor_path', 'write_tensors', 'read_tensors',
            'Extraction', 'ahead', 'keep_clip', 'keep_nothing', 'extract_features', 'pt_tensors', 'read_pt',
            'own_entries', 'peer_entries', 'Features', 'OnlineFeatures', 'pad_text', 'collate_features']
 
-# %% ../../nbs/47_datasets.features.ipynb #1d8024df
+# %% ../../nbs/47_datasets.features.ipynb #bd991d94
 import fcntl
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,7 +133,7 @@ def get_ready(clips: VideoClips, number: int, known: dict, encoders: Encoders, f
     line |= dict(key=key, text=key_of(take.caption, encoders.text_identity), caption=take.caption, size=[len(take.numbers), take.height, take.width])
     return Ready({**line, 'stamp': marks, 'facts': list(facts), 'sha256': digest}, remarks, frames)
 
-# %% ../../nbs/47_datasets.features.ipynb #b0b335c9
+# %% ../../nbs/47_datasets.features.ipynb #b0dd3816
 @dataclass(frozen=True)
 class Extraction:
     "What a run did on one rank: clips and captions encoded, clips found encoded, seconds, and the report."
@@ -143,9 +143,14 @@ class Extraction:
     seconds: float
     report: ClipReport
 
-    def _repr_markdown_(self) -> str:
+    def head(self) -> str:
+        "What was done, in a line."
         rate = f', {self.encoded / self.seconds:.1f} clips/s' if self.encoded else ''
-        return f'encoded **{self.encoded}** clips and {self.captions} captions in {self.seconds:.1f} s{rate}; {self.found} were there\n\n{self.report._repr_markdown_()}'
+        return f'encoded {self.encoded} clips and {self.captions} captions in {self.seconds:.1f} s{rate}; {self.found} were there'
+
+    def __str__(self) -> str: return f'{self.head()}\n{self.report}'
+
+    def _repr_markdown_(self) -> str: return f'{self.head()}\n\n{self.report._repr_markdown_()}'
 
 
 def ahead(work: Any, numbers: Sequence[int], count: int = 2) -> Iterator[Any]:
@@ -176,9 +181,10 @@ def keep_nothing(encoders: Encoders, folder: Path) -> None:
     if not tensor_path(folder, 'text', key).is_file(): write_tensors(tensor_path(folder, 'text', key), dict(text=encoders.caption('')))
     write_atomic(folder / 'nothing.json', json.dumps(dict(text=key)))
 
-# %% ../../nbs/47_datasets.features.ipynb #a38b4adc
-def extract_features(clips: VideoClips, encoders: Encoders, folder: str | Path, rank: int = 0, ranks: int = 1, progress: bool = True) -> Extraction:
-    "Encodes every clip of this rank's share that is not in the folder yet; returns what it did."
+# %% ../../nbs/47_datasets.features.ipynb #ac2cd93a
+def extract_features(clips: VideoClips, encoders: Encoders, folder: str | Path, rank: int = 0, ranks: int = 1, progress: bool = True,
+                     watch: Callable[[dict], None] = lambda line: None) -> Extraction:
+    "Encodes every clip of this rank's share that is not in the folder yet; returns what it did. `watch` gets the line of each clip when it is done."
     from tqdm.auto import tqdm
     require(0 <= rank < ranks, f'rank={rank} must lie between 0 and ranks - 1 = {ranks - 1}')
     folder, index, begun, done = Path(folder), Index(folder), time.monotonic(), Counter()
@@ -196,6 +202,7 @@ def extract_features(clips: VideoClips, encoders: Encoders, folder: str | Path, 
             done.update(clips=clip, captions=text, found=not clip)
         remarks += [Dropped(line['number'], line['name'], text) for text in [*ready.remarks, *filter(None, [clips.same.get(line['number'])])] if 'dropped' not in line]
         if known.get(line['name']) != line: index.add(line)
+        watch(line)
     return Extraction(done['clips'], done['captions'], done['found'], time.monotonic() - begun, ClipReport(len(share) - len(dropped), tuple(dropped), tuple(remarks)))
 
 # %% ../../nbs/47_datasets.features.ipynb #f6e4ac91

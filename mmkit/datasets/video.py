@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Facts', 'missing_bytes', 'has_pictures', 'look_into', 'answer', 'serve', 'receive', 'end', 'Reader', 'exchange',
            'start', 'Take', 'find_lies', 'plan_take', 'ClipReport', 'same_names', 'VideoClips', 'look_at',
-           'first_readable', 'make_report', 'strip', 'draw_clips']
+           'first_readable', 'make_report', 'strip', 'film_html', 'draw_clips']
 
 # %% ../../nbs/46_datasets.video.ipynb #371b6d8e
 import base64
@@ -286,7 +286,7 @@ def make_report(clips: VideoClips) -> ClipReport:
                for text in [*found[1], *([clips.same[number]] if number in clips.same else [])]]
     return ClipReport(len(clips.listed) - len(reasons), tuple(named(*pair) for pair in sorted(reasons.items())), tuple(sorted(remarks)))
 
-# %% ../../nbs/46_datasets.video.ipynb #c07d1563
+# %% ../../nbs/46_datasets.video.ipynb #99394284
 def strip(frames: np.ndarray, most: int = 6, height: int = 72) -> str:
     "HTML of at most `most` evenly spaced frames (t, h, w, 3)."
     from PIL import Image
@@ -297,6 +297,13 @@ def strip(frames: np.ndarray, most: int = 6, height: int = 72) -> str:
         picture.save(file, 'PNG')
         tags.append(f'<img height="{height}" style="display:inline;margin:1px" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
     return ''.join(tags)
+
+
+def film_html(video: bytes, frames: np.ndarray, height: int = 192) -> str:
+    "HTML of an mp4 that plays, if it is not above 2 MB, and of a strip of its frames (t, h, w, 3) for pages where no film can."
+    data = base64.b64encode(video).decode() if len(video) < 2e6 else ''
+    film = f'<video controls loop autoplay muted playsinline height="{height}" style="image-rendering:pixelated" src="data:video/mp4;base64,{data}"></video><br>'
+    return f'{film if data else ""}{strip(frames)}'
 
 
 def draw_clips(clips: VideoClips, most: int = 3) -> str:
