@@ -62,12 +62,14 @@ def gather(run: Path, ranks: int, seconds: float) -> Extraction:
 # %% ../nbs/62_extract.ipynb #42146567
 if __name__ == '__main__' and '__file__' in globals(): encode_share(sys.argv[1])      # as a module; a notebook has no __file__
 
-# %% ../nbs/62_extract.ipynb #bcfaf627
+# %% ../nbs/62_extract.ipynb #972d876f
 def follow(run: Run, total: int, ranks: int) -> None:
     "Shows how many clips of a job are done until it ends; an interrupt stops all ranks."
     from tqdm.auto import tqdm
     logs = [Jsonl(run.folder / f'clips{rank}.jsonl') for rank in range(ranks)]
-    with tqdm(total=total, unit=' clips') as bar: run.wait(watch=lambda: bar.update(sum(len(log.new()) for log in logs)))
+    with tqdm(total=total, unit=' clips') as bar:
+        count = lambda: sum(len(log.new()) for log in logs)
+        run.wait(watch=lambda: [bar.update(new) for new in [count()] if new])
 
 def extract(source: str | Path, weights: str | Path, folder: str | Path, clips: Clips = Clips(), *, ranks: int | None = None, device: str | None = None,
             dtype: str | None = None, tiles: Tiles | None = None, limit: float = 60.0) -> Extraction:

@@ -39,10 +39,10 @@ def film_job(folder: str | Path, seed: int = 0, steps: int = 4500, names: Sequen
     loop = replace(config.loop, steps=steps, samples=str(folder / 'prompts.json'), sample_every=max(steps // 3, 1), sample_count=16)
     return replace(config, seed=seed, optim=optim, loop=loop)
 
-# %% ../nbs/64_first_film.ipynb #8a5022f9
+# %% ../nbs/64_first_film.ipynb #d6d436e7
 def sample_films(folder: str | Path, prompts: Sequence[str], sampling: Sampling, progress: bool = False) -> Films:
     "A clip of every prompt from a pipeline folder, on this process."
-    return film(folder, prompts, sampling=sampling, at_once=16, progress=progress)
+    return film(folder, prompts, sampling=sampling, at_once=32, progress=progress)
 
 def judged(names: Sequence[str], folder: str | Path, clips: dict[str, Films]) -> dict[str, dict[str, float]]:
     "The judge's scores of real clips, of the same through the codec of a pipeline folder, of filled outlines, and of named sets of films."
@@ -63,7 +63,7 @@ def film_with_diffusers(folder: str | Path, prompts: Sequence[str], sampling: Sa
         num_inference_steps=sampling.steps, guidance_scale=sampling.guidance, max_sequence_length=text_room(folder), output_type='np').frames
     return [(clip * 255).round().astype(np.uint8) for clip in frames]
 
-# %% ../nbs/64_first_film.ipynb #722c5b42
+# %% ../nbs/64_first_film.ipynb #91433cfc
 @dataclass(frozen=True)
 class FilmResult:
     "What a first film came to: the run, its checkpoint, the judge's scores, the films, the largest difference from diffusers in grey levels, and seconds."
@@ -73,6 +73,11 @@ class FilmResult:
     films: Films
     apart: int
     seconds: float
+
+    def _repr_markdown_(self) -> str:
+        heads = dict(strict='all together', shape='every frame right', way='the right way', smooth='no jump', correlation='correlation')
+        rows = [f'| {title} | {" | ".join(f"{found[key]:.1%}" if key != "correlation" else f"{found[key]:.2f}" for key in heads)} |' for title, found in self.scores.items()]
+        return '\n'.join([f'| | {" | ".join(heads.values())} |', '|---' * (len(heads) + 1) + '|', *rows])
 
     def __str__(self) -> str:
         rows = [f'{title:33} {found["strict"]:6.1%}' for title, found in self.scores.items()]

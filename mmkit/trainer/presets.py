@@ -38,11 +38,11 @@ def toy(weights: str, data: Data) -> Config:
         optim=Optim(lr=2e-3, min_lr=1e-4, warmup=40, betas=(0.9, 0.98), weight_decay=0.05),
         loop=Loop(steps=400, global_batch=32, micro_batch=16))
 
-# %% ../../nbs/58_trainer.presets.ipynb #7a0b40d4
+# %% ../../nbs/58_trainer.presets.ipynb #19fe19e9
 def film_toy(weights: str, film: Film) -> Config:
     "A tiny Wan2.1 on two CPU ranks, learning 48 clips of 9 frames and 48 x 48 pixels."
     film = replace(film, flow=Flow(draw='logit_normal', shift=3.0, weighted=False), workers=0,
-        sampling=Sampling(num_frames=9, height=48, width=48, steps=20, guidance=2.5, scheduler='euler', shift=3.0, fps=8))
+        sampling=Sampling(num_frames=9, height=48, width=48, steps=20, guidance=1.5, scheduler='euler', shift=3.0, fps=8))
     return Config(task='wan2_1', weights=weights, film=film, layout=Layout(data='ddp'),
         optim=Optim(lr=2e-3, min_lr=4e-5, warmup=40, betas=(0.9, 0.98), weight_decay=0.01), loop=Loop(steps=4500, global_batch=16, micro_batch=8, average=0.997))
 
