@@ -5,20 +5,23 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import parity
-from mmkit.config import Clips, Config, Film, Layout, Loop, Optim, override
+from mmkit.config import Clips, Config, Film, Layout, Loop, Optim, Sampling, override
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.video import VideoClips
 from mmkit.device import pick_device, place
 from mmkit.models.codecs import open_codecs
 from mmkit.parallel.mesh import open_mesh
 from mmkit.toyfilm import film_clips, tiny_wan, write_exact
+from mmkit.trainer.film import film
 from mmkit.trainer.loop import fit
 
 STEPS, GLOBAL = 8, 8
 CLIPS = Clips(num_frames=9, max_height=48, max_width=48)
+PROMPTS, SAMPLING = ['a red heart moves left', 'a dog moves up', 'a banana'], Sampling(num_frames=9, height=48, width=48, steps=3, guidance=2.0)
 LAYOUTS = {                                     # title: ranks, what differs from the first row
     'tp 1, one by one': (1, []),
     'micro-batches of 2': (1, ['loop.micro_batch=2']),
@@ -28,7 +31,7 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'tp 2': (2, ['layout.tp=2', 'loop.micro_batch=4']),
     'tp 2, sequence parallel, recompute, zero1': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full', 'layout.data=zero1', 'loop.micro_batch=2']),
     'dp 2, ddp': (2, ['loop.micro_batch=2']),
-    'dp 2, zero1, overlap, average': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4', 'loop.average=0.9']),
+    'dp 2, zero1, overlap, average': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
 }
 ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
@@ -42,14 +45,17 @@ def write_clips(folder):
         write_exact(folder / f'{number}.mp4', frames[:5] if number % 3 == 0 else frames)
         records.append(dict(path=f'{number}.mp4', cap=caption))
     (folder / 'data.json').write_text(json.dumps(records))
+    Image.fromarray(film_clips()[0][0][0]).save(folder / 'heart.png')
+    for model, more in (('t2v', {}), ('i2v', dict(image=str(folder / 'heart.png')))):
+        (folder / f'prompts-{model}.json').write_text(json.dumps([dict(prompt=prompt, **more) for prompt in PROMPTS]))
 
 def config_of(folder, title):
     "The configuration of a row."
     _, model, words = ROWS[title]
-    film = Film(features=str(folder / f'features-{model}'), clips=CLIPS, caption_dropout=0.3, workers=0)
+    film = Film(features=str(folder / f'features-{model}'), clips=CLIPS, caption_dropout=0.3, sampling=SAMPLING, workers=0)
     plain = Config(task='wan2_1', weights=str(folder / model), film=film, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant'),
         loop=Loop(steps=STEPS, global_batch=GLOBAL), dtype='float32')
-    return override(plain, [word.replace('SOURCE', str(folder / 'data.json')) for word in words])
+    return override(plain, [word.replace('SOURCE', str(folder / 'data.json')).replace('PROMPTS', str(folder / f'prompts-{model}.json')) for word in words])
 
 @pytest.fixture(scope='module')
 def house(tmp_path_factory):
@@ -115,3 +121,26 @@ def test_what_is_saved_opens_in_diffusers(house):
         like = load_file(house[0] / 'runs' / f'{model}: {FIRST}'.replace(' ', '-') / 'checkpoints' / f'step-{STEPS:07d}' / 'transformer' / 'diffusion_pytorch_model.safetensors')
         apart = max((value - like[name]).abs().mean().item() for name, value in opened.state_dict().items())
         assert (apart > 1e-4) if 'average' in title else (apart < 3e-5), (title, apart)
+
+def test_samples_are_what_the_saved_weights_make(house):
+    "The averaged ones, filmed by two copies in turn; the second clip too, whose noise must be that of its number."
+    for title, (_, model, words) in ROWS.items():
+        if 'loop.samples=PROMPTS' not in words: continue
+        run = house[0] / 'runs' / title.replace(' ', '-')
+        asked = json.loads((house[0] / f'prompts-{model}.json').read_text())
+        sampled = {int(path.stem[5:]): json.loads(path.read_text()) for path in sorted((run / 'samples').glob('step-*.json'))}
+        assert list(sampled) == [5, STEPS] and all([{key: one[key] for key in one if key != 'video'} for one in found] == asked for found in sampled.values())
+        made = film(run / 'checkpoints' / f'step-{STEPS:07d}', PROMPTS, images=[one['image'] for one in asked] if model == 'i2v' else None, sampling=SAMPLING, device='cpu', progress=False)
+        assert [one.video for one in made] == [(run / 'samples' / one['video']).read_bytes() for one in sampled[STEPS]]
+
+def test_two_clips_are_enough(house, tmp_path):
+    "Each comes four times in a batch of eight, with other noise every time."
+    folder = house[0]
+    (tmp_path / 'data.json').write_text(json.dumps(json.loads((folder / 'data.json').read_text())[1:3]))
+    for number in (2, 4): (tmp_path / f'{number}.mp4').write_bytes((folder / f'{number}.mp4').read_bytes())
+    words = ['film.features=null', f'film.source={tmp_path}/data.json', 'loop.steps=2', 'loop.micro_batch=8']
+    records = fit(override(config_of(folder, f't2v: {FIRST}'), words), tmp_path / 'run')
+    assert len(records) == 2 and all(0.5 < record.loss < 10 for record in records)
+    with open_mesh(Layout(), pick_device('cpu'), 0) as mesh:
+        batch, = next(parity.TASKS['wan2_1'](override(config_of(folder, f't2v: {FIRST}'), words)).batches(mesh))
+        assert len(batch['clean'].unique(dim=0)) == 2 and len(batch['sigma'].unique()) == 8 and len(batch['noise'].unique(dim=0)) == 8

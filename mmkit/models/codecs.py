@@ -8,8 +8,9 @@ __all__ = ['Tiles', 'find_part', 'load_whole', 'open_vae', 'statistics', 'to_ran
            'encode_text', 'ImageEncoder', 'open_image_encoder', 'encode_image', 'encode_first_frame', 'read_pieces',
            'fingerprint', 'Codecs', 'open_codecs']
 
-# %% ../../nbs/26_models.codecs.ipynb #cafeb1d5
+# %% ../../nbs/26_models.codecs.ipynb #4c32d542
 import hashlib
+import html
 import json
 import re
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, crf: int 
         file.mux(stream.encode())
     return Path(path)
 
-# %% ../../nbs/26_models.codecs.ipynb #e1cea46a
+# %% ../../nbs/26_models.codecs.ipynb #6c5f6d1c
 @dataclass(frozen=True)
 class TextEncoder:
     "UMT5 with its tokenizer."
@@ -140,8 +141,9 @@ def text_room(folder: str | Path) -> int:
 
 
 def clean_caption(caption: str) -> str:
-    "The caption with single spaces."
-    return re.sub(r'\s+', ' ', caption).strip()
+    "The caption with broken letters mended, HTML's names of characters replaced and single spaces, as Wan and diffusers clean it."
+    import ftfy
+    return re.sub(r'\s+', ' ', html.unescape(html.unescape(ftfy.fix_text(caption)))).strip()
 
 
 @torch.no_grad()

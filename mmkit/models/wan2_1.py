@@ -8,7 +8,7 @@ __all__ = ['WanShape', 'check_wan', 'grid_of', 'patchify', 'unpatchify', 'tokenw
            'LayerNorm', 'modulated', 'gated', 'Block', 'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded',
            'per_clip', 'Wan2_1']
 
-# %% ../../nbs/24_models.wan2_1.ipynb #2c369908
+# %% ../../nbs/24_models.wan2_1.ipynb #68b07959
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from ..config import require
 from ..parallel.attention import Attend, attend
 from ..parallel.engine import megatron
-from ..parallel.layers import as_allocated, divisible, engine_config, recompute, row_linear, slice_sequence, whole_sequence
+from ..parallel.layers import as_allocated, column_linear, divisible, engine_config, recompute, row_linear, slice_sequence, whole_sequence
 from ..parallel.mesh import Axis, Mesh
 
-# %% ../../nbs/24_models.wan2_1.ipynb #416c02e4
+# %% ../../nbs/24_models.wan2_1.ipynb #baca256a
 @dataclass(frozen=True)
 class WanShape:
     "Sizes of the model; `patch` is in latent frames, rows, columns, `image_width` is None for text to video."
@@ -50,7 +50,10 @@ class WanShape:
             config['out_channels'] or config['in_channels'], tuple(config['patch_size']), config['text_dim'], config['freq_dim'], config['eps'],
             config['rope_max_seq_len'], config.get('image_dim'), config.get('pos_embed_seq_len'))
 
-    width = property(lambda self: self.heads * self.head_width, doc='Channels of a token.')
+    @property
+    def width(self) -> int:
+        "Channels of a token."
+        return self.heads * self.head_width
 
 # %% ../../nbs/24_models.wan2_1.ipynb #213ae2e3
 def check_wan(config: dict) -> None:
@@ -157,7 +160,7 @@ class Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor): return ctx.axis.sum(gradient.clone(memory_format=torch.contiguous_format)), None
 
-# %% ../../nbs/24_models.wan2_1.ipynb #2c709ff4
+# %% ../../nbs/24_models.wan2_1.ipynb #c994951a
 def quiet_linear(config: Any, inputs: int, outputs: int) -> nn.Module:
     "Megatron's linear with its outputs cut over the ranks, for an input that is whole and whose gradient is summed elsewhere."
     return megatron().ColumnParallelLinear(inputs, outputs, config=config, init_method=as_allocated, bias=True, gather_output=False, disable_grad_reduce=True)
@@ -174,8 +177,8 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor: return x.transpose(0, 1).unflatten(-1, (-1, self.head_width))          # s b n -> b s h d
 
     def inward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (F.linear(source, layer.weight, layer.bias) for source, layer in ((x, self.proj_q), (memory, self.proj_k), (memory, self.proj_v)))
-        return self.heads(self.q_norm(q)), self.heads(self.k_norm(k)), self.heads(v)         # each b s h d
+        q, k, v = self.q_norm(self.proj_q(x)[0]), self.k_norm(self.proj_k(memory)[0]), self.proj_v(memory)[0]
+        return self.heads(q), self.heads(k), self.heads(v)                       # each b s h d
 
     def outward(self, mixed: Tensor) -> Tensor: return self.proj_out(mixed.flatten(2).transpose(0, 1))[0]
 
@@ -200,7 +203,7 @@ class CrossAttention(Attention):
         if image is not None: mixed = mixed + attend(q, self.heads(self.k_norm_img(self.k_img(image)[0])), self.heads(self.v_img(image)[0]))
         return self.outward(mixed)
 
-# %% ../../nbs/24_models.wan2_1.ipynb #b2f72b3a
+# %% ../../nbs/24_models.wan2_1.ipynb #ba0aeb39
 class LayerNorm(nn.Module):
     "Layer norm in float32 with a weight and a bias in float32; the output has the dtype of the input."
     def __init__(self, config: Any, width: int, epsilon: float):
@@ -212,14 +215,13 @@ class LayerNorm(nn.Module):
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
     "norm(x) * (1 + scale) + shift of tokens (s b width) for each clip (b width), computed in float32."
-    if len(scale) == 1: return F.layer_norm(x.float(), x.shape[-1:], 1 + scale[0], shift[0], epsilon).to(x.dtype)      # one clip: the norm does it all in one pass
     return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=epsilon), 1 + scale).to(x.dtype)
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     "x + update * gate of tokens (s b width) for each clip (b width), computed in float32."
     return torch.addcmul(x.float(), update.float(), gate).to(x.dtype)
 
-# %% ../../nbs/24_models.wan2_1.ipynb #4d8db710
+# %% ../../nbs/24_models.wan2_1.ipynb #251f5c1a
 class Block(nn.Module):
     "Self-attention, cross-attention and an mlp over tokens (s b width), the first and the last modulated by time (b 6 width)."
     def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis):
@@ -229,16 +231,14 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(shape, config, quiet, axis)
         self.norm3 = LayerNorm(config, shape.width, shape.epsilon)
         self.cross_attn = CrossAttention(shape, config, quiet, axis)
-        wide = megatron().ColumnParallelLinear(shape.width, shape.hidden, config=config, init_method=as_allocated, bias=True, gather_output=False, skip_bias_add=True)
-        self.ffn = nn.ModuleDict({'0': wide, '2': row_linear(config, shape.hidden, shape.width, bias=True)})
+        self.ffn = nn.ModuleDict({'0': column_linear(config, shape.width, shape.hidden, bias=True), '2': row_linear(config, shape.hidden, shape.width, bias=True)})
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.modulation + time.float()).unbind(1)
         seen = whole_sequence(modulated(x, scale, shift, self.epsilon), self.config)
         x = gated(x, self.self_attn(seen, cos, sin, attend), gate)
         x = x + self.cross_attn(whole_sequence(self.norm3(x), self.config), text, image)
-        inner, bias = self.ffn['0'](modulated(x, mlp_scale, mlp_shift, self.epsilon))
-        inner = F.gelu(inner.add_(bias), approximate='tanh')                     # in place: there is no larger tensor in the model
+        inner = F.gelu(self.ffn['0'](modulated(x, mlp_scale, mlp_shift, self.epsilon))[0], approximate='tanh')
         return gated(x, self.ffn['2'](inner)[0], mlp_gate)
 
 # %% ../../nbs/24_models.wan2_1.ipynb #f79fbd41
