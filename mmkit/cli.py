@@ -101,7 +101,7 @@ CHAT = answer, dict(help='ask a model'), (
 def extract_features(options: Namespace) -> Any:
     "Encodes clips and captions; returns what was done and the report."
     from mmkit.config import Clips
-    from mmkit.extract import extract
+    from mmkit.extraction import extract
     return extract(options.source, options.weights, options.folder, override(Clips(), options.changes), ranks=options.ranks, dtype=options.dtype)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .config import Clips, Config, Film, Sampling
-from .extract import extract
+from .extraction import extract
 from .models.codecs import decode_video, encode_video, open_vae, text_room
 from .run import Run, launch, make_folder
 from .show import plot_losses

@@ -105,7 +105,7 @@ def film_on_ranks(folder):
     with open_film(folder / 'i2v', device='cpu', layout=Layout(tp=2)) as studio:
         found['apart'] = parity.over_ranks(parity.apart(latents_of(studio, CASES['unipc, guidance 3'], pictures()), torch.load(folder / 'latents.pt')))
         made = studio.film(PROMPTS, images=pictures(), sampling=SMALL, output=folder / 'made', progress=False)
-        found['paths'] = int(parity.over_ranks(sum(clip.path is not None for clip in made) if not studio.mesh.first else 0))
+        found['paths'] = int(parity.over_ranks(sum(clip.path is None or not clip.path.is_file() for clip in made) if studio.mesh.first else 0))
     try: open_film(folder / 't2v', device='cpu').__enter__()
     except ValueError as error: found['error'] = str(error)
     return found

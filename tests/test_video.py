@@ -99,7 +99,7 @@ def test_every_trouble_is_named_and_the_rest_is_used(messy, opened, encoders, tm
     features = Features(tmp_path / 'features')
     assert [Path(entry['name']).parts[-2:] for entry in features.entries][:2] == [('good', 'heart.mp4'), ('other', 'heart.mp4')] and len(features) == 4
     assert not torch.equal(features[0]['latents'], features[1]['latents']) and torch.equal(features[1]['latents'], features[3]['latents'])    # no overwriting; equal files, one feature
-    assert features.report.dropped == clips.report.dropped and features[2]['latents'].shape == (16, 1, 6, 6) and encoders.asked() == (3, 3)
+    assert features.report.dropped == clips.report.dropped and features[2]['latents'].shape == (16, 1, 6, 6) and encoders.asked() == (3, 4)                # three captions and the empty one
 
 def test_a_one_frame_clip_is_dropped_where_more_are_asked_for(messy, opened):
     clips = opened(messy, Clips(num_frames=9, min_num_frames=5, max_height=48, max_width=48))
@@ -135,7 +135,7 @@ def test_a_hanging_decoder_costs_one_clip(tmp_path, opened):
 
 def test_a_second_run_does_nothing_and_an_edit_costs_one_clip(tmp_path, opened, encoders):
     source, store = few(tmp_path / 'clips'), tmp_path / 'features'
-    assert (extract(opened(source, SMALL), encoders, store).encoded, *encoders.asked()) == (5, 5, 5)
+    assert (extract(opened(source, SMALL), encoders, store).encoded, *encoders.asked()) == (5, 5, 6)                # five captions and the empty one
     state = lambda: {path.relative_to(store): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in store.rglob('*.*') if path.is_file() and path.name != '.index.lock'}
     before, clips = state(), opened(source, SMALL)
     assert (extract(clips, encoders, store).found, *encoders.asked()) == (5, 0, 0) and state() == before and clips.reader.process is None

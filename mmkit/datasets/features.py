@@ -179,7 +179,8 @@ def keep_nothing(encoders: Encoders, folder: Path) -> None:
     "Encodes the empty caption, which stands for a dropped one, unless it is there; `nothing.json` names it."
     key = key_of('', encoders.text_identity)
     if not tensor_path(folder, 'text', key).is_file(): write_tensors(tensor_path(folder, 'text', key), dict(text=encoders.caption('')))
-    write_atomic(folder / 'nothing.json', json.dumps(dict(text=key)))
+    line = json.dumps(dict(text=key))
+    if not (folder / 'nothing.json').is_file() or (folder / 'nothing.json').read_text() != line: write_atomic(folder / 'nothing.json', line)
 
 # %% ../../nbs/47_datasets.features.ipynb #ac2cd93a
 def extract_features(clips: VideoClips, encoders: Encoders, folder: str | Path, rank: int = 0, ranks: int = 1, progress: bool = True,
