@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_text', 'TextShape', 'TextAttention', 'text_layer', 'Head', 'TextTower', 'vocab_loss']
 
-# %% ../../nbs/22_models.text.ipynb #b38ec8c0
+# %% ../../nbs/22_models.text.ipynb #a53b097d
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from ..config import require
 from .rope import apply_rope, cos_sin, mrope
 from ..parallel.attention import Attend
 from ..parallel.engine import megatron
-from ..parallel.layers import Layer, Mlp, Norm, as_allocated, column_linear, divisible, engine_config, recompute, row_linear, slice_sequence, whole_sequence
+from ..parallel.layers import Layer, Mlp, Norm, apply_linear, as_allocated, column_linear, divisible, engine_config, recompute, row_linear, slice_sequence, whole_sequence
 from ..parallel.mesh import Mesh
 
 # %% ../../nbs/22_models.text.ipynb #04fdca43
@@ -63,7 +63,7 @@ class TextShape:
         "Channels of one head."
         return self.width // self.heads
 
-# %% ../../nbs/22_models.text.ipynb #fa5f2c69
+# %% ../../nbs/22_models.text.ipynb #477131bf
 class TextAttention(nn.Module):
     "Grouped-query self-attention over (s 1 width) by a given `Attend`."
     def __init__(self, shape: TextShape, config: Any):
@@ -73,10 +73,10 @@ class TextAttention(nn.Module):
         self.linear_proj = row_linear(config, shape.width, shape.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv = self.linear_qkv(x)[0].transpose(0, 1).unflatten(-1, (-1, self.ratio + 2, self.head_width))     # b s g ratio+2 d
+        qkv = apply_linear(self.linear_qkv, x).transpose(0, 1).unflatten(-1, (-1, self.ratio + 2, self.head_width))     # b s g ratio+2 d
         q, k, v = qkv[..., :self.ratio, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
         mixed = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-        return self.linear_proj(mixed.flatten(2).transpose(0, 1))[0]
+        return apply_linear(self.linear_proj, mixed.flatten(2).transpose(0, 1))
 
 def text_layer(shape: TextShape, config: Any) -> Layer:
     "A layer of the tower."

@@ -6,7 +6,7 @@
 __all__ = ['VisionShape', 'patch_positions', 'Windows', 'windows', 'PatchEmbed', 'VisionAttention', 'vision_layer', 'Merger',
            'VisionTower']
 
-# %% ../../nbs/21_models.vision.ipynb #85926daa
+# %% ../../nbs/21_models.vision.ipynb #f72b3eea
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import require
 from .rope import apply_rope, cos_sin, rope_2d
 from ..parallel.attention import Attend, segments
-from ..parallel.layers import Layer, Mlp, Norm, column_linear, divisible, engine_config, recompute, row_linear
+from ..parallel.layers import Layer, Mlp, Norm, apply_linear, column_linear, divisible, engine_config, recompute, row_linear
 from ..parallel.mesh import Mesh
 
 # %% ../../nbs/21_models.vision.ipynb #3806d786
@@ -90,7 +90,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor: return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1))
 
-# %% ../../nbs/21_models.vision.ipynb #39064a30
+# %% ../../nbs/21_models.vision.ipynb #2fd66e88
 class VisionAttention(nn.Module):
     "Self-attention over a row (s 1 width) by a given `Attend`."
     def __init__(self, shape: VisionShape, config: Any):
@@ -100,10 +100,10 @@ class VisionAttention(nn.Module):
         self.linear_proj = row_linear(config, shape.width, shape.width, bias=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv = self.linear_qkv(x)[0].transpose(0, 1).unflatten(-1, (-1, 3, self.head_width))        # b s h 3 d
+        qkv = apply_linear(self.linear_qkv, x).transpose(0, 1).unflatten(-1, (-1, 3, self.head_width))        # b s h 3 d
         q, k, v = qkv.unbind(-2)
         mixed = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-        return self.linear_proj(mixed.flatten(2).transpose(0, 1))[0]
+        return apply_linear(self.linear_proj, mixed.flatten(2).transpose(0, 1))
 
 def vision_layer(shape: VisionShape, config: Any) -> Layer:
     "A layer of the tower."

@@ -8,7 +8,7 @@ __all__ = ['WanShape', 'check_wan', 'grid_of', 'patchify', 'unpatchify', 'tokenw
            'LayerNorm', 'modulated', 'gated', 'Block', 'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded',
            'per_clip', 'Wan2_1']
 
-# %% ../../nbs/24_models.wan2_1.ipynb #68b07959
+# %% ../../nbs/24_models.wan2_1.ipynb #063e21cd
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import require
 from ..parallel.attention import Attend, attend
 from ..parallel.engine import megatron
-from ..parallel.layers import as_allocated, column_linear, divisible, engine_config, recompute, row_linear, slice_sequence, whole_sequence
+from ..parallel.layers import apply_linear, as_allocated, column_linear, divisible, engine_config, recompute, row_linear, slice_sequence, whole_sequence
 from ..parallel.mesh import Axis, Mesh
 
 # %% ../../nbs/24_models.wan2_1.ipynb #baca256a
@@ -160,10 +160,10 @@ class Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor): return ctx.axis.sum(gradient.clone(memory_format=torch.contiguous_format)), None
 
-# %% ../../nbs/24_models.wan2_1.ipynb #c994951a
+# %% ../../nbs/24_models.wan2_1.ipynb #358ad645
 def quiet_linear(config: Any, inputs: int, outputs: int) -> nn.Module:
     "Megatron's linear with its outputs cut over the ranks, for an input that is whole and whose gradient is summed elsewhere."
-    return megatron().ColumnParallelLinear(inputs, outputs, config=config, init_method=as_allocated, bias=True, gather_output=False, disable_grad_reduce=True)
+    return megatron().ColumnParallelLinear(inputs, outputs, config=config, init_method=as_allocated, bias=True, gather_output=False, skip_bias_add=True, disable_grad_reduce=True)
 
 class Attention(nn.Module):
     "Queries, keys, values and output of some heads; (s b width) in and out. `config` cuts the sequence or not, `quiet` does not."
@@ -177,12 +177,12 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor: return x.transpose(0, 1).unflatten(-1, (-1, self.head_width))          # s b n -> b s h d
 
     def inward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.q_norm(self.proj_q(x)[0]), self.k_norm(self.proj_k(memory)[0]), self.proj_v(memory)[0]
+        q, k, v = self.q_norm(apply_linear(self.proj_q, x)), self.k_norm(apply_linear(self.proj_k, memory)), apply_linear(self.proj_v, memory)
         return self.heads(q), self.heads(k), self.heads(v)                       # each b s h d
 
-    def outward(self, mixed: Tensor) -> Tensor: return self.proj_out(mixed.flatten(2).transpose(0, 1))[0]
+    def outward(self, mixed: Tensor) -> Tensor: return apply_linear(self.proj_out, mixed.flatten(2).transpose(0, 1))
 
-# %% ../../nbs/24_models.wan2_1.ipynb #f1c8dd93
+# %% ../../nbs/24_models.wan2_1.ipynb #7310267c
 class SelfAttention(Attention):
     "Each token of a clip sees all others."
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -200,7 +200,7 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
         q, k, v = self.inward(x, text)
         mixed = attend(q, k, v)
-        if image is not None: mixed = mixed + attend(q, self.heads(self.k_norm_img(self.k_img(image)[0])), self.heads(self.v_img(image)[0]))
+        if image is not None: mixed = mixed + attend(q, self.heads(self.k_norm_img(apply_linear(self.k_img, image))), self.heads(apply_linear(self.v_img, image)))
         return self.outward(mixed)
 
 # %% ../../nbs/24_models.wan2_1.ipynb #ba0aeb39
@@ -221,7 +221,7 @@ def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     "x + update * gate of tokens (s b width) for each clip (b width), computed in float32."
     return torch.addcmul(x.float(), update.float(), gate).to(x.dtype)
 
-# %% ../../nbs/24_models.wan2_1.ipynb #251f5c1a
+# %% ../../nbs/24_models.wan2_1.ipynb #46d05af9
 class Block(nn.Module):
     "Self-attention, cross-attention and an mlp over tokens (s b width), the first and the last modulated by time (b 6 width)."
     def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis):
@@ -238,8 +238,8 @@ class Block(nn.Module):
         seen = whole_sequence(modulated(x, scale, shift, self.epsilon), self.config)
         x = gated(x, self.self_attn(seen, cos, sin, attend), gate)
         x = x + self.cross_attn(whole_sequence(self.norm3(x), self.config), text, image)
-        inner = F.gelu(self.ffn['0'](modulated(x, mlp_scale, mlp_shift, self.epsilon))[0], approximate='tanh')
-        return gated(x, self.ffn['2'](inner)[0], mlp_gate)
+        inner = F.gelu(apply_linear(self.ffn['0'], modulated(x, mlp_scale, mlp_shift, self.epsilon)), approximate='tanh')
+        return gated(x, apply_linear(self.ffn['2'], inner), mlp_gate)
 
 # %% ../../nbs/24_models.wan2_1.ipynb #f79fbd41
 def waves(time: Tensor, width: int) -> Tensor:

@@ -29,7 +29,7 @@ def wrap_data_parallel(model: nn.Module, config: Any, layout: Layout) -> nn.Modu
     config.no_sync_func = wrapped.no_sync if layout.overlap else None
     return wrapped
 
-# %% ../../nbs/15_parallel.data.ipynb #85328c42
+# %% ../../nbs/15_parallel.data.ipynb #dee0bd79
 def build_optimizer(wrapped: nn.Module, optim: Optim, layout: Layout, dtype: torch.dtype, steps: int) -> tuple[Any, Any]:
     "Megatron's optimizer and learning-rate schedule for a wrapped model and a run of this many steps."
     engine = megatron()
@@ -37,6 +37,7 @@ def build_optimizer(wrapped: nn.Module, optim: Optim, layout: Layout, dtype: tor
         optimizer='adam', lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.betas[0], adam_beta2=optim.betas[1],
         adam_eps=optim.eps, clip_grad=optim.clip, bf16=dtype == torch.bfloat16, params_dtype=dtype,
         use_distributed_optimizer=layout.data == 'zero1'), [wrapped], use_gloo_process_groups=False)
+    optimizer.count_zeros = lambda: 0         # the chain of optimizers counts zero gradients, and sums them over the ranks, asked or not
     schedule = engine.OptimizerParamScheduler(optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup,
         lr_decay_steps=steps + (optim.warmup > 0), lr_decay_style=optim.decay, start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=0, wd_incr_style='constant')
     if optim.warmup: schedule.step(1)         # the first update already moves: rate lr/warmup instead of 0
