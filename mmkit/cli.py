@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .config import load_config, override
+from .config import load_config
+from .values import override
 from .convert_cli import SCRIPT_FLAGS, convert, convert_parser, convert_wan, optional_layers
 from .files import load_json
 from .ranks import RankFailed

@@ -12,7 +12,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .config import Clips, dumps, read, require
+from .config import Clips
+from .values import dumps, read, require
 from .datasets.clips import list_clips
 from .datasets.features import Extraction, extract_features
 from .datasets.llava import Dropped

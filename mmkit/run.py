@@ -28,7 +28,8 @@ from typing import Any
 
 import psutil
 
-from .config import Config, dumps
+from .config import Config
+from .values import dumps
 from .device import pick_device
 from .files import Jsonl, copy_output, load_json, read_end, write_atomic
 from .ranks import Interrupted, RankFailed, heard_interrupts, child_environment, close_group, follow_parent, last_words, leave, run_target

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import require
+from .values import require
 from .files import load_json, write_atomic
 
 # %% ../nbs/05_toycodec.ipynb #f9d2fdc7

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import require
+from .values import require
 from .toy import DIRECTIONS, EMOJI, sprite
 from .toycodec import fit_codec
 

@@ -38,7 +38,7 @@ def open_trainer(config, mesh):
 def step_gradients(task, wrapped, mesh, batches):
     "(mean loss, whole gradients by Hugging Face name) of a step over this rank's micro-batches, on every rank."
     total, count, *_ = accumulate(wrapped, iter(batches), len(batches), task.loss)
-    total, count = mesh.dp.sum(torch.stack([total.detach(), count.to(total.dtype)])).tolist()
+    total, count = mesh.dp_cp.sum(torch.stack([total.detach(), count.to(total.dtype) / mesh.cp.size])).tolist()         # every rank of cp counts the whole row
     mine, found = gradients(wrapped, mesh), {}
     for piece in pieces(task.towers)[0]:
         if piece.mm in mine: found.update(zip(piece.hf, piece.rule.pack.unpack(joined(mine[piece.mm], piece.rule.split, mesh))))

@@ -286,7 +286,8 @@ def test_mmkit_says_what_it_can_do_and_what_is_wrong(tmp_path):
 
 
 def test_mmkit_hands_on_what_was_said(tmp_path, monkeypatch, capsys):
-    from mmkit.config import Config, dumps
+    from mmkit.config import Config
+    from mmkit.values import dumps
     (tmp_path / 'config.json').write_text(dumps(Config(weights='weights')))
     told = {}
     class Run:

@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import parity
-from mmkit.config import Clips, Config, Film, Layout, Loop, Optim, Sampling, override
+from mmkit.config import Clips, Config, Film, Layout, Loop, Optim, Sampling
+from mmkit.values import override
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.video import VideoClips
 from mmkit.device import pick_device, place
@@ -32,6 +33,10 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'tp 2, sequence parallel, recompute, zero1': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full', 'layout.data=zero1', 'loop.micro_batch=2']),
     'dp 2, ddp': (2, ['loop.micro_batch=2']),
     'dp 2, zero1, overlap, average': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
+    'cp 2, Ulysses': (2, ['layout.cp=2', 'loop.micro_batch=4']),
+    'cp 2, ring, recompute': (2, ['layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full', 'loop.micro_batch=2']),
+    'tp 2, sequence parallel, cp 2': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data=zero1', 'loop.micro_batch=2']),
+    'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=4', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
 }
 ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
@@ -59,14 +64,14 @@ def config_of(folder, title):
 
 @pytest.fixture(scope='module')
 def house(tmp_path_factory):
-    "Two models, their features, and what all rows gave on one and on two ranks."
+    "Two models, their features, and what all rows gave on one, two and four ranks."
     folder = tmp_path_factory.mktemp('films')
     write_clips(folder)
     for model in ('t2v', 'i2v'):
         tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, room=24, random_all=True, seed=3)
         extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
     found = {}
-    for ranks in (1, 2): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
+    for ranks in (1, 2, 4): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
     return folder, found
 
 def train(folder):

@@ -8,7 +8,8 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 
 import parity
-from mmkit.config import Config, Data, Layout, Loop, Optim, override
+from mmkit.config import Config, Data, Layout, Loop, Optim
+from mmkit.values import override
 from mmkit.device import pick_device, place
 from mmkit.parallel.mesh import open_mesh
 from mmkit.toy import emoji_clip, emoji_names, emoji_picture, sentence, tiny_qwen2_5_vl, write_clip
@@ -30,10 +31,16 @@ ROWS = {                                        # title: (ranks, what differs fr
     'dp 2, ddp, overlap': (2, ['layout.overlap=true'], 'tp 1, one by one'),
     'dp 2, zero1': (2, ['layout.data=zero1', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'dp 2, zero1, overlap': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'cp 2, Ulysses': (2, ['layout.cp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'cp 2, ring, recompute, overlap': (2, ['layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full', 'layout.overlap=true', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=8'], 'tp 1, one by one'),
+    'cp 2, dp 2, zero1, overlap': (4, ['layout.cp=2', 'layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'tp 2, sequence parallel, cp 2, ring': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'every weight moved by its last bit': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
     'loss by sample': (1, ['loop.loss=sample', 'loop.micro_batch=8'], None),
     'loss by sample, micro-batches of 2': (1, ['loop.loss=sample', 'loop.micro_batch=2'], 'loss by sample'),
     'loss by sample, dp 2': (2, ['loop.loss=sample'], 'loss by sample'),
+    'loss by sample, cp 2': (2, ['loop.loss=sample', 'layout.cp=2', 'loop.micro_batch=8'], 'loss by sample'),
     'loss by micro-batch of 2': (1, ['loop.loss=micro_batch', 'loop.micro_batch=2'], None),
     'loss by micro-batch of 2, dp 2': (2, ['loop.loss=micro_batch', 'loop.micro_batch=2', 'layout.data=zero1'], 'loss by micro-batch of 2'),
 }
@@ -67,14 +74,14 @@ def config_of(folder, title):
 
 @pytest.fixture(scope='module')
 def house(tmp_path_factory):
-    "A tiny model, conversations, and what all rows gave on one and on two ranks."
+    "A tiny model, conversations, and what all rows gave on one, two and four ranks."
     folder = tmp_path_factory.mktemp('layouts')
     tiny_qwen2_5_vl(folder / 'tiny', write_data(folder), random_all=True, tied=False, seed=3, **SIZES)
     shutil.copytree(folder / 'tiny', folder / 'moved')
     draw, weights = torch.Generator().manual_seed(0), load_file(folder / 'tiny' / 'model.safetensors')
     save_file({name: torch.nextafter(x, x + torch.randint(-1, 2, x.shape, generator=draw)) for name, x in weights.items()}, folder / 'moved' / 'model.safetensors')
     found = {}
-    for ranks in (1, 2): found |= parity.on_ranks('test_layouts', 'train', folder, ranks, 400)
+    for ranks in (1, 2, 4): found |= parity.on_ranks('test_layouts', 'train', folder, ranks, 400)
     return folder, found
 
 def first_gradients(config, folder, title):

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Clips, require
+from ..config import Clips
+from ..values import require
 
 # %% ../../nbs/44_datasets.clips.ipynb #bab56e52
 class BadClip(ValueError):

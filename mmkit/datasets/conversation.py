@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Data, require
+from ..config import Data
+from ..values import require
 from .llava import Dropped, Report
 from .media import (MediaError, PatchRule, fit_area, frames_patches, open_image_processor, picture_patches, picture_rule, read_frames,
                                   read_picture, see, video_rule)

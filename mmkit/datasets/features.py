@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import require
+from ..values import require
 from .clips import BadClip
 from .llava import Dropped
 from .media import MediaError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import require
+from ..values import require
 from ..files import load_json, write_atomic
 
 # %% ../../nbs/40_datasets.llava.ipynb #01e2caae

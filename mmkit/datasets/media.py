@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import require
+from ..values import require
 
 # %% ../../nbs/41_datasets.media.ipynb #f6dd4ebc
 class MediaError(ValueError):

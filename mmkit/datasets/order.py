@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import require
+from ..values import require
 
 # %% ../../nbs/45_datasets.order.ipynb #ea831021
 @lru_cache(maxsize=4)

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Columns, require
+from ..config import Columns
+from ..values import require
 from ..files import load_json
 
 # %% ../../nbs/42_datasets.turns.ipynb #a5eed98f

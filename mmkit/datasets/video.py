@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import require
+from ..values import require
 from .clips import PICTURES, BadClip, Clips, Listed, cover, fit_resolution, frame_numbers, list_clips
 from .llava import Dropped, Report
 from .media import MediaError, explain, file_clip, read_frames, read_picture

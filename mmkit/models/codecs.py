@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..values import require
 from ..files import load_json
 from ..toycodec import LinearCodec
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Sampling, require
+from ..config import Sampling
+from ..values import require
 from .wan2_1 import Wan2_1
 
 # %% ../../nbs/28_models.denoise.ipynb #189978c8

@@ -37,7 +37,7 @@ def drawn(temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0].to(logits.device)
     return pick
 
-# %% ../../nbs/27_models.generate.ipynb #9c08e0b5
+# %% ../../nbs/27_models.generate.ipynb #e2c96a90
 def whole_logits(model: Qwen2_5_VL, x: Tensor, mesh: Mesh) -> Tensor:
     "Logits (n, vocabulary) of vectors (n, width) on every rank."
     mine = model.text_decoder.logits(x)

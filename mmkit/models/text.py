@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_text', 'TextShape', 'TextAttention', 'text_layer', 'Head', 'TextTower', 'vocab_loss']
 
-# %% ../../nbs/22_models.text.ipynb #a53b097d
+# %% ../../nbs/22_models.text.ipynb #8d47e7b5
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..values import require
 from .rope import apply_rope, cos_sin, mrope
 from ..parallel.attention import Attend
 from ..parallel.engine import megatron
-from ..parallel.layers import Layer, Mlp, Norm, apply_linear, as_allocated, column_linear, divisible, engine_config, recompute, row_linear, slice_sequence, whole_sequence
+from ..parallel.layers import Layer, Mlp, Norm, apply_linear, as_allocated, column_linear, divisible, engine_config, heads_divisible, recompute, row_linear, slice_sequence, whole_sequence
 from ..parallel.mesh import Mesh
 
 # %% ../../nbs/22_models.text.ipynb #04fdca43
@@ -93,12 +93,13 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return nn.functional.linear(x, self.weight)
 
-# %% ../../nbs/22_models.text.ipynb #1d5191a2
+# %% ../../nbs/22_models.text.ipynb #504632ef
 class TextTower(nn.Module):
     "Vectors of a packed row in, normed vectors out, and logits on request."
     def __init__(self, shape: TextShape, mesh: Mesh, dtype: torch.dtype):
         super().__init__()
         for name, size in (('num_key_value_heads', shape.groups), ('intermediate_size', shape.hidden), ('vocab_size', shape.vocabulary)): divisible(name, size, mesh)
+        heads_divisible('num_attention_heads', shape.heads, mesh)
         config = engine_config(mesh, dtype, mesh.layout.sequence_parallel)
         self.shape, self.config, self.recompute = shape, config, mesh.layout.recompute == 'full'
         words = megatron().VocabParallelEmbedding(shape.vocabulary, shape.width, init_method=as_allocated, config=config)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..values import require
 from .rope import apply_rope, cos_sin, rope_2d
 from ..parallel.attention import Attend, segments
 from ..parallel.layers import Layer, Mlp, Norm, apply_linear, column_linear, divisible, engine_config, recompute, row_linear

@@ -8,7 +8,7 @@ __all__ = ['WanShape', 'check_wan', 'grid_of', 'patchify', 'unpatchify', 'tokenw
            'LayerNorm', 'modulated', 'gated', 'Block', 'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded',
            'per_clip', 'Wan2_1']
 
-# %% ../../nbs/24_models.wan2_1.ipynb #063e21cd
+# %% ../../nbs/24_models.wan2_1.ipynb #4280faf0
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import require
-from ..parallel.attention import Attend, attend
+from ..values import require
+from ..parallel.attention import Attend, WholeRow, attend, row_attention, row_places
 from ..parallel.engine import megatron
-from ..parallel.layers import apply_linear, as_allocated, column_linear, divisible, engine_config, recompute, row_linear, slice_sequence, whole_sequence
+from ..parallel.layers import apply_linear, as_allocated, column_linear, divisible, engine_config, heads_divisible, recompute, row_linear, same_sequence, slice_sequence, whole_sequence
 from ..parallel.mesh import Axis, Mesh
 
 # %% ../../nbs/24_models.wan2_1.ipynb #baca256a
@@ -295,15 +295,15 @@ def per_clip(x: Tensor, config: Any, axis: Axis) -> Tensor:
     "What all tokens of a clip read; only where ranks hold different tokens they make different parts of its gradient."
     return Shared.apply(x, axis) if config.sequence_parallel else x
 
-# %% ../../nbs/24_models.wan2_1.ipynb #661eec17
+# %% ../../nbs/24_models.wan2_1.ipynb #a5cd368c
 class Wan2_1(nn.Module):
     "Wan2.1: which way the noise lies in noisy latents; parameters bear the names of MindSpeed-MM's files."
     def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32):
         super().__init__()
-        for name, size in (('num_attention_heads', shape.heads), ('ffn_dim', shape.hidden)): divisible(name, size, mesh)
+        divisible('ffn_dim', shape.hidden, mesh)
+        heads_divisible('num_attention_heads', shape.heads, mesh)
         config, quiet = (engine_config(mesh, dtype, cut) for cut in (mesh.layout.sequence_parallel, False))
-        self.shape, self.config, self.recompute, width = shape, config, mesh.layout.recompute == 'full', shape.width
-        self.axis, self.multiple = mesh.tp, mesh.tp.size if config.sequence_parallel else 1
+        self.shape, self.config, self.mesh, self.recompute, width = shape, config, mesh, mesh.layout.recompute == 'full', shape.width
         self.patch_embedding = PatchEmbed(shape, config)
         self.text_embedding = TextEmbed(shape, dtype)
         self.time_embedding = nn.Sequential(linear(shape.time_width, width, torch.float32), nn.SiLU(), linear(width, width, torch.float32))
@@ -312,17 +312,18 @@ class Wan2_1(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, config, quiet, mesh.tp) for _ in range(shape.layers))
         self.head = Head(shape, config)
 
-    def forward(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor | None = None, attend: Attend = attend) -> Tensor:
+    def forward(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         "Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s text_width), zeros behind it, and image (b n image_width)."
         require((image is None) == (self.shape.image_width is None), f'the model {"needs image features" if image is None else "takes no image"}; its image_dim is {self.shape.image_width}')
         grid, patches = grid_of(latents, self.shape), patchify(latents, self.shape.patch)
-        cos, sin = (padded(table, self.multiple).to(latents.device) for table in rope_3d(grid, self.shape.head_width))
-        x = self.patch_embedding(slice_sequence(padded(patches, self.multiple), self.config))
-        words, picture = (None if x is None else Shared.apply(x, self.axis) for x in (self.text_embedding(text), image if image is None else self.img_emb(image)))
+        length, row = len(patches), padded(patches, self.mesh.layout.row_multiple)
+        held = row_places(len(row), self.mesh.layout)[self.mesh.cp.rank]
+        cos, sin = (padded(table, len(row))[held].to(latents.device) for table in rope_3d(grid, self.shape.head_width))
+        x = self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
+        words, picture = (None if x is None else Shared.apply(x, self.mesh.tp) for x in (self.text_embedding(text), image if image is None else self.img_emb(image)))
         vector = self.time_embedding(waves(time, self.shape.time_width)).to(x.dtype)
-        modulation, vector = (per_clip(x, self.config, self.axis) for x in (self.time_projection(vector).unflatten(-1, (6, -1)), vector))
-        within = lambda q, k, v: attend(q, k[:, :len(patches)], v[:, :len(patches)])
+        modulation, vector = (per_clip(x, self.config, self.mesh.tp) for x in (self.time_projection(vector).unflatten(-1, (6, -1)), vector))
+        within = row_attention([length, len(row) - length], False, self.mesh)                 # clips do not see the padding behind them
         for block in self.blocks: x = recompute(self.recompute, partial(block, attend=within), x, modulation, words, picture, cos, sin)
-        x = self.head(x, vector)
-        if self.config.sequence_parallel: x = megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)      # every rank computes the same loss
-        return unpatchify(x[:len(patches)], grid, self.shape.patch)
+        patches = WholeRow.apply(same_sequence(self.head(x, vector), self.config), self.mesh)          # every rank computes the same loss
+        return unpatchify(patches[:length], grid, self.shape.patch)

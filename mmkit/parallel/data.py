@@ -68,12 +68,12 @@ class Trained(nn.Module):
 
     def forward(self, *inputs, **options): return self.module(*inputs, **options)
 
-# %% ../../nbs/15_parallel.data.ipynb #a57b7be2
+# %% ../../nbs/15_parallel.data.ipynb #eabf5c6d
 def gradients(wrapped: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
     "This tensor-parallel rank's gradients by parameter name, in float32, after `accumulate`."
     if wrapped.ddp_config.use_distributed_optimizer:
         for buffer in wrapped.buffers:
             for bucket in buffer.buckets:
-                mine = bucket.grad_data.chunk(mesh.dp.size)[mesh.dp.rank].clone()
-                torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=mesh.dp.group)
+                mine = bucket.grad_data.chunk(mesh.dp_cp.size)[mesh.dp_cp.rank].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=mesh.dp_cp.group)
     return {name.removeprefix('module.module.'): p.main_grad.clone() for name, p in wrapped.named_parameters() if p.requires_grad}

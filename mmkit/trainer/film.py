@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import Layout, Sampling, require
+from ..config import Layout, Sampling
+from ..values import require
 from ..converters.folders import HFFolder
 from ..converters.wan2_1 import wan2_1_towers
 from ..datasets.clips import cover
@@ -200,7 +201,7 @@ def film_latents(studio: Studio, prompts: Sequence[str], frames: Sequence[np.nda
         noise = starting_noise(size, [sampling.seed + number for number in some]).to(place)
         yield from make_latents(studio.model, *batch[:2], noise, sampling, *batch[2:], watch=watch)
 
-# %% ../../nbs/51_trainer.film.ipynb #5bf82b8b
+# %% ../../nbs/51_trainer.film.ipynb #ffa3cbb0
 def new_files(output: str | Path, prompts: Sequence[str]) -> list[Path]:
     "A file name for each prompt in a folder, as `03_a_dog_runs.mp4`, with numbers after those that are there."
     folder = Path(output)
@@ -219,7 +220,7 @@ def make_films(studio: Studio, prompts: str | Sequence[str], images: Any, sampli
     with tqdm(total=-(-len(mine) // at_once) * sampling.steps, desc='film', unit=' steps', disable=not progress or not mesh.first) as bar:
         for number, latents in zip(mine, film_latents(studio, prompts, frames, sampling, at_once, lambda step: bar.update(), mine)):
             made.append(Clip(prompts[number], decode_video(studio.vae, latents), sampling.fps, paths[number]))
-            if output is not None and mesh.tp.rank == 0: write_atomic(paths[number], made[-1].video)
+            if output is not None and mesh.first_of_copy: write_atomic(paths[number], made[-1].video)
     return Films(made)
 
 # %% ../../nbs/51_trainer.film.ipynb #7d0ca678

@@ -44,22 +44,23 @@ def peer_line(record: Record, steps: int, global_batch: int) -> str:
         f'tokens per sample: {record.tokens / global_batch:.6E} | loss: {record.loss:.6E} | loss scale: 1.0 | grad norm: {record.grad_norm:.3f} | '
         'number of skipped iterations:   0 | number of nan iterations:   0 |')
 
-# %% ../../nbs/55_trainer.step.ipynb #a56fb744
+# %% ../../nbs/55_trainer.step.ipynb #2e065db5
 def totals(mesh: Mesh, *numbers: Any) -> list[float]:
-    "The numbers, tensors among them flattened, summed over the data-parallel copies."
+    "The numbers, tensors among them flattened, summed over the data-parallel copies and the ranks that share their tokens."
     flat = [torch.as_tensor(n, dtype=torch.float32, device=mesh.at).flatten() for n in numbers]
-    return mesh.dp.sum(torch.cat(flat)).tolist()
+    return mesh.dp_cp.sum(torch.cat(flat)).tolist()
 
 def means(sums: Sequence[float], counts: Sequence[float]) -> tuple[float | None, ...]:
     "Each sum divided by its count; None where nothing was counted."
     return tuple(total / count if count else None for total, count in zip(sums, counts))
 
-# %% ../../nbs/55_trainer.step.ipynb #ee10578f
+# %% ../../nbs/55_trainer.step.ipynb #16914dfe
 def train_step(step: int, wrapped: nn.Module, optimizer: Any, schedule: Any, task: Task, mesh: Mesh, batches: Sequence[dict]) -> Record:
     "Trains on this rank's micro-batches of step number `step` (from 1); FloatingPointError when the loss is not finite."
     start = time.perf_counter()
     total, count, parts = accumulate(wrapped, iter(batches), len(batches), task.loss)
     total, count, tokens, *rest = totals(mesh, total, count, sum(batch['tokens'] for batch in batches), parts)
+    count, tokens = count / mesh.cp.size, tokens / mesh.cp.size            # every rank of cp tells those of the whole row
     loss = total / max(count, 1)
     if not math.isfinite(loss): raise FloatingPointError(f'step {step}: the loss is {loss}; lower optim.lr, set optim.clip, or look for broken samples')
     lr = optimizer.param_groups[0]['lr']

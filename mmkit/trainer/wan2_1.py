@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import Config, Film, require
+from ..config import Config, Film
+from ..values import require
 from ..converters.folders import HFFolder, open_weights
 from ..converters.wan2_1 import wan2_1_towers
 from ..datasets.features import Features, OnlineFeatures, collate_features, pad_text
@@ -95,7 +96,7 @@ def film_samples(task: 'WanTask', model: nn.Module, mesh: Mesh, file: Path) -> N
     videos = [path.relative_to(file.parent).as_posix() for path in sorted(file.with_suffix('').glob('*.mp4'))]
     write_atomic(file, json.dumps([{**one, 'video': video} for one, video in zip(asked, videos, strict=True)], ensure_ascii=False, indent=1))
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #01b5023f
+# %% ../../nbs/53_trainer.wan2_1.ipynb #b5ee53fd
 class WanTask:
     "Training Wan2.1 on clips with captions."
     def __init__(self, config: Config):
@@ -118,8 +119,8 @@ class WanTask:
         return noisy_batches(self, dataset, mesh, first_step)
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        "Weighted mean square of the velocity's error: (sum, count) over clips, and sums and numbers (2 10) by tenths of sigma."
+        "Weighted mean square of the velocity's error: (sum, count) over clips, of the sum this rank's share among the ranks of cp, and sums and numbers (2 10) by tenths of sigma."
         losses = velocity_losses(model(batch['noisy'], batch['time'], batch['text'], batch.get('image')), batch['clean'], batch['noise'])
-        return (losses * batch['weight']).sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device), by_tenth(batch['sigma'], losses.detach())
+        return (losses * batch['weight']).sum() / self.config.layout.cp, torch.tensor(len(losses), dtype=torch.int, device=losses.device), by_tenth(batch['sigma'], losses.detach())
 
     def sample(self, model: nn.Module, mesh: Mesh, file: Path) -> None: film_samples(self, model, mesh, file)
