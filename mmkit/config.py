@@ -19,24 +19,33 @@ def require(condition: bool, message: str) -> None:
     "Raises ValueError(message) unless the condition holds."
     if not condition: raise ValueError(message)
 
-# %% ../nbs/01_config.ipynb #2d16d7cb
+# %% ../nbs/01_config.ipynb #33c2b236
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     "How a model is laid over ranks; data parallelism takes what is left."
     tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    layers: dict[str, tuple[tuple[int, ...], ...]] | None = None
     sequence_parallel: bool = False
     data: Literal['zero1', 'ddp'] = 'zero1'
     overlap: bool = False
     recompute: Literal['none', 'full'] = 'none'
 
     def __post_init__(self):
-        require(self.tp >= 1, f'layout.tp must be at least 1, not {self.tp}')
+        for name in ('tp', 'pp', 'vpp'): require(getattr(self, name) >= 1, f'layout.{name} must be at least 1, not {getattr(self, name)}')
+        require(self.vpp == 1 or self.pp > 1, f'layout.vpp={self.vpp} needs layout.pp > 1; set pp=2 or vpp=1')
+        for tower, rows in (self.layers or {}).items():
+            shown, wanted = [list(row) for row in rows], f'{self.vpp} (layout.vpp) rows of {self.pp} (layout.pp) numbers'
+            require(len(rows) == self.vpp and all(len(row) == self.pp for row in rows), f'layout.layers.{tower}={shown} must have {wanted}')
+            require(all(n >= 0 for row in rows for n in row), f'layout.layers.{tower}={shown} may not hold negative numbers')
         require(self.tp > 1 or not self.sequence_parallel, 'layout.sequence_parallel needs layout.tp > 1; set tp=2 or sequence_parallel=false')
 
     def copies(self, world: int) -> int:
         "How many copies of the model (data-parallel ranks) `world` ranks hold."
-        require(world % self.tp == 0, f'{world} ranks cannot be divided by layout.tp={self.tp}; use a multiple of {self.tp} ranks or another tp')
-        return world // self.tp
+        each, given = self.tp * self.pp, f'layout.tp={self.tp}' + (f' x layout.pp={self.pp}' if self.pp > 1 else '')
+        require(world % each == 0, f'{world} ranks cannot be divided by {given}; use a multiple of {each} ranks or another {"tp or pp" if self.pp > 1 else "tp"}')
+        return world // each
 
 # %% ../nbs/01_config.ipynb #1880b851
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +216,7 @@ class Loop:
         require(self.global_batch % each == 0, f'loop.global_batch={self.global_batch} is not a multiple of micro_batch x copies = {self.micro_batch} x {copies}')
         return self.global_batch // each
 
-# %% ../nbs/01_config.ipynb #05f4ca92
+# %% ../nbs/01_config.ipynb #2aadfa54
 @dataclass(frozen=True, kw_only=True)
 class Config:
     "All that a run needs to know."
@@ -233,7 +242,9 @@ class Config:
 
     def check(self, world: int) -> int:
         "Micro-batches per step and rank when `world` ranks run this; raises ValueError with what to change."
-        return self.loop.accumulation(self.layout.copies(world))
+        count, pp = self.loop.accumulation(self.layout.copies(world)), self.layout.pp
+        require(self.layout.vpp == 1 or count % pp == 0, f'with layout.vpp={self.layout.vpp} the {count} micro-batches of a step must be a multiple of layout.pp={pp}; change loop.micro_batch or loop.global_batch')
+        return count
 
     def _repr_markdown_(self): return f'```json\n{dumps(self)}\n```'
 
@@ -255,11 +266,14 @@ def read_tuple(kind: Any, value: Any, where: str) -> tuple:
     require(len(value) == len(kinds), f'{where} needs {len(kinds)} values, not {value!r}')
     return tuple(read(k, item, where) for k, item in zip(kinds, value))
 
-# %% ../nbs/01_config.ipynb #c9281aef
+# %% ../nbs/01_config.ipynb #64b7570c
 def read(kind: Any, value: Any, where: str = '') -> Any:
     "`value`, parsed JSON, as a value of type `kind`. Raises ValueError in one line naming the place and the valid choices."
     if is_dataclass(kind): return read_dataclass(kind, value, where)
     if get_origin(kind) is tuple: return read_tuple(kind, value, where)
+    if get_origin(kind) is dict:
+        require(isinstance(value, dict), f'{where} must be an object, not {value!r}')
+        return {name: read(get_args(kind)[1], item, f'{where}.{name}') for name, item in value.items()}
     if get_origin(kind) in (Union, types.UnionType):
         if value is None and type(None) in get_args(kind): return None
         return read(next(k for k in get_args(kind) if k is not type(None)), value, where)

@@ -32,15 +32,16 @@ class Axis:
         dist.all_reduce(x, group=self.group)
         return x
 
-# %% ../../nbs/11_parallel.mesh.ipynb #57526da9
+# %% ../../nbs/11_parallel.mesh.ipynb #859b9735
 @dataclass(frozen=True)
 class Mesh:
-    "The ranks of a run as a grid: `tp` ranks hold one copy of the model, `dp` copies share the data."
+    "The ranks of a run as a grid: `tp` x `pp` ranks hold one copy of the model, `dp` copies share the data."
     layout: Layout
     device: Device
     place: Place
     tp: Axis
     dp: Axis
+    pp: Axis
 
     @property
     def at(self) -> torch.device:
@@ -55,10 +56,10 @@ class Mesh:
     def __enter__(self): return self
     def __exit__(self, *error): close_mesh()
 
-# %% ../../nbs/11_parallel.mesh.ipynb #65030be4
+# %% ../../nbs/11_parallel.mesh.ipynb #d2a54618
 def grid(layout: Layout, world: int) -> np.ndarray:
-    "Rank numbers as an array dp x tp."
-    return np.arange(world).reshape(layout.copies(world), layout.tp)
+    "Rank numbers as an array pp x dp x tp."
+    return np.arange(world).reshape(layout.pp, layout.copies(world), layout.tp)
 
 # %% ../../nbs/11_parallel.mesh.ipynb #0f3980d8
 MEETINGS: list[dist.Store] = []         # the launch's meeting place, and one more entry for every world that was opened at it
@@ -75,7 +76,7 @@ def axis(group: Any) -> Axis:
     "The axis along a process group, seen from this rank."
     return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
-# %% ../../nbs/11_parallel.mesh.ipynb #2d5f051f
+# %% ../../nbs/11_parallel.mesh.ipynb #fc85a04d
 def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int = 42, minutes: float = 30) -> Mesh:
     "This rank's mesh; `minutes` is how long a rank waits for the others. Use it in a `with`, or call `close_mesh` at the end."
     device, here = device or pick_device(), place()
@@ -85,8 +86,9 @@ def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int
     if dist.is_initialized(): raise RuntimeError('a mesh is already open in this process; close it first (close_mesh())')
     join_world(device, here, minutes)
     state = megatron().parallel_state
-    state.initialize_model_parallel(layout.tp, create_gloo_process_groups=False)
-    mesh = Mesh(layout, device, here, axis(state.get_tensor_model_parallel_group()), axis(state.get_data_parallel_group()))
+    state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None, create_gloo_process_groups=False)
+    groups = state.get_tensor_model_parallel_group(), state.get_data_parallel_group(), state.get_pipeline_model_parallel_group()
+    mesh = Mesh(layout, device, here, *map(axis, groups))
     seed_everything(seed)
     return mesh
 
