@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'QwenShape', 'position_ids', 'Qwen2_5_VL', 'freeze']
 
-# %% ../../nbs/23_models.qwen2_5_vl.ipynb #9569dcbf
+# %% ../../nbs/23_models.qwen2_5_vl.ipynb #bb0468c9
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import Layout
 from .text import TextShape, TextTower, vocab_loss
 from .vision import VisionShape, VisionTower
 from ..parallel.attention import Attend, segments
 from ..parallel.mesh import Mesh
+from ..parallel.pipeline import Stage, stages
 
-# %% ../../nbs/23_models.qwen2_5_vl.ipynb #cc4f6384
+# %% ../../nbs/23_models.qwen2_5_vl.ipynb #73e9bc06
 @dataclass(frozen=True)
 class QwenShape:
     "Both towers, the ids of the placeholders, and how many positions a second of video is long."
@@ -34,6 +36,11 @@ class QwenShape:
         if config.get('model_type') != 'qwen2_5_vl': raise ValueError(f'config.json: model_type is {config.get("model_type")!r}, not qwen2_5_vl')
         vision = config['vision_config']
         return cls(VisionShape.from_hf(vision), TextShape.from_hf(config), config['image_token_id'], config['video_token_id'], vision.get('tokens_per_second', 2))
+
+    @property
+    def costs(self) -> dict[str, list[float]]:
+        "What each layer of each tower costs, in the order in which they follow one another."
+        return {'vision': self.vision.costs, 'text': self.text.costs}
 
 # %% ../../nbs/23_models.qwen2_5_vl.ipynb #8346ad33
 def position_ids(shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seconds: np.ndarray) -> np.ndarray:
@@ -52,40 +59,48 @@ def position_ids(shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seco
     found.append(np.tile(np.arange(len(input_ids) - token) + start, (3, 1)))
     return np.concatenate(found, 1).astype(np.int64)
 
-# %% ../../nbs/23_models.qwen2_5_vl.ipynb #73b195c3
+# %% ../../nbs/23_models.qwen2_5_vl.ipynb #3fc8498c
 class Qwen2_5_VL(nn.Module):
-    "Qwen2.5-VL over packed micro-batches; parameters bear the names of MindSpeed-MM's files."
-    def __init__(self, shape: QwenShape, mesh: Mesh, dtype: torch.dtype = torch.float32):
+    "Qwen2.5-VL over packed micro-batches, or the piece of it that a stage holds; parameters bear the names of MindSpeed-MM's files."
+    def __init__(self, shape: QwenShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
         super().__init__()
-        self.shape = shape
-        self.image_encoder = VisionTower(shape.vision, mesh, dtype)
-        self.text_decoder = TextTower(shape.text, mesh, dtype)
+        self.shape, self.stage = shape, stage or stages(shape.costs, Layout())[0]
+        vision, text = self.stage.layers['vision'], self.stage.layers['text']
+        if vision: self.image_encoder = VisionTower(shape.vision, mesh, dtype, vision)
+        if text: self.text_decoder = TextTower(shape.text, mesh, dtype, text)
 
-    def vectors(self, input_ids: Tensor, pixels: Tensor, grid: Tensor) -> Tensor:
-        "The row (s 1 width) that the text tower reads: words, with the tokens of pictures and videos in their places."
+    def look(self, batch: dict, x: Tensor | None) -> Tensor:
+        "The tokens (n 1 width) of pictures and videos, or rows (p 1 width) for the next vision stage; x came from the one before. Without pictures, a blank one."
+        grid, pixels, cell = batch['grid'], batch['pixels'], self.shape.vision.merge
+        if not len(grid): grid, pixels = grid.new_tensor([[1, cell, cell]]), pixels.new_zeros(cell**2, self.shape.vision.patch_size)
+        return self.image_encoder(pixels if self.stage.first else x, grid).view(-1, 1, self.image_encoder.width)
+
+    def vectors(self, batch: dict, tokens: Tensor) -> Tensor:
+        "The row (s 1 width) that the text tower reads: words, with the tokens (n 1 width) of pictures and videos in their places."
+        input_ids = batch['input_ids']
         x = self.text_decoder.embed(input_ids)
+        if not len(batch['grid']): return x + 0 * tokens.sum()
         places = ((input_ids == self.shape.image_token) | (input_ids == self.shape.video_token)).nonzero()[:, 0]
-        if not len(grid):
-            cell = self.shape.vision.merge
-            blank = pixels.new_zeros(cell**2, self.shape.vision.patch_size)
-            return x + 0 * self.image_encoder(blank, grid.new_tensor([[1, cell, cell]])).sum()
-        tokens = self.image_encoder(pixels, grid)
         if len(tokens) != len(places): raise ValueError(f'the text has {len(places)} places for picture tokens, the pictures make {len(tokens)}')
-        return x.index_copy(0, places, tokens[:, None].to(x.dtype))
+        return x.index_copy(0, places, tokens.to(x.dtype))
 
-    def hidden(self, batch: dict, attends: Sequence[Attend] | None = None) -> Tensor:
-        "Normed vectors (s, width) of a packed micro-batch; by default every sample attends to its own past."
-        x = self.vectors(batch['input_ids'], batch['pixels'], batch['grid'])
-        if attends is None: attends = [segments(batch['lengths'].tolist(), causal=True, device=x.device)] * self.shape.text.layers
+    def hidden(self, batch: dict, received: Tensor | None = None, attends: Sequence[Attend] | None = None) -> Tensor:
+        "Normed vectors (s, width) of a packed micro-batch, or what the next stage is to receive; by default every sample attends to its own past."
+        x, text = received, self.stage.layers['text']
+        if self.stage.layers['vision']: x = self.look(batch, x)
+        if not text: return x
+        if text.start == 0: x = self.vectors(batch, x)
+        if attends is None: attends = [segments(batch['lengths'].tolist(), causal=True, device=x.device)] * len(text)
         return self.text_decoder(x, batch['positions'], attends)
 
-    def forward(self, batch: dict) -> Tensor:
-        "Cross-entropy (n,) in nats of the labelled tokens of a packed micro-batch."
-        return vocab_loss(self.text_decoder, self.hidden(batch), batch['labels'])
+    def forward(self, batch: dict, received: Tensor | None = None) -> Tensor:
+        "Cross-entropy (n,) in nats of the labelled tokens of a packed micro-batch, or what the next stage is to receive."
+        x = self.hidden(batch, received)
+        return vocab_loss(self.text_decoder, x, batch['labels']) if self.stage.last else x
 
-# %% ../../nbs/23_models.qwen2_5_vl.ipynb #7617c20c
+# %% ../../nbs/23_models.qwen2_5_vl.ipynb #cb0715fc
 PARTS = {'vision': 'image_encoder.encoder.', 'merger': 'image_encoder.projector.', 'text': 'text_decoder.'}
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    "Takes the named parts (vision, merger, text) out of training."
+    "Takes the named parts (vision, merger, text) of a model or a stage out of training."
     for name, p in model.named_parameters(): p.requires_grad_(not any(name.startswith(PARTS[part]) for part in parts))
