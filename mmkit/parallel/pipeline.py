@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rows', 'COLORS', 'DTYPES', 'Stage', 'cell', 'Stages', 'cut', 'balanced', 'layer_rows', 'check_order', 'stages',
-           'handed', 'relay']
+           'build_stages', 'handed', 'relay']
 
 # %% ../../nbs/14_parallel.pipeline.ipynb #b3f3db15
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +78,7 @@ def balanced(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str, 
     counts = {tower: [owner[start:end].count(tower) for start, end in zip([0, *ends], ends)] for tower in costs}
     return {tower: tuple(tuple(row[turn * layout.pp:][:layout.pp]) for turn in range(layout.vpp)) for tower, row in counts.items()}
 
-# %% ../../nbs/14_parallel.pipeline.ipynb #8d37151b
+# %% ../../nbs/14_parallel.pipeline.ipynb #05f52766
 def layer_rows(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str, Rows]:
     "Rows of layers for each tower, as the layout gives them or balanced; ValueError for rows that do not fit the model."
     if layout.layers is None: return balanced(costs, layout)
@@ -105,6 +105,10 @@ def stages(costs: Mapping[str, Sequence[float]], layout: Layout) -> Stages:
     found.pp = layout.pp
     check_order(found, list(costs))
     return found
+
+def build_stages(model: Callable[..., nn.Module], shape: Any, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
+    "This rank's stages, in the order of their turns, of a model whose `shape` knows its costs; on the rank's device."
+    return [model(shape, mesh, dtype, stage).to(mesh.at) for stage in stages(shape.costs, mesh.layout).of(mesh.pp.rank)]
 
 # %% ../../nbs/14_parallel.pipeline.ipynb #3bf44ee2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
