@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmkit.converters.weights import pieces
 from mmkit.parallel.data import accumulate, gradients
 from mmkit.parallel.engine import megatron
 from mmkit.ranks import run_ranks
 from mmkit.trainer.loop import build
+from mmkit.trainer.step import totals
 from mmkit.trainer.task import TASKS
-from mmkit.trainer.weights import joined
+from mmkit.trainer.weights import whole_tensors
 
 TESTS = Path(__file__).resolve().parent
 LIMIT = 1e-5                                    # largest difference over largest value
@@ -37,12 +37,9 @@ def open_trainer(config, mesh):
 
 def step_gradients(task, wrapped, mesh, batches):
     "(mean loss, whole gradients by Hugging Face name) of a step over this rank's micro-batches, on every rank."
-    total, count, *_ = accumulate(wrapped, iter(batches), len(batches), task.loss)
-    total, count = mesh.dp_cp.sum(torch.stack([total.detach(), count.to(total.dtype) / mesh.cp.size])).tolist()         # every rank of cp counts the whole row
-    mine, found = gradients(wrapped, mesh), {}
-    for piece in pieces(task.towers)[0]:
-        if piece.mm in mine: found.update(zip(piece.hf, piece.rule.pack.unpack(joined(mine[piece.mm], piece.rule.split, mesh))))
-    return total / count, found
+    total, count = totals(mesh, *accumulate(wrapped, iter(batches), len(batches), task.forward, task.loss)[:2])
+    held = {chunk.module.module.stage.index: gradients(chunk, mesh) for chunk in wrapped}
+    return total / (count / mesh.cp.size), dict(whole_tensors(held, task.towers, mesh))        # every rank of cp counts the whole row
 
 def apart(mine: Tensor, theirs: Tensor) -> float:
     "Largest absolute difference over largest absolute value; where the reference is zero, only zero is near."

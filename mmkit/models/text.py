@@ -33,7 +33,7 @@ def check_text(text: dict, rope: dict) -> None:
     kind = rope.get('rope_type', rope.get('type'))
     require(kind in ('default', 'mrope'), f'config.json: rope type {kind!r} is not supported; use default')
 
-# %% ../../nbs/22_models.text.ipynb #44b43978
+# %% ../../nbs/22_models.text.ipynb #acdad14f
 @dataclass(frozen=True)
 class TextShape:
     "Sizes of the text tower; `tied` means the output head is the embedding."
@@ -62,6 +62,12 @@ class TextShape:
     def head_width(self) -> int:
         "Channels of one head."
         return self.width // self.heads
+
+    @property
+    def costs(self) -> list[float]:
+        "What each layer does for one token: its weights; the output head counts with the last."
+        layer = self.width * (2 * self.width + 2 * self.groups * self.head_width + 3 * self.hidden)
+        return [float(layer)] * (self.layers - 1) + [float(layer + self.vocabulary * self.width)]
 
 # %% ../../nbs/22_models.text.ipynb #477131bf
 class TextAttention(nn.Module):
@@ -93,36 +99,43 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return nn.functional.linear(x, self.weight)
 
-# %% ../../nbs/22_models.text.ipynb #504632ef
+# %% ../../nbs/22_models.text.ipynb #17c34744
 class TextTower(nn.Module):
-    "Vectors of a packed row in, normed vectors out, and logits on request."
-    def __init__(self, shape: TextShape, mesh: Mesh, dtype: torch.dtype):
+    "Vectors of a packed row in, normed vectors out, and logits on request; or the part of that way that `held` layers go."
+    def __init__(self, shape: TextShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
         super().__init__()
+        self.held = held = range(shape.layers) if held is None else held
         for name, size in (('num_key_value_heads', shape.groups), ('intermediate_size', shape.hidden), ('vocab_size', shape.vocabulary)): divisible(name, size, mesh)
         heads_divisible('num_attention_heads', shape.heads, mesh)
         config = engine_config(mesh, dtype, mesh.layout.sequence_parallel)
         self.shape, self.config, self.recompute = shape, config, mesh.layout.recompute == 'full'
-        words = megatron().VocabParallelEmbedding(shape.vocabulary, shape.width, init_method=as_allocated, config=config)
-        layers = nn.ModuleList(text_layer(shape, config) for _ in range(shape.layers))
-        self.embedding = nn.ModuleDict({'word_embeddings': words})
-        self.decoder = nn.ModuleDict({'layers': layers, 'final_layernorm': Norm(config, shape.width, shape.epsilon)})
-        if not shape.tied: self.output_layer = Head(config, shape.vocabulary // mesh.tp.size, shape.width)
+        if held.start == 0: self.embedding = nn.ModuleDict({'word_embeddings': megatron().VocabParallelEmbedding(shape.vocabulary, shape.width, init_method=as_allocated, config=config)})
+        self.decoder = nn.ModuleDict({'layers': nn.ModuleList(text_layer(shape, config) for _ in held)})
+        if held.stop == shape.layers:
+            self.decoder['final_layernorm'] = Norm(config, shape.width, shape.epsilon)
+            if not shape.tied or mesh.layout.pp > 1: self.output_layer = Head(config, shape.vocabulary // mesh.tp.size, shape.width)
+        if shape.tied and mesh.layout.pp > 1: self.mark_tied()
+
+    def mark_tied(self) -> None:
+        "Marks the weight that the stages of a tied model hold twice, in Megatron's words: `shared` is the copy that does not count in the norm of the gradient."
+        if self.held.start == 0: self.embedding['word_embeddings'].weight.shared_embedding = True
+        if hasattr(self, 'output_layer'): self.output_layer.weight.shared_embedding = self.output_layer.weight.shared = True
 
     def embed(self, ids: Tensor) -> Tensor:
         "Vectors (s 1 width) for ids (s), the whole row on every rank."
         return self.embedding['word_embeddings'](ids[:, None])
 
     def forward(self, x: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
-        "Normed vectors (s width) of a row x (s 1 width) with positions (3 s); one Attend per layer."
+        "Normed vectors (s width) of a row x (s 1 width) with positions (3 s), one Attend per layer; between two stages, this rank's share of vectors (s 1 width)."
         angles = mrope(positions[:, None], self.shape.head_width, self.shape.theta, self.shape.sections)       # b s d/2
         cos, sin = cos_sin(angles, x.dtype)
-        x = slice_sequence(x, self.config)
+        if self.held.start == 0: x = slice_sequence(x, self.config)
         for layer, attend in zip(self.decoder['layers'], attends, strict=True): x = recompute(self.recompute, partial(layer, attend=attend), x, cos, sin)
-        return whole_sequence(self.decoder['final_layernorm'](x), self.config)[:, 0]
+        return whole_sequence(self.decoder['final_layernorm'](x), self.config)[:, 0] if self.held.stop == self.shape.layers else x
 
     def logits(self, x: Tensor) -> Tensor:
         "Logits (n, vocabulary / tp) of vectors (n, width): this rank's part of the vocabulary."
-        return nn.functional.linear(x, self.embedding['word_embeddings'].weight) if self.shape.tied else self.output_layer(x)
+        return self.output_layer(x) if hasattr(self, 'output_layer') else nn.functional.linear(x, self.embedding['word_embeddings'].weight)
 
 # %% ../../nbs/22_models.text.ipynb #c10aecd8
 def vocab_loss(tower: TextTower, x: Tensor, labels: Tensor) -> Tensor:

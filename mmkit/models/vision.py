@@ -20,7 +20,7 @@ from ..parallel.attention import Attend, segments
 from ..parallel.layers import Layer, Mlp, Norm, apply_linear, column_linear, divisible, engine_config, recompute, row_linear
 from ..parallel.mesh import Mesh
 
-# %% ../../nbs/21_models.vision.ipynb #3806d786
+# %% ../../nbs/21_models.vision.ipynb #dabc1908
 @dataclass(frozen=True)
 class VisionShape:
     "Sizes of the vision tower; `window` is in pixels, `full_layers` are the layers that see a whole frame."
@@ -50,6 +50,13 @@ class VisionShape:
     def patch_size(self) -> int:
         "Numbers in one patch: channels x frames x height x width."
         return self.channels * self.frames * self.patch**2
+
+    @property
+    def costs(self) -> list[float]:
+        "What each layer does for one token: its weights times the patches of a token; the merger counts with the last."
+        unit, layer = self.merge**2, 4 * self.width**2 + 3 * self.width * self.hidden
+        merger = unit * self.width * (unit * self.width + self.out_width)
+        return [float(unit * layer)] * (self.layers - 1) + [float(unit * layer + merger)]
 
 # %% ../../nbs/21_models.vision.ipynb #2fe8703d
 def patch_positions(grid: Tensor, merge: int) -> Tensor:
@@ -121,29 +128,30 @@ class Merger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.encoder(self.layernorm(x).view(-1, self.encoder.linear_fc2.input_size))
 
-# %% ../../nbs/21_models.vision.ipynb #dfab8fca
+# %% ../../nbs/21_models.vision.ipynb #60861553
 class VisionTower(nn.Module):
-    "Pictures and videos, as patches in one row, to tokens for the text tower in the same order."
-    def __init__(self, shape: VisionShape, mesh: Mesh, dtype: torch.dtype):
+    "Pictures and videos, as patches in one row, to tokens for the text tower in the same order; or the part of that way that `held` layers go."
+    def __init__(self, shape: VisionShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
         super().__init__()
+        self.held = held = range(shape.layers) if held is None else held
         for name, size in (('vision num_heads', shape.heads), ('vision intermediate_size', shape.hidden)): divisible(name, size, mesh)
         config = engine_config(mesh, dtype, sequence_parallel=False)       # rows of patches are short and uneven: every rank has all of them
         self.shape, self.recompute = shape, mesh.layout.recompute == 'full'
-        layers = nn.ModuleList(vision_layer(shape, config) for _ in range(shape.layers))
-        self.encoder = nn.ModuleDict({'patch_embed': nn.ModuleDict({'proj': PatchEmbed(shape, dtype)}), 'blocks': nn.ModuleDict({'layers': layers})})
-        self.projector = Merger(shape, config)
+        first = {'patch_embed': nn.ModuleDict({'proj': PatchEmbed(shape, dtype)})} if held.start == 0 else {}
+        self.encoder = nn.ModuleDict(first | {'blocks': nn.ModuleDict({'layers': nn.ModuleList(vision_layer(shape, config) for _ in held)})})
+        self.width = shape.out_width if held.stop == shape.layers else shape.width
+        if held.stop == shape.layers: self.projector = Merger(shape, config)
 
-    def forward(self, patches: Tensor, grid: Tensor) -> Tensor:
-        "Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, out_width)."
+    def forward(self, x: Tensor, grid: Tensor) -> Tensor:
+        "Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, out_width); between two stages, rows of vectors (p 1 width)."
         found = windows(grid, self.shape)
-        order, unit = found.order.to(patches.device), self.shape.merge**2
-        x = self.encoder['patch_embed']['proj'](patches).unflatten(0, (-1, unit))[order].flatten(0, 1)[:, None]       # s b h
-        cos, sin = self.angles(grid, found.order, patches.device)
+        order, unit = found.order.to(x.device), self.shape.merge**2
+        if self.held.start == 0: x = self.encoder['patch_embed']['proj'](x).unflatten(0, (-1, unit))[order].flatten(0, 1)[:, None]       # s b h
+        cos, sin = self.angles(grid, found.order, x.device)
         inside, whole = (segments(lengths, causal=False, device=x.device) for lengths in (found.window_lengths, found.frame_lengths))
-        for number, layer in enumerate(self.encoder['blocks']['layers']):
+        for number, layer in zip(self.held, self.encoder['blocks']['layers']):
             x = recompute(self.recompute, partial(layer, attend=whole if number in self.shape.full_layers else inside), x, cos, sin)
-        tokens = self.projector(x[:, 0])
-        return tokens[order.argsort()]
+        return self.projector(x[:, 0])[order.argsort()] if self.held.stop == self.shape.layers else x
 
     def angles(self, grid: Tensor, order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         "Cosines and sines (1 patches d) in window order, in float32."

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['WanShape', 'check_wan', 'grid_of', 'patchify', 'unpatchify', 'tokenwise', 'PatchEmbed', 'rope_3d', 'turn_pairs',
-           'WholeRowNorm', 'RowNorm', 'Shared', 'quiet_linear', 'Attention', 'SelfAttention', 'CrossAttention',
-           'LayerNorm', 'modulated', 'gated', 'Block', 'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded',
-           'per_clip', 'Wan2_1']
+           'quiet_linear', 'Attention', 'SelfAttention', 'CrossAttention', 'LayerNorm', 'modulated', 'gated', 'Block',
+           'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded', 'per_clip', 'Told', 'unpack', 'Wan2_1']
 
-# %% ../../nbs/24_models.wan2_1.ipynb #4280faf0
+# %% ../../nbs/24_models.wan2_1.ipynb #ad13fc04
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import Layout
 from ..values import require
 from ..parallel.attention import Attend, WholeRow, attend, row_attention, row_places
+from ..parallel.autograd import RowNorm, Shared
 from ..parallel.engine import megatron
 from ..parallel.layers import apply_linear, as_allocated, column_linear, divisible, engine_config, heads_divisible, recompute, row_linear, same_sequence, slice_sequence, whole_sequence
 from ..parallel.mesh import Axis, Mesh
+from ..parallel.pipeline import Stage, stages
 
-# %% ../../nbs/24_models.wan2_1.ipynb #baca256a
+# %% ../../nbs/24_models.wan2_1.ipynb #7d7ebe31
 @dataclass(frozen=True)
 class WanShape:
     "Sizes of the model; `patch` is in latent frames, rows, columns, `image_width` is None for text to video."
@@ -54,6 +56,11 @@ class WanShape:
     def width(self) -> int:
         "Channels of a token."
         return self.heads * self.head_width
+
+    @property
+    def costs(self) -> dict[str, list[float]]:
+        "What each block costs: all the same."
+        return {'wan': [1.0] * self.layers}
 
 # %% ../../nbs/24_models.wan2_1.ipynb #213ae2e3
 def check_wan(config: dict) -> None:
@@ -116,49 +123,6 @@ def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos)], -1).to(x.dtype)
-
-# %% ../../nbs/24_models.wan2_1.ipynb #10e95106
-class WholeRowNorm(torch.autograd.Function):
-    "x (s b n) times weight (n) over the root mean square of a row of `width` numbers, of which every rank of an axis holds n."
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, width: int, epsilon: float, axis: Axis) -> Tensor:
-        exact = x.float()
-        total = axis.sum(torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square())
-        r = torch.rsqrt(total / width + epsilon)
-        ctx.save_for_backward(x, weight, r)
-        ctx.width, ctx.axis = width, axis
-        return (exact * r).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        x, weight, r = ctx.saved_tensors
-        exact, pull, scale = x.float(), gradient.float(), weight.float()
-        both = pull * exact
-        total = ctx.axis.sum((both @ scale)[..., None])
-        inward = (pull * scale).mul_(r).addcmul_(exact, r**3 * total / -ctx.width)
-        return inward.to(x.dtype), both.mul_(r).flatten(0, -2).sum(0).to(weight.dtype), None, None, None
-
-# %% ../../nbs/24_models.wan2_1.ipynb #ccd844cf
-class RowNorm(nn.Module):
-    "RMS norm of (s b width / tp) over the whole width, of which every rank holds a part."
-    def __init__(self, config: Any, axis: Axis, width: int, epsilon: float):
-        super().__init__()
-        self.axis, self.width, self.epsilon = axis, width, epsilon
-        self.weight = nn.Parameter(torch.empty(width // axis.size, dtype=config.params_dtype))
-        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1
-
-    def forward(self, x: Tensor) -> Tensor: return WholeRowNorm.apply(x, self.weight, self.width, self.epsilon, self.axis)
-
-# %% ../../nbs/24_models.wan2_1.ipynb #4359792a
-class Shared(torch.autograd.Function):
-    "The tensor as it is, whole on all ranks of an axis; each makes a part of its gradient, and the parts are summed."
-    @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor): return ctx.axis.sum(gradient.clone(memory_format=torch.contiguous_format)), None
 
 # %% ../../nbs/24_models.wan2_1.ipynb #358ad645
 def quiet_linear(config: Any, inputs: int, outputs: int) -> nn.Module:
@@ -295,35 +259,65 @@ def per_clip(x: Tensor, config: Any, axis: Axis) -> Tensor:
     "What all tokens of a clip read; only where ranks hold different tokens they make different parts of its gradient."
     return Shared.apply(x, axis) if config.sequence_parallel else x
 
-# %% ../../nbs/24_models.wan2_1.ipynb #a5cd368c
+# %% ../../nbs/24_models.wan2_1.ipynb #4d7eb0aa
+@dataclass(frozen=True)
+class Told:
+    "What every block of a clip reads beside its tokens: the time (1 b width) and its modulation (6 b width), text (l b width), and a picture (n b width) or None."
+    vector: Tensor
+    modulation: Tensor
+    words: Tensor
+    picture: Tensor | None
+
+    def pack(self, x: Tensor) -> Tensor:
+        "One tensor (all b width) with the tokens x (s b width) at its end: what a stage sends to the next."
+        return torch.cat([part for part in (self.vector, self.modulation, self.words, self.picture, x) if part is not None])
+
+def unpack(received: Tensor, words: int, picture: int) -> tuple[Told, Tensor]:
+    "What `pack` joined, and the tokens; `words` and `picture` are numbers of tokens."
+    vector, modulation, text, image, x = received.split([1, 6, words, picture, len(received) - 7 - words - picture])
+    return Told(vector, modulation, text, image if picture else None), x
+
+# %% ../../nbs/24_models.wan2_1.ipynb #86caae7a
 class Wan2_1(nn.Module):
-    "Wan2.1: which way the noise lies in noisy latents; parameters bear the names of MindSpeed-MM's files."
-    def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32):
+    "Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes; parameters bear the names of MindSpeed-MM's files."
+    def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
         super().__init__()
         divisible('ffn_dim', shape.hidden, mesh)
         heads_divisible('num_attention_heads', shape.heads, mesh)
         config, quiet = (engine_config(mesh, dtype, cut) for cut in (mesh.layout.sequence_parallel, False))
-        self.shape, self.config, self.mesh, self.recompute, width = shape, config, mesh, mesh.layout.recompute == 'full', shape.width
+        self.shape, self.config, self.mesh, self.recompute = shape, config, mesh, mesh.layout.recompute == 'full'
+        self.stage = stage or stages(shape.costs, Layout())[0]
+        if self.stage.first: self.add_embeddings(config, quiet)
+        self.blocks = nn.ModuleList(Block(shape, config, quiet, mesh.tp) for _ in self.stage.layers['wan'])
+        if self.stage.last: self.head = Head(shape, config)
+
+    def add_embeddings(self, config: Any, quiet: Any) -> None:
+        "What comes before the first block."
+        shape, width, dtype = self.shape, self.shape.width, config.params_dtype
         self.patch_embedding = PatchEmbed(shape, config)
         self.text_embedding = TextEmbed(shape, dtype)
         self.time_embedding = nn.Sequential(linear(shape.time_width, width, torch.float32), nn.SiLU(), linear(width, width, torch.float32))
         self.time_projection = nn.Sequential(nn.SiLU(), linear(width, 6 * width, dtype))
         if shape.image_width: self.img_emb = ImageEmbed(shape, quiet)
-        self.blocks = nn.ModuleList(Block(shape, config, quiet, mesh.tp) for _ in range(shape.layers))
-        self.head = Head(shape, config)
 
-    def forward(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
-        "Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s text_width), zeros behind it, and image (b n image_width)."
+    def tell(self, time: Tensor, text: Tensor, image: Tensor | None) -> Told:
+        "What is read beside the tokens, from times (b), text (b s text_width) and image (b n image_width)."
+        words, picture = (None if x is None else Shared.apply(x, self.mesh.tp) for x in (self.text_embedding(text), image if image is None else self.img_emb(image)))
+        vector = self.time_embedding(waves(time, self.shape.time_width)).to(words.dtype)
+        modulation = self.time_projection(vector).unflatten(-1, (6, -1)).transpose(0, 1)
+        return Told(*(per_clip(x, self.config, self.mesh.tp) for x in (vector[None], modulation)), words, picture)
+
+    def forward(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor | None = None, received: Tensor | None = None) -> Tensor:
+        "Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s text_width), zeros behind it, and image (b n image_width); or what the next stage is to receive."
         require((image is None) == (self.shape.image_width is None), f'the model {"needs image features" if image is None else "takes no image"}; its image_dim is {self.shape.image_width}')
         grid, patches = grid_of(latents, self.shape), patchify(latents, self.shape.patch)
         length, row = len(patches), padded(patches, self.mesh.layout.row_multiple)
         held = row_places(len(row), self.mesh.layout)[self.mesh.cp.rank]
         cos, sin = (padded(table, len(row))[held].to(latents.device) for table in rope_3d(grid, self.shape.head_width))
-        x = self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
-        words, picture = (None if x is None else Shared.apply(x, self.mesh.tp) for x in (self.text_embedding(text), image if image is None else self.img_emb(image)))
-        vector = self.time_embedding(waves(time, self.shape.time_width)).to(x.dtype)
-        modulation, vector = (per_clip(x, self.config, self.mesh.tp) for x in (self.time_projection(vector).unflatten(-1, (6, -1)), vector))
-        within = row_attention([length, len(row) - length], False, self.mesh)                 # clips do not see the padding behind them
-        for block in self.blocks: x = recompute(self.recompute, partial(block, attend=within), x, modulation, words, picture, cos, sin)
-        patches = WholeRow.apply(same_sequence(self.head(x, vector), self.config), self.mesh)          # every rank computes the same loss
+        if self.stage.first: told, x = self.tell(time, text, image), self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
+        else: told, x = unpack(received, text.shape[1], 0 if image is None else image.shape[1])
+        within, modulation = row_attention([length, len(row) - length], False, self.mesh), told.modulation.transpose(0, 1)      # clips do not see the padding behind them
+        for block in self.blocks: x = recompute(self.recompute, partial(block, attend=within), x, modulation, told.words, told.picture, cos, sin)
+        if not self.stage.last: return told.pack(x)
+        patches = WholeRow.apply(same_sequence(self.head(x, told.vector[0]), self.config), self.mesh)          # every rank computes the same loss
         return unpatchify(patches[:length], grid, self.shape.patch)

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from .engine import megatron
 from .mesh import Mesh
 
-# %% ../../nbs/13_parallel.layers.ipynb #cfb031cc
+# %% ../../nbs/13_parallel.layers.ipynb #45d75704
 def engine_config(mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool) -> Any:
     "Megatron's configuration for layers on this mesh."
     # layers are given their sizes one by one; hidden_size and heads only have to pass Megatron's check that tp divides them
     return megatron().TransformerConfig(
         num_layers=1, hidden_size=mesh.tp.size, num_attention_heads=mesh.tp.size, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=mesh.tp.size, sequence_parallel=sequence_parallel, calculate_per_token_loss=True,
+        variable_seq_lengths=True, moe_token_dispatcher_type='alltoall',       # no two micro-batches are equally long; the other dispatcher refuses that
+        deallocate_pipeline_outputs=False,                                     # on gloo a message may still be read when its tensor would be freed
+        overlap_p2p_comm=mesh.layout.vpp > 1, batch_p2p_comm=mesh.layout.vpp == 1, microbatch_group_size_per_vp_stage=mesh.pp.size,   # batched, two messages to one peer swap
         gradient_accumulation_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False)
 
 def as_allocated(weight: Tensor) -> None:

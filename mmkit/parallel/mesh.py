@@ -32,10 +32,10 @@ class Axis:
         dist.all_reduce(x, group=self.group)
         return x
 
-# %% ../../nbs/11_parallel.mesh.ipynb #463bc6b0
+# %% ../../nbs/11_parallel.mesh.ipynb #4c798873
 @dataclass(frozen=True)
 class Mesh:
-    "The ranks of a run as a grid: `tp` ranks share the weights of a copy of the model, `cp` its tokens, `dp` copies the data."
+    "The ranks of a run as a grid: a copy of the model has its layers on `pp` ranks, their weights on `tp`, its tokens on `cp`; `dp` copies share the data."
     layout: Layout
     device: Device
     place: Place
@@ -45,6 +45,7 @@ class Mesh:
     ring: Axis                  # the part of cp that passes keys and values round
     dp: Axis
     dp_cp: Axis                 # all ranks that hold parts of the same gradient
+    pp: Axis
 
     @property
     def at(self) -> torch.device:
@@ -59,15 +60,15 @@ class Mesh:
     @property
     def first_of_copy(self) -> bool:
         "Whether this rank is the one that writes what its copy of the model makes."
-        return self.tp.rank == self.cp.rank == 0
+        return self.tp.rank == self.cp.rank == self.pp.rank == 0
 
     def __enter__(self): return self
     def __exit__(self, *error): close_mesh()
 
-# %% ../../nbs/11_parallel.mesh.ipynb #9b79f82a
+# %% ../../nbs/11_parallel.mesh.ipynb #c3776327
 def grid(layout: Layout, world: int) -> np.ndarray:
-    "Rank numbers as an array dp x cp x tp."
-    return np.arange(world).reshape(layout.copies(world), layout.cp, layout.tp)
+    "Rank numbers as an array pp x dp x cp x tp."
+    return np.arange(world).reshape(layout.pp, layout.copies(world), layout.cp, layout.tp)
 
 # %% ../../nbs/11_parallel.mesh.ipynb #0f3980d8
 MEETINGS: list[dist.Store] = []         # the launch's meeting place, and one more entry for every world that was opened at it
@@ -84,7 +85,7 @@ def axis(group: Any) -> Axis:
     "The axis along a process group, seen from this rank."
     return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
-# %% ../../nbs/11_parallel.mesh.ipynb #7d513cc0
+# %% ../../nbs/11_parallel.mesh.ipynb #c6d8c503
 def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int = 42, minutes: float = 30) -> Mesh:
     "This rank's mesh; `minutes` is how long a rank waits for the others. Use it in a `with`, or call `close_mesh` at the end."
     device, here = device or pick_device(), place()
@@ -94,10 +95,11 @@ def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int
     if dist.is_initialized(): raise RuntimeError('a mesh is already open in this process; close it first (close_mesh())')
     join_world(device, here, minutes)
     state = megatron().parallel_state
-    state.initialize_model_parallel(layout.tp, context_parallel_size=layout.cp, hierarchical_context_parallel_sizes=[layout.ulysses, layout.ring], create_gloo_process_groups=False)
+    state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None, context_parallel_size=layout.cp,
+        hierarchical_context_parallel_sizes=[layout.ulysses, layout.ring], create_gloo_process_groups=False)
     inner, outer = state.get_hierarchical_context_parallel_groups()[-2:]          # Megatron never forgets those of earlier meshes
     groups = (state.get_tensor_model_parallel_group(), state.get_context_parallel_group(), inner, outer,
-        state.get_data_parallel_group(), state.get_data_parallel_group(with_context_parallel=True))
+        state.get_data_parallel_group(), state.get_data_parallel_group(with_context_parallel=True), state.get_pipeline_model_parallel_group())
     mesh = Mesh(layout, device, here, *map(axis, groups))
     seed_everything(seed)
     return mesh

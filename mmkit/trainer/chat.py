@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['picture_tag', 'Answer', 'Chat', 'open_chat', 'chat', 'exact_match']
 
-# %% ../../nbs/59_trainer.chat.ipynb #1c62c086
+# %% ../../nbs/59_trainer.chat.ipynb #c82847c4
 import base64
 import html
 import io
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Config, Data
+from ..config import Config, Data, Layout
 from ..datasets.conversation import question as to_question
 from ..device import pick_device
 from ..models.generate import drawn
@@ -49,12 +49,12 @@ class Answer:
         pictures, asked = ''.join(picture_tag(image) for image in self.images), self.question.replace('<image>', '').strip()
         return f'<div>{pictures}<br><span style="color:#888">{html.escape(asked)}</span><br><b>{html.escape(self.text)}</b></div>'
 
-# %% ../../nbs/59_trainer.chat.ipynb #207da39d
+# %% ../../nbs/59_trainer.chat.ipynb #2b91a706
 @dataclass(frozen=True)
 class Chat:
     "A loaded model that answers questions."
     folder: Path
-    model: nn.Module
+    model: list[nn.Module]
     mesh: Mesh
     data: Data
 
@@ -69,12 +69,12 @@ class Chat:
         "Answers to the first `count` conversations of a file, each as {question, answer, expected, image}."
         return examine(self.model, self.mesh, self.folder, replace(self.data, media_dir=str(media_dir)), file, count)
 
-# %% ../../nbs/59_trainer.chat.ipynb #d1ab3cb0
+# %% ../../nbs/59_trainer.chat.ipynb #c9ee9dae
 @contextmanager
-def open_chat(folder: str | Path, device: str | None = None, dtype: str | None = None, data: Data = Data()) -> Iterator[Chat]:
-    "A Chat with the model of a Hugging Face folder, for the length of a `with`."
-    with open_mesh(device=pick_device(device)) as mesh:
-        task = QwenTask(Config(weights=str(folder)))
+def open_chat(folder: str | Path, device: str | None = None, dtype: str | None = None, data: Data = Data(), layout: Layout = Layout()) -> Iterator[Chat]:
+    "A Chat with the model of a Hugging Face folder, for the length of a `with`; under a layout every rank gets every answer."
+    with open_mesh(layout, pick_device(device)) as mesh:
+        task = QwenTask(Config(weights=str(folder), layout=layout))
         model = task.model(mesh, getattr(torch, dtype or mesh.device.dtype))
         load_weights(model, task.source, task.towers, mesh)
         yield Chat(Path(folder), model, mesh, data)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['checkpoints', 'save', 'latest']
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #e900bfea
+# %% ../../nbs/56_trainer.checkpoint.ipynb #26c8be1e
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,12 +18,12 @@ from ..parallel.mesh import Mesh
 from .task import Task
 from .weights import save_weights
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #6311c752
+# %% ../../nbs/56_trainer.checkpoint.ipynb #aedee50e
 def checkpoints(run: str | Path) -> list[Path]:
     "The saved steps of a run, oldest first."
     return sorted(Path(run, 'checkpoints').glob('step-' + '[0-9]' * 7))
 
-def save(model: nn.Module, task: Task, mesh: Mesh, run: str | Path, step: int, keep: int = 0) -> Path:
+def save(model: Sequence[nn.Module], task: Task, mesh: Mesh, run: str | Path, step: int, keep: int = 0) -> Path:
     "Saves the model as `checkpoints/step-0000100` of the run; with `keep`, older ones but the last `keep` are removed afterwards."
     target = Path(run, 'checkpoints', f'step-{step:07d}')
     save_weights(model, task.towers, mesh, task.like, target, task.root)

@@ -6,7 +6,7 @@
 __all__ = ['Clip', 'Films', 'open_shape', 'sampling_of', 'latent_size', 'to_frame', 'Studio', 'check_request', 'shared',
            'encode_new', 'hear', 'look', 'film_latents', 'new_files', 'make_films', 'open_film', 'film']
 
-# %% ../../nbs/51_trainer.film.ipynb #abdaec8f
+# %% ../../nbs/51_trainer.film.ipynb #b09435b4
 import html
 import re
 import warnings
@@ -35,9 +35,10 @@ from ..device import pick_device
 from ..files import load_json, write_atomic
 from ..models.codecs import (Tiles, clean_caption, decode_video, encode_first_frame, encode_image, encode_text, find_part, open_image_encoder,
                                  open_text_encoder, open_vae, text_room, write_video)
-from ..models.denoise import make_latents, starting_noise
+from ..models.denoise import as_one, make_latents, starting_noise
 from ..models.wan2_1 import Wan2_1, WanShape, grid_of
 from ..parallel.mesh import Mesh, open_mesh
+from ..parallel.pipeline import build_stages, layer_rows
 from .weights import load_weights
 
 # %% ../../nbs/51_trainer.film.ipynb #e96ad553
@@ -112,7 +113,7 @@ def to_frame(image: Any, height: int, width: int) -> np.ndarray:
     require(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, f'a picture of {image.dtype} {image.shape}: give a path, a PIL image or uint8 (h, w, 3)')
     return cover(image, height, width)
 
-# %% ../../nbs/51_trainer.film.ipynb #f196a7f0
+# %% ../../nbs/51_trainer.film.ipynb #d1ee774b
 @dataclass(frozen=True, eq=False)
 class Studio:
     "A pipeline folder that makes clips, with the transformer of the folder or one that is `given`. What is read stays, so do the vectors of captions (`heard`)."
@@ -120,7 +121,7 @@ class Studio:
     mesh: Mesh
     dtype: torch.dtype = torch.float32
     tiles: Tiles | None = None
-    given: torch.nn.Module | None = None
+    given: Sequence[Wan2_1] | None = None
     heard: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -132,13 +133,13 @@ class Studio:
         return open_vae(self.folder, device=self.mesh.at, tiles=self.tiles)
 
     @cached_property
-    def model(self) -> Wan2_1:
-        "The transformer with this rank's part of the weights."
+    def model(self) -> Sequence[Wan2_1]:
+        "The stages of the transformer that this rank holds, with its part of the weights."
         if self.given is not None: return self.given
-        source = HFFolder(self.folder / 'transformer')
-        model = Wan2_1(self.shape, self.mesh, self.dtype).to(self.mesh.at)
-        load_weights(model, source, wan2_1_towers(source.config), self.mesh)
-        return model.eval().requires_grad_(False)
+        source, rows = HFFolder(self.folder / 'transformer'), layer_rows(self.shape.costs, self.mesh.layout)
+        model = build_stages(Wan2_1, self.shape, self.mesh, self.dtype)
+        load_weights(model, source, wan2_1_towers(source.config, rows['wan']), self.mesh)
+        return [chunk.eval().requires_grad_(False) for chunk in model]
 
     def film(self, prompts: str | Sequence[str], *, images: Any = None, sampling: Sampling | None = None, output: str | Path | None = None,
              at_once: int = 1, progress: bool = True) -> Films:
@@ -187,7 +188,7 @@ def look(studio: Studio, frames: Sequence[np.ndarray], count: int) -> tuple[Tens
     image = torch.stack([encode_image(encoder, frame).cpu() for frame in frames])
     return torch.stack([encode_first_frame(studio.vae, frame, count).cpu() for frame in frames]), image
 
-# %% ../../nbs/51_trainer.film.ipynb #35be518c
+# %% ../../nbs/51_trainer.film.ipynb #4581b56a
 def film_latents(studio: Studio, prompts: Sequence[str], frames: Sequence[np.ndarray] | None, sampling: Sampling, at_once: int = 1,
                  watch: Callable[[int], None] = lambda step: None, numbers: Sequence[int] | None = None) -> Iterator[Tensor]:
     "The latents (c f h w) in float32 of all clips or those with these numbers, one after the other; `watch` is told every step of every batch."
@@ -199,7 +200,7 @@ def film_latents(studio: Studio, prompts: Sequence[str], frames: Sequence[np.nda
         some = list(numbers[start:start + at_once])
         batch = [x if x is None else x[some].to(place) for x in (words, nothing.expand_as(words), first, image)]
         noise = starting_noise(size, [sampling.seed + number for number in some]).to(place)
-        yield from make_latents(studio.model, *batch[:2], noise, sampling, *batch[2:], watch=watch)
+        yield from make_latents(as_one(studio.model, studio.mesh), *batch[:2], noise, sampling, *batch[2:], watch=watch)
 
 # %% ../../nbs/51_trainer.film.ipynb #ffa3cbb0
 def new_files(output: str | Path, prompts: Sequence[str]) -> list[Path]:
@@ -223,13 +224,13 @@ def make_films(studio: Studio, prompts: str | Sequence[str], images: Any, sampli
             if output is not None and mesh.first_of_copy: write_atomic(paths[number], made[-1].video)
     return Films(made)
 
-# %% ../../nbs/51_trainer.film.ipynb #7d0ca678
+# %% ../../nbs/51_trainer.film.ipynb #38f60d94
 @contextmanager
 def open_film(folder: str | Path, device: str | None = None, dtype: str | None = None, tiles: Tiles | None = None, layout: Layout = Layout()) -> Iterator[Studio]:
     "A Studio on a pipeline folder, for the length of a `with`; `dtype` is that of transformer and text encoder."
     open_shape(folder)
     with open_mesh(layout, pick_device(device)) as mesh:
-        require(mesh.dp.size == 1, f'{mesh.place.world} ranks would make the same clips {mesh.dp.size} times; give layout=Layout(tp={mesh.place.world}), or fewer ranks')
+        require(mesh.dp.size == 1, f'{mesh.place.world} ranks would make the same clips {mesh.dp.size} times; give layout=Layout(tp={mesh.place.world}) or Layout(pp={mesh.place.world}), or fewer ranks')
         yield Studio(Path(folder), mesh, getattr(torch, dtype or mesh.device.dtype), tiles)
 
 def film(folder: str | Path, prompts: str | Sequence[str], *, device: str | None = None, dtype: str | None = None, tiles: Tiles | None = None,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build', 'due', 'after_step', 'fit', 'main']
 
-# %% ../../nbs/57_trainer.loop.ipynb #0b75ad4c
+# %% ../../nbs/57_trainer.loop.ipynb #b11d8dfd
 import sys
 from dataclasses import asdict
 from itertools import islice
@@ -17,7 +17,7 @@ from torch import nn
 from ..config import Config, load_config
 from ..device import pick_device
 from ..files import Jsonl
-from ..parallel.data import Trained, build_optimizer, wrap_data_parallel
+from ..parallel.data import build_optimizer, wrap_data_parallel
 from ..parallel.layers import engine_config
 from ..parallel.mesh import Mesh, open_mesh
 from .checkpoint import save
@@ -25,27 +25,27 @@ from .step import Average, Record, peer_line, train_step
 from .task import TASKS, Task
 from .weights import load_weights
 
-# %% ../../nbs/57_trainer.loop.ipynb #26c95904
-def build(config: Config, task: Task, mesh: Mesh) -> tuple[nn.Module, nn.Module, torch.dtype]:
-    "The model with its weights, the same model wrapped for training, and its number format."
+# %% ../../nbs/57_trainer.loop.ipynb #d5d6743c
+def build(config: Config, task: Task, mesh: Mesh) -> tuple[list[nn.Module], list[nn.Module], torch.dtype]:
+    "The stages of the model that this rank holds, with their weights, the same wrapped for training, and their number format."
     dtype = getattr(torch, config.dtype or mesh.device.dtype)
     model, layers = task.model(mesh, dtype), engine_config(mesh, dtype, mesh.layout.sequence_parallel)
     load_weights(model, task.source, task.towers, mesh)
-    return model, wrap_data_parallel(Trained(model, layers), layers, mesh.layout), dtype
+    return model, wrap_data_parallel(model, layers, mesh), dtype
 
-# %% ../../nbs/57_trainer.loop.ipynb #515ebaa7
+# %% ../../nbs/57_trainer.loop.ipynb #d97f9f7b
 def due(every: int, step: int, last: bool = False) -> bool:
     "Whether something that happens every so many steps (0: never) happens after this one."
     return last or bool(every) and step % every == 0
 
-def after_step(record: Record, config: Config, task: Task, mesh: Mesh, model: nn.Module, wrapped: nn.Module, average: Average, folder: Path) -> None:
+def after_step(record: Record, config: Config, task: Task, mesh: Mesh, model: list[nn.Module], wrapped: list[nn.Module], average: Average, folder: Path) -> None:
     "Takes a step's weights into the average and writes what is due into the run folder."
     loop, step = config.loop, record.step
     if mesh.first:
         Jsonl(folder / 'metrics.jsonl').append(asdict(record))
         print(peer_line(record, loop.steps, loop.global_batch), flush=True)
     sampled, saved = due(loop.sample_every, step, bool(loop.samples) and step == loop.steps), due(loop.save_every, step, step == loop.steps)
-    if (sampled or saved or loop.average) and wrapped.ddp_config.overlap_param_gather: wrapped.start_param_sync(force_sync=True)
+    for chunk in (chunk for chunk in wrapped if (sampled or saved or loop.average) and chunk.ddp_config.overlap_param_gather): chunk.start_param_sync(force_sync=True)
     average.update()
     if not (sampled or saved): return
     with average.used():

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['weights_of', 'positions', 'to_device', 'pack', 'QwenTask', 'answer', 'examine']
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #3a33cfa6
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #2cfeb858
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from ..files import write_atomic
 from ..models.generate import Pick, generate, likeliest
 from ..models.qwen2_5_vl import Qwen2_5_VL, QwenShape, freeze, position_ids
 from ..parallel.mesh import Mesh
+from ..parallel.pipeline import build_stages, layer_rows
 
 # %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #1a4b8a35
 def weights_of(labels: Tensor, samples: Tensor, meaning: str) -> tuple[Tensor, Tensor]:
@@ -52,20 +53,22 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     batch['tokens'] = torch.tensor(sum(len(sample['input_ids']) for sample in samples))
     return batch
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #27fd4de9
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #983649e6
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
         self.config, self.like = config, HFFolder(config.processor or config.weights)
-        self.shape, self.towers = QwenShape.from_hf(self.like.config), qwen2_5_vl_towers(self.like.config)
+        self.shape = QwenShape.from_hf(self.like.config)
+        rows = layer_rows(self.shape.costs, config.layout)
+        self.towers = qwen2_5_vl_towers(self.like.config, rows['vision'], rows['text'])
         self.source = open_weights(config.weights, self.towers)
         self.root, self.places = self.like.path, partial(positions, self.shape)
 
-    def model(self, mesh: Mesh, dtype: torch.dtype) -> nn.Module:
-        "The model with empty weights on this rank's device."
-        model = Qwen2_5_VL(self.shape, mesh, dtype).to(mesh.at)
-        freeze(model, self.config.freeze)
-        return model
+    def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
+        "The stages of the model that this rank holds, with empty weights on its device."
+        chunks = build_stages(Qwen2_5_VL, self.shape, mesh, dtype)
+        for chunk in chunks: freeze(chunk, self.config.freeze)
+        return chunks
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
         "For every step, this rank's packed micro-batches; their lengths are multiples of `layout.row_multiple`."
@@ -77,32 +80,33 @@ class QwenTask:
         with closing(stream(dataset, order, collate, data.workers)) as steps:
             for step in steps: yield [to_device(batch, mesh.at) for batch in step]
 
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        "Cross-entropy of a micro-batch in nats: (sum, count) in the meaning of `loop.loss`, and no parts (2 0)."
-        losses, places = model(batch)
-        weights, count = weights_of(batch['labels'], batch['samples'], self.config.loop.loss)
-        return (losses * weights[places]).sum(), count, losses.new_zeros(2, 0)
+    def forward(self, model: nn.Module, batch: dict) -> Tensor:
+        return model(batch | dict(weights=weights_of(batch['labels'], batch['samples'], self.config.loop.loss)[0]))
 
-    def sample(self, model: nn.Module, mesh: Mesh, file: Path) -> None:
+    def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        "Cross-entropy of a micro-batch in nats: (sum, count) in the meaning of `loop.loss`, and no parts (2 0)."
+        return output.sum(), weights_of(batch['labels'], batch['samples'], self.config.loop.loss)[1], output.new_zeros(2, 0)
+
+    def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
         "Answers the first held-out conversations and writes question, answer, expected answer and picture of each as JSON."
         found = examine(model, mesh, self.like.path, self.config.data, self.config.loop.samples, self.config.loop.sample_count)
         if mesh.first: write_atomic(file, json.dumps(found, ensure_ascii=False, indent=1))
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #5016ef3b
-def answer(model: nn.Module, mesh: Mesh, folder: str | Path, data: Data, records: list, room: int = 64, pick: Pick = likeliest, at_once: int = 32) -> list[str]:
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #bed98da7
+def answer(model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Data, records: list, room: int = 64, pick: Pick = likeliest, at_once: int = 32) -> list[str]:
     "The model's answer to each record (a conversation that ends with a question), in batches of `at_once`."
     encoder = open_encoder(folder, data)
     tokenizer, said = encoder.tokenizer, []
     stop = [tokenizer.convert_tokens_to_ids(word) for word in ('<|im_end|>', '<|endoftext|>')]
     for start in range(0, len(records), at_once):
-        prompts = [encode_prompt(record, encoder=encoder, positions=partial(positions, model.shape)) for record in records[start:start + at_once]]
+        prompts = [encode_prompt(record, encoder=encoder, positions=partial(positions, model[0].shape)) for record in records[start:start + at_once]]
         asked = prompts + prompts[:1] * (-len(prompts) % mesh.tp.size)               # rows are cut over the ranks under sequence parallel
         batch = to_device(pack(asked, mesh.tp.size, encoder.pad), mesh.at)
         ids = generate(model, batch, len(asked), stop, mesh, room, pick)
         said += [tokenizer.decode(row, skip_special_tokens=True) for row in ids[:len(prompts)]]
     return said
 
-def examine(model: nn.Module, mesh: Mesh, folder: str | Path, data: Data, file: str | Path, count: int) -> list[dict]:
+def examine(model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Data, file: str | Path, count: int) -> list[dict]:
     "Answers to the first `count` conversations of a file, each as {question, answer, expected, image}."
     records = [to_record(raw, data.columns) for raw in list(read_raw(str(file)))[:count]]
     asked = [replace(record, turns=record.turns[:-1]) for record in records]

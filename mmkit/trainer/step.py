@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'peer_line', 'totals', 'means', 'train_step', 'Average']
 
-# %% ../../nbs/55_trainer.step.ipynb #b258c52b
+# %% ../../nbs/55_trainer.step.ipynb #4b083ca5
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from torch import nn
 
 from ..parallel.data import accumulate
 from ..parallel.mesh import Mesh
+from ..parallel.pipeline import handed
 from .task import Task
 
 # %% ../../nbs/55_trainer.step.ipynb #f3f1a6cc
@@ -44,38 +45,38 @@ def peer_line(record: Record, steps: int, global_batch: int) -> str:
         f'tokens per sample: {record.tokens / global_batch:.6E} | loss: {record.loss:.6E} | loss scale: 1.0 | grad norm: {record.grad_norm:.3f} | '
         'number of skipped iterations:   0 | number of nan iterations:   0 |')
 
-# %% ../../nbs/55_trainer.step.ipynb #2e065db5
+# %% ../../nbs/55_trainer.step.ipynb #affbc67a
 def totals(mesh: Mesh, *numbers: Any) -> list[float]:
-    "The numbers, tensors among them flattened, summed over the data-parallel copies and the ranks that share their tokens."
+    "The numbers of the last stage of the pipeline, tensors among them flattened, summed over the data-parallel copies and the ranks that share their tokens."
     flat = [torch.as_tensor(n, dtype=torch.float32, device=mesh.at).flatten() for n in numbers]
-    return mesh.dp_cp.sum(torch.cat(flat)).tolist()
+    return mesh.dp_cp.sum(handed(torch.cat(flat) if flat else None, mesh.pp.size - 1, mesh)).tolist()
 
 def means(sums: Sequence[float], counts: Sequence[float]) -> tuple[float | None, ...]:
     "Each sum divided by its count; None where nothing was counted."
     return tuple(total / count if count else None for total, count in zip(sums, counts))
 
-# %% ../../nbs/55_trainer.step.ipynb #16914dfe
-def train_step(step: int, wrapped: nn.Module, optimizer: Any, schedule: Any, task: Task, mesh: Mesh, batches: Sequence[dict]) -> Record:
+# %% ../../nbs/55_trainer.step.ipynb #432da532
+def train_step(step: int, wrapped: Sequence[nn.Module], optimizer: Any, schedule: Any, task: Task, mesh: Mesh, batches: Sequence[dict]) -> Record:
     "Trains on this rank's micro-batches of step number `step` (from 1); FloatingPointError when the loss is not finite."
     start = time.perf_counter()
-    total, count, parts = accumulate(wrapped, iter(batches), len(batches), task.loss)
-    total, count, tokens, *rest = totals(mesh, total, count, sum(batch['tokens'] for batch in batches), parts)
+    found = accumulate(wrapped, iter(batches), len(batches), task.forward, task.loss)
+    tokens, total, count, *rest = totals(mesh, sum(batch['tokens'] for batch in batches), *found)
     count, tokens = count / mesh.cp.size, tokens / mesh.cp.size            # every rank of cp tells those of the whole row
     loss = total / max(count, 1)
     if not math.isfinite(loss): raise FloatingPointError(f'step {step}: the loss is {loss}; lower optim.lr, set optim.clip, or look for broken samples')
-    lr = optimizer.param_groups[0]['lr']
+    lr = schedule.get_lr({})                # not from the optimizer: a stage may have nothing to train
     _, grad_norm, _ = optimizer.step()
     schedule.step(1)
     mesh.device.wait()
     seconds, half = time.perf_counter() - start, len(rest) // 2
     return Record(step, loss, lr, float(grad_norm), seconds, int(tokens), tokens / seconds, mesh.device.peak_memory(), time.time(), means(rest[:half], rest[half:]))
 
-# %% ../../nbs/55_trainer.step.ipynb #32c259be
+# %% ../../nbs/55_trainer.step.ipynb #c0de2fcc
 class Average:
-    "An exponential moving average of the trained parameters of a model; with decay 0 it keeps nothing and changes nothing."
-    def __init__(self, model: nn.Module, decay: float):
+    "An exponential moving average of the trained parameters of this rank's stages; with decay 0 it keeps nothing and changes nothing."
+    def __init__(self, model: Sequence[nn.Module], decay: float):
         self.decay, self.steps = decay, 0
-        self.live = [p for p in model.parameters() if p.requires_grad] if decay else []
+        self.live = [p for chunk in model for p in chunk.parameters() if p.requires_grad] if decay else []
         self.kept = [p.detach().float().clone() for p in self.live]
 
     @torch.no_grad()

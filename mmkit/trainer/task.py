@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS', 'Task']
 
-# %% ../../nbs/54_trainer.task.ipynb #8ecf0ac7
-from collections.abc import Callable, Iterator
+# %% ../../nbs/54_trainer.task.ipynb #90bad6b1
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from ..parallel.mesh import Mesh
 from .qwen2_5_vl import QwenTask
 from .wan2_1 import WanTask
 
-# %% ../../nbs/54_trainer.task.ipynb #eea14537
+# %% ../../nbs/54_trainer.task.ipynb #e0d36fe1
 class Task(Protocol):
     "What the trainer must know about a model."
     towers: tuple[Tower, ...]                    # the table of its tensors
@@ -28,16 +28,19 @@ class Task(Protocol):
     like: HFFolder                               # the folder that saved weights look like
     root: Path                                   # that folder, or the pipeline folder of which it is a part
 
-    def model(self, mesh: Mesh, dtype: torch.dtype) -> nn.Module:
-        "The model with empty weights, its frozen parts marked."
+    def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
+        "The stages of the model that this rank holds (one, the whole model, without a pipeline), with empty weights, frozen parts marked."
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
         "For every step from `first_step` on, this rank's micro-batches."
 
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, model: nn.Module, batch: dict) -> Tensor:
+        "What a stage makes of a micro-batch: the last one what `loss` takes, the others what the next one is to receive."
+
+    def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         "The sum of losses of a micro-batch, the whole number it is to be divided by, and sums and counts (2 n) of n parts that are shown apart."
 
-    def sample(self, model: nn.Module, mesh: Mesh, file: Path) -> None:
+    def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
         "Writes what a notebook shows of the model at work."
 
 # %% ../../nbs/54_trainer.task.ipynb #896bed97

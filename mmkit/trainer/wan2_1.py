@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['places', 'noised', 'by_tenth', 'read_prompts', 'transformer_of', 'noisy_batches', 'film_samples', 'WanTask']
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #272cb9ae
+# %% ../../nbs/53_trainer.wan2_1.ipynb #ba0e1adb
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -30,6 +30,7 @@ from ..models.codecs import Codecs, open_codecs, text_room
 from ..models.flow import TIMES, add_noise, dice, flow_noise, flow_times, velocity_losses
 from ..models.wan2_1 import Wan2_1, WanShape
 from ..parallel.mesh import Mesh
+from ..parallel.pipeline import build_stages, layer_rows
 from .film import Studio
 
 # %% ../../nbs/53_trainer.wan2_1.ipynb #0ca85790
@@ -67,7 +68,7 @@ def read_prompts(file: str | Path) -> list[dict]:
         require(isinstance(one, dict) and isinstance(one.get('prompt'), str), f'{file}: number {number} is {one!r:.60}, neither a text nor an object with "prompt"')
     return prompts
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #5ebee2a8
+# %% ../../nbs/53_trainer.wan2_1.ipynb #888fde71
 def transformer_of(folder: str | Path) -> Path:
     "The transformer of a pipeline folder, or the folder itself."
     inner = Path(folder) / 'transformer'
@@ -85,7 +86,7 @@ def noisy_batches(task: 'WanTask', dataset: Features | OnlineFeatures, mesh: Mes
             for batch in found: batch['tokens'] = torch.tensor(batch['clean'][:, 0].numel() // math.prod(task.shape.patch))
             yield [{name: x.to(mesh.at, non_blocking=True) for name, x in batch.items()} for batch in found]
 
-def film_samples(task: 'WanTask', model: nn.Module, mesh: Mesh, file: Path) -> None:
+def film_samples(task: 'WanTask', model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
     "Films the prompts of `loop.samples`, shared among the copies of the model: an mp4 of each, and prompts and file names as JSON."
     config, asked = task.config, read_prompts(task.config.loop.samples)[:task.config.loop.sample_count]
     task.studio = task.studio or Studio(task.root, mesh, getattr(torch, config.dtype or mesh.device.dtype), given=model)
@@ -96,16 +97,17 @@ def film_samples(task: 'WanTask', model: nn.Module, mesh: Mesh, file: Path) -> N
     videos = [path.relative_to(file.parent).as_posix() for path in sorted(file.with_suffix('').glob('*.mp4'))]
     write_atomic(file, json.dumps([{**one, 'video': video} for one, video in zip(asked, videos, strict=True)], ensure_ascii=False, indent=1))
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #b5ee53fd
+# %% ../../nbs/53_trainer.wan2_1.ipynb #1831d516
 class WanTask:
     "Training Wan2.1 on clips with captions."
     def __init__(self, config: Config):
         self.config, self.root, self.studio = config, Path(config.processor or config.weights), None
         self.like = HFFolder(transformer_of(self.root))
-        self.shape, self.towers = WanShape.from_hf(self.like.config), wan2_1_towers(self.like.config)
+        self.shape = WanShape.from_hf(self.like.config)
+        self.towers = wan2_1_towers(self.like.config, layer_rows(self.shape.costs, config.layout)['wan'])
         self.source = open_weights(transformer_of(config.weights), self.towers)
 
-    def model(self, mesh: Mesh, dtype: torch.dtype) -> nn.Module: return Wan2_1(self.shape, mesh, dtype).to(mesh.at)
+    def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]: return build_stages(Wan2_1, self.shape, mesh, dtype)
 
     def codecs(self, mesh: Mesh) -> Codecs:
         "The frozen encoders of the pipeline folder on this rank's device."
@@ -118,9 +120,11 @@ class WanTask:
         if mesh.first and dataset.report.dropped: print(dataset.report, flush=True)
         return noisy_batches(self, dataset, mesh, first_step)
 
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, model: nn.Module, batch: dict) -> Tensor: return model(batch['noisy'], batch['time'], batch['text'], batch.get('image'))
+
+    def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         "Weighted mean square of the velocity's error: (sum, count) over clips, of the sum this rank's share among the ranks of cp, and sums and numbers (2 10) by tenths of sigma."
-        losses = velocity_losses(model(batch['noisy'], batch['time'], batch['text'], batch.get('image')), batch['clean'], batch['noise'])
+        losses = velocity_losses(output, batch['clean'], batch['noise'])
         return (losses * batch['weight']).sum() / self.config.layout.cp, torch.tensor(len(losses), dtype=torch.int, device=losses.device), by_tenth(batch['sigma'], losses.detach())
 
-    def sample(self, model: nn.Module, mesh: Mesh, file: Path) -> None: film_samples(self, model, mesh, file)
+    def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None: film_samples(self, model, mesh, file)
