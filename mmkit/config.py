@@ -19,13 +19,13 @@ def require(condition: bool, message: str) -> None:
     "Raises ValueError(message) unless the condition holds."
     if not condition: raise ValueError(message)
 
-# %% ../nbs/01_config.ipynb #2d16d7cb
+# %% ../nbs/01_config.ipynb #f853e1f0
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     "How a model is laid over ranks; data parallelism takes what is left."
     tp: int = 1
     sequence_parallel: bool = False
-    data: Literal['zero1', 'ddp'] = 'zero1'
+    data: Literal['zero1', 'ddp', 'fsdp'] = 'zero1'
     overlap: bool = False
     recompute: Literal['none', 'full'] = 'none'
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wrap_data_parallel', 'build_optimizer', 'accumulate', 'Trained', 'gradients']
 
-# %% ../../nbs/15_parallel.data.ipynb #d0f877bc
+# %% ../../nbs/15_parallel.data.ipynb #8db8218b
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,28 +14,29 @@ from torch import Tensor, nn
 
 from ..config import Layout, Optim
 from .engine import megatron
+from .fsdp import Sharded, every_part
 from .mesh import Mesh
 
-# %% ../../nbs/15_parallel.data.ipynb #85af9527
+# %% ../../nbs/15_parallel.data.ipynb #4407be9d
 def wrap_data_parallel(model: nn.Module, config: Any, layout: Layout) -> nn.Module:
-    "Megatron's DistributedDataParallel around the model; `config` is the one its layers were made with."
-    engine = megatron()
+    "Megatron's DistributedDataParallel around the model, or what stands for it under fsdp; `config` is the one its layers were made with."
+    engine, zero1 = megatron(), layout.data == 'zero1'
     for p in model.parameters(): engine.set_defaults_if_not_set_tensor_model_parallel_attributes(p)
-    zero1 = layout.data == 'zero1'
+    config.finalize_model_grads_func = engine.finalize_model_grads
+    if layout.data == 'fsdp': return Sharded(model, config)
     options = engine.DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=zero1,
         overlap_grad_reduce=layout.overlap, overlap_param_gather=layout.overlap and zero1)
     wrapped = engine.DistributedDataParallel(config, options, model)
-    config.finalize_model_grads_func = engine.finalize_model_grads
     config.no_sync_func = wrapped.no_sync if layout.overlap else None
     return wrapped
 
-# %% ../../nbs/15_parallel.data.ipynb #dee0bd79
+# %% ../../nbs/15_parallel.data.ipynb #b73d6de7
 def build_optimizer(wrapped: nn.Module, optim: Optim, layout: Layout, dtype: torch.dtype, steps: int) -> tuple[Any, Any]:
     "Megatron's optimizer and learning-rate schedule for a wrapped model and a run of this many steps."
-    engine = megatron()
+    engine, masters = megatron(), dtype == torch.bfloat16 and layout.data != 'fsdp'        # under fsdp the parameters themselves are kept in float32
     optimizer = engine.get_megatron_optimizer(engine.OptimizerConfig(
         optimizer='adam', lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.betas[0], adam_beta2=optim.betas[1],
-        adam_eps=optim.eps, clip_grad=optim.clip, bf16=dtype == torch.bfloat16, params_dtype=dtype,
+        adam_eps=optim.eps, clip_grad=optim.clip, bf16=masters, params_dtype=dtype if masters else torch.float32,
         use_distributed_optimizer=layout.data == 'zero1'), [wrapped], use_gloo_process_groups=False)
     optimizer.count_zeros = lambda: 0         # the chain of optimizers counts zero gradients, and sums them over the ranks, asked or not
     schedule = engine.OptimizerParamScheduler(optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup,
@@ -68,7 +69,7 @@ class Trained(nn.Module):
 
     def forward(self, *inputs, **options): return self.module(*inputs, **options)
 
-# %% ../../nbs/15_parallel.data.ipynb #a57b7be2
+# %% ../../nbs/15_parallel.data.ipynb #91e029d8
 def gradients(wrapped: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
     "This tensor-parallel rank's gradients by parameter name, in float32, after `accumulate`."
     if wrapped.ddp_config.use_distributed_optimizer:
@@ -76,4 +77,5 @@ def gradients(wrapped: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
             for bucket in buffer.buckets:
                 mine = bucket.grad_data.chunk(mesh.dp.size)[mesh.dp.rank].clone()
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=mesh.dp.group)
-    return {name.removeprefix('module.module.'): p.main_grad.clone() for name, p in wrapped.named_parameters() if p.requires_grad}
+    trained = {name.removeprefix('module.module.'): p for name, p in wrapped.named_parameters() if p.requires_grad}
+    return {name: p.main_grad.clone() if hasattr(p, 'main_grad') else every_part(p.grad) for name, p in trained.items()}

@@ -6,7 +6,7 @@
 __all__ = ['load_weights', 'joined', 'whole_weights', 'with_dtype', 'layout_of', 'open_writers', 'link_parts', 'finish',
            'save_weights']
 
-# %% ../../nbs/50_trainer.weights.ipynb #a5557bf0
+# %% ../../nbs/50_trainer.weights.ipynb #84d1c6e8
 import json
 import os
 from collections.abc import Iterator
@@ -22,9 +22,10 @@ from ..converters.convert import copy_rest, new_folder, write_index
 from ..converters.folders import HFFolder, MMFolder, SafetensorsWriter
 from ..converters.weights import Tower, check, pieces, whole
 from ..files import write_manifest
+from ..parallel.fsdp import computed_in, every_part, fill
 from ..parallel.mesh import Mesh
 
-# %% ../../nbs/50_trainer.weights.ipynb #62902e50
+# %% ../../nbs/50_trainer.weights.ipynb #4add176a
 def load_weights(model: nn.Module, source: HFFolder | MMFolder, towers: tuple[Tower, ...], mesh: Mesh) -> None:
     "Fills this rank's parameters from a Hugging Face or MindSpeed-MM folder; a ValueError names what does not fit."
     check(towers, source, mesh.tp.size)
@@ -36,10 +37,10 @@ def load_weights(model: nn.Module, source: HFFolder | MMFolder, towers: tuple[To
         for piece in found:
             full = piece.rule.pack.pack(*(source[name] for name in piece.hf))
             parameter = empty[piece.mm]
-            parameter.copy_(piece.rule.split.cut(full, mesh.tp.size)[mesh.tp.rank])
+            fill(parameter, piece.rule.split.cut(full, mesh.tp.size)[mesh.tp.rank])
             bar.update(parameter.nbytes)
 
-# %% ../../nbs/50_trainer.weights.ipynb #dc20c06d
+# %% ../../nbs/50_trainer.weights.ipynb #f90bfa94
 def joined(parameter: Tensor, split: object, mesh: Mesh) -> Tensor:
     "The whole tensor that this rank holds a part of."
     if split is whole: return parameter.detach()
@@ -51,10 +52,10 @@ def whole_weights(model: nn.Module, towers: tuple[Tower, ...], mesh: Mesh) -> It
     "Every tensor under its Hugging Face name, one after the other, on all ranks."
     held = dict(model.named_parameters())
     for piece in (piece for chunk in pieces(towers) for piece in chunk):
-        full = joined(held[piece.mm], piece.rule.split, mesh)
+        full = joined(every_part(held[piece.mm]), piece.rule.split, mesh)
         yield from zip(piece.hf, piece.rule.pack.unpack(full))
 
-# %% ../../nbs/50_trainer.weights.ipynb #8d21ec0a
+# %% ../../nbs/50_trainer.weights.ipynb #cfbfc2a8
 def with_dtype(tree: dict, name: str) -> dict:
     "A parsed config.json with its notes of the weights' number format, at any depth, set to `name`."
     return {key: name if key in ('dtype', 'torch_dtype') and value else with_dtype(value, name) if isinstance(value, dict) else value for key, value in tree.items()}
@@ -62,7 +63,7 @@ def with_dtype(tree: dict, name: str) -> dict:
 def layout_of(model: nn.Module, towers: tuple[Tower, ...], like: HFFolder) -> dict[str, tuple[torch.dtype, tuple]]:
     "Dtype, of the live parameter, and shape of every tensor in the files of `like`."
     held = dict(model.named_parameters())
-    dtypes = {hub: held[piece.mm].dtype for chunk in pieces(towers) for piece in chunk for hub in piece.hf}
+    dtypes = {hub: computed_in(held[piece.mm]) for chunk in pieces(towers) for piece in chunk for hub in piece.hf}
     return {hub: (dtypes[like.copies.get(hub, hub)], like.shape(hub)) for hub in like.places}
 
 def open_writers(stack: ExitStack, like: HFFolder, folder: Path, layout: dict[str, tuple[torch.dtype, tuple]]) -> dict[str, SafetensorsWriter]:
