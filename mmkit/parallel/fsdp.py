@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .engine import megatron
 
-# %% ../../nbs/14_parallel.fsdp.ipynb #17fc7b7a
+# %% ../../nbs/14_parallel.fsdp.ipynb #fe42196b
 def own_part(x: Tensor) -> Tensor:
     "This rank's share of a tensor that is cut over the copies, in the same memory; a whole tensor as it is."
     return x.to_local() if isinstance(x, DTensor) else x
@@ -31,11 +31,11 @@ def computed_in(parameter: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
-    "Sets a parameter, or this rank's share of it, to the whole `value`."
+    "Sets a parameter, or this rank's share of it, to the whole `value`, rounded to the format of the computation."
     if isinstance(parameter, DTensor):
         pieces, rank = value.chunk(parameter.device_mesh.size(), parameter.placements[0].dim), parameter.device_mesh.get_local_rank()
         value = pieces[rank] if rank < len(pieces) else value[:0]
-    own_part(parameter).copy_(value)
+    own_part(parameter).copy_(value.to(computed_in(parameter)))       # as under any other layout, where the shares start from parameters in that format
 
 def every_part(x: Tensor) -> Tensor:
     "The whole of a tensor on every rank, in the format that it is computed in; all copies call it together."
