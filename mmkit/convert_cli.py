@@ -65,7 +65,7 @@ def refuse_unused(given: Any, unused: tuple) -> None:
         if value in (default, '') or name.endswith('vit_tp_size') and value == given['cfg.parallel_config.tp_size']: continue
         raise ValueError(f'--{name} {value} is not possible, {reason}: leave it out')
 
-# %% ../nbs/65_convert_cli.ipynb #effb13a6
+# %% ../nbs/65_convert_cli.ipynb #c50af73a
 TARGET = 'cfg.target_parallel_config.'
 WAN = (
     ('cfg.source_path', str, NEEDED, 'folder to read: the transformer folder of a model or its pipeline folder, or the MindSpeed-MM folder'),
@@ -75,7 +75,7 @@ WAN = (
     (TARGET + 'tp_size', int, 1, 'number of tensor-parallel ranks'))
 WAN_UNUSED = ((TARGET + 'ep_size', int, 1, 'the model has no experts'), ('cfg.lora_path', str, None, 'LoRA weights are not merged here'))
 WAN_REFUSED = {
-    'layerzero_to_mm': 'the shards of a LayerZero training are pickled objects of MindSpeed: merge them with MindSpeed-MM, then mm_to_hf reads what it wrote',
+    'layerzero_to_mm': 'the shards of a LayerZero training are pickled objects of MindSpeed: merge them with MindSpeed-MM, then mm_to_hf reads what it wrote (mmkit needs no such step: layout.data=fsdp saves Hugging Face folders)',
     'merge_lora_to_base': 'no LoRA files are read here: fuse them with diffusers, then hf_to_mm reads the folder it saved'}
 REFUSED_FIELDS = tuple((name, Any, None, 'understood, not used') for name in (*(name for name, *_ in WAN + WAN_UNUSED), 'iteration', 'prefix', 'ema_model', 'lora_rank', 'lora_alpha', 'use_npu'))
 

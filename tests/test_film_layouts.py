@@ -37,6 +37,8 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'cp 2, ring, recompute': (2, ['layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full', 'loop.micro_batch=2']),
     'tp 2, sequence parallel, cp 2': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data=zero1', 'loop.micro_batch=2']),
     'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=4', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
+    'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
+    'dp 2, fsdp, recompute, average': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
 }
 ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
@@ -90,6 +92,19 @@ def train(folder):
         found[title] = dict(held, losses=[r.loss for r in records], norms=[r.grad_norm for r in records], parts=[r.parts for r in records], tokens=[r.tokens for r in records])
     return found
 
+def half(folder):
+    "A step and a saved model in bfloat16, under ddp and under fsdp: losses, dtypes in the file, distances of the gradients."
+    folder, found, gradients = Path(folder), {}, {}
+    for data in ('ddp', 'fsdp'):
+        config = override(config_of(folder, f'i2v: {FIRST}'), ['dtype=bfloat16', f'layout.data={data}', 'layout.recompute=full', 'loop.micro_batch=2', 'loop.steps=2'])
+        with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
+            task, _, wrapped = parity.open_trainer(config, mesh)
+            _, gradients[data] = parity.step_gradients(task, wrapped, mesh, next(task.batches(mesh)))
+        records = fit(config, folder / 'runs' / f'half-{data}')
+        saved = load_file(folder / 'runs' / f'half-{data}' / 'checkpoints' / 'step-0000002' / 'transformer' / 'diffusion_pytorch_model.safetensors')
+        found[data] = dict(losses=[record.loss for record in records], dtypes={name: str(x.dtype) for name, x in saved.items()})
+    return found | dict(apart={name: parity.apart(x, gradients['ddp'][name]) for name, x in gradients['fsdp'].items()})
+
 def far(mine, theirs): return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
 
 def test_the_steps_hold_what_they_should(house):
@@ -137,6 +152,14 @@ def test_samples_are_what_the_saved_weights_make(house):
         assert list(sampled) == [5, STEPS] and all([{key: one[key] for key in one if key != 'video'} for one in found] == asked for found in sampled.values())
         made = film(run / 'checkpoints' / f'step-{STEPS:07d}', PROMPTS, images=[one['image'] for one in asked] if model == 'i2v' else None, sampling=SAMPLING, device='cpu', progress=False)
         assert [one.video for one in made] == [(run / 'samples' / one['video']).read_bytes() for one in sampled[STEPS]]
+
+def test_fsdp_computes_and_saves_in_the_formats_of_ddp(house):
+    "In bfloat16 only the gradients of what makes text and picture tokens, to which every layer adds, are added up in another order."
+    found = parity.on_ranks('test_film_layouts', 'half', house[0], 2, 200)
+    assert found['fsdp']['dtypes'] == found['ddp']['dtypes'] and set(found['fsdp']['dtypes'].values()) == {'torch.float32', 'torch.bfloat16'}
+    assert far(found['fsdp']['losses'][:1], found['ddp']['losses'][:1]) < 1e-6 and far(found['fsdp']['losses'], found['ddp']['losses']) < 1e-3
+    added = [name for name in found['apart'] if 'text_embedder' in name or 'image_embedder' in name]
+    assert max(distance for name, distance in found['apart'].items() if name not in added) < 1e-6 and max(found['apart'].values()) < 0.02, found['apart']
 
 def test_two_clips_are_enough(house, tmp_path):
     "Each comes four times in a batch of eight, with other noise every time."

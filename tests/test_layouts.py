@@ -36,7 +36,13 @@ ROWS = {                                        # title: (ranks, what differs fr
     'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=8'], 'tp 1, one by one'),
     'cp 2, dp 2, zero1, overlap': (4, ['layout.cp=2', 'layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'tp 2, sequence parallel, cp 2, ring': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'fsdp on one rank': (1, ['layout.data=fsdp', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'dp 2, fsdp': (2, ['layout.data=fsdp'], 'tp 1, one by one'),
+    'dp 2, fsdp, recompute': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data=fsdp', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'every weight moved by its last bit': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
+    'towers frozen': (1, ['freeze=["vision","merger"]', 'loop.micro_batch=4'], None),
+    'towers frozen, dp 2, fsdp': (2, ['freeze=["vision","merger"]', 'layout.data=fsdp', 'loop.micro_batch=2'], 'towers frozen'),
     'loss by sample': (1, ['loop.loss=sample', 'loop.micro_batch=8'], None),
     'loss by sample, micro-batches of 2': (1, ['loop.loss=sample', 'loop.micro_batch=2'], 'loss by sample'),
     'loss by sample, dp 2': (2, ['loop.loss=sample'], 'loss by sample'),
@@ -45,7 +51,7 @@ ROWS = {                                        # title: (ranks, what differs fr
     'loss by micro-batch of 2, dp 2': (2, ['loop.loss=micro_batch', 'loop.micro_batch=2', 'layout.data=zero1'], 'loss by micro-batch of 2'),
 }
 CONTROL = 'every weight moved by its last bit'           # not a layout: how far rounding alone goes in twenty steps, shown beside the others
-SHORT = [title for title in ROWS if title.startswith('loss by')]                    # five steps are enough for the meaning of the loss
+SHORT = [title for title in ROWS if title.startswith(('loss by', 'towers'))]        # five steps are enough for the meaning of the loss, and for what is not trained
 
 def talk(*said, images=(), videos=()):
     "A record in mllm form, questions and answers in turn."
@@ -81,7 +87,7 @@ def house(tmp_path_factory):
     draw, weights = torch.Generator().manual_seed(0), load_file(folder / 'tiny' / 'model.safetensors')
     save_file({name: torch.nextafter(x, x + torch.randint(-1, 2, x.shape, generator=draw)) for name, x in weights.items()}, folder / 'moved' / 'model.safetensors')
     found = {}
-    for ranks in (1, 2, 4): found |= parity.on_ranks('test_layouts', 'train', folder, ranks, 400)
+    for ranks in sorted({row[0] for row in ROWS.values()}): found |= parity.on_ranks('test_layouts', 'train', folder, ranks, 400)
     return folder, found
 
 def first_gradients(config, folder, title):

@@ -223,7 +223,7 @@ class TextEmbed(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor: return self.linear_2(F.gelu(self.linear_1(text.transpose(0, 1).to(self.linear_1.weight.dtype)), approximate='tanh'))
 
-# %% ../../nbs/24_models.wan2_1.ipynb #c79eb5d4
+# %% ../../nbs/24_models.wan2_1.ipynb #b506f1ea
 class ImageEmbed(nn.Module):
     "Features of a picture (b n image_width) to tokens (n b width)."
     def __init__(self, shape: WanShape, quiet: Any):
@@ -234,7 +234,7 @@ class ImageEmbed(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         features = features.to(self.proj[1].weight.dtype)
-        return self.proj(features + self.emb_pos if hasattr(self, 'emb_pos') else features).transpose(0, 1)
+        return self.proj(features + self.emb_pos.to(features.dtype) if hasattr(self, 'emb_pos') else features).transpose(0, 1)
 
 # %% ../../nbs/24_models.wan2_1.ipynb #0be2d420
 class Head(nn.Module):

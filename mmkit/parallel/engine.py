@@ -188,9 +188,9 @@ def prepare(device: Device) -> None:
         warnings.simplefilter('ignore')                      # it warns about Transformer Engine and Apex, which nobody here needs
         importlib.import_module('megatron.core').mmkit_device = device.name
 
-# %% ../../nbs/10_parallel.engine.ipynb #19183608
+# %% ../../nbs/10_parallel.engine.ipynb #027a03be
 NAMES = {
-    'megatron.core.tensor_parallel': ('ColumnParallelLinear', 'RowParallelLinear', 'VocabParallelEmbedding', 'vocab_parallel_cross_entropy', 'checkpoint',
+    'megatron.core.tensor_parallel': ('ColumnParallelLinear', 'RowParallelLinear', 'VocabParallelEmbedding', 'vocab_parallel_cross_entropy',
         'get_cuda_rng_tracker', 'model_parallel_cuda_manual_seed', 'copy_to_tensor_model_parallel_region', 'scatter_to_sequence_parallel_region',
         'gather_from_sequence_parallel_region', 'set_defaults_if_not_set_tensor_model_parallel_attributes'),
     'megatron.core.transformer.transformer_config': ('TransformerConfig',),

@@ -6,13 +6,14 @@
 __all__ = ['engine_config', 'as_allocated', 'divisible', 'heads_divisible', 'column_linear', 'row_linear', 'apply_linear', 'Norm',
            'swiglu', 'Mlp', 'Layer', 'slice_sequence', 'whole_sequence', 'same_sequence', 'recompute']
 
-# %% ../../nbs/13_parallel.layers.ipynb #ddcd453d
+# %% ../../nbs/13_parallel.layers.ipynb #9c657a2b
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .engine import megatron
 from .mesh import Mesh
@@ -109,8 +110,8 @@ def same_sequence(x: Tensor, config: Any) -> Tensor:
     "All of (s b h) on every rank, where all ranks go on to compute the same."
     return megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False) if config.sequence_parallel else x
 
-# %% ../../nbs/13_parallel.layers.ipynb #88833bb9
+# %% ../../nbs/13_parallel.layers.ipynb #fb94b72a
 def recompute(enabled: bool, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
     "The layer's output; with `enabled`, its activations are made again in the backward pass instead of kept."
     if not enabled or not torch.is_grad_enabled(): return layer(*inputs)
-    return megatron().checkpoint(layer, False, *inputs)
+    with set_checkpoint_early_stop(False): return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)     # a layer left halfway would not let its parameters go

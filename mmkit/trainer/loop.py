@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build', 'due', 'after_step', 'fit', 'main']
 
-# %% ../../nbs/57_trainer.loop.ipynb #b11d8dfd
+# %% ../../nbs/57_trainer.loop.ipynb #b26ed50d
 import sys
 from dataclasses import asdict
 from itertools import islice
@@ -18,6 +18,7 @@ from ..config import Config, load_config
 from ..device import pick_device
 from ..files import Jsonl
 from ..parallel.data import build_optimizer, wrap_data_parallel
+from ..parallel.fsdp import gathered
 from ..parallel.layers import engine_config
 from ..parallel.mesh import Mesh, open_mesh
 from .checkpoint import save
@@ -25,15 +26,16 @@ from .step import Average, Record, peer_line, train_step
 from .task import TASKS, Task
 from .weights import load_weights
 
-# %% ../../nbs/57_trainer.loop.ipynb #d5d6743c
+# %% ../../nbs/57_trainer.loop.ipynb #991281dc
 def build(config: Config, task: Task, mesh: Mesh) -> tuple[list[nn.Module], list[nn.Module], torch.dtype]:
     "The stages of the model that this rank holds, with their weights, the same wrapped for training, and their number format."
     dtype = getattr(torch, config.dtype or mesh.device.dtype)
     model, layers = task.model(mesh, dtype), engine_config(mesh, dtype, mesh.layout.sequence_parallel)
+    wrapped = wrap_data_parallel(model, layers, mesh)
     load_weights(model, task.source, task.towers, mesh)
-    return model, wrap_data_parallel(model, layers, mesh), dtype
+    return model, wrapped, dtype
 
-# %% ../../nbs/57_trainer.loop.ipynb #d97f9f7b
+# %% ../../nbs/57_trainer.loop.ipynb #bc3355be
 def due(every: int, step: int, last: bool = False) -> bool:
     "Whether something that happens every so many steps (0: never) happens after this one."
     return last or bool(every) and step % every == 0
@@ -49,7 +51,8 @@ def after_step(record: Record, config: Config, task: Task, mesh: Mesh, model: li
     average.update()
     if not (sampled or saved): return
     with average.used():
-        if sampled: task.sample(model, mesh, folder / 'samples' / f'step-{step:07d}.json')
+        if sampled:
+            with gathered(model): task.sample(model, mesh, folder / 'samples' / f'step-{step:07d}.json')
         if saved: save(model, task, mesh, folder, step, loop.keep)
 
 # %% ../../nbs/57_trainer.loop.ipynb #0e088bae

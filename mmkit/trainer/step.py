@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'peer_line', 'totals', 'means', 'train_step', 'Average']
 
-# %% ../../nbs/55_trainer.step.ipynb #4b083ca5
+# %% ../../nbs/55_trainer.step.ipynb #36e8d76e
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..parallel.data import accumulate
+from ..parallel.fsdp import own_part
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import handed
 from .task import Task
@@ -71,27 +72,27 @@ def train_step(step: int, wrapped: Sequence[nn.Module], optimizer: Any, schedule
     seconds, half = time.perf_counter() - start, len(rest) // 2
     return Record(step, loss, lr, float(grad_norm), seconds, int(tokens), tokens / seconds, mesh.device.peak_memory(), time.time(), means(rest[:half], rest[half:]))
 
-# %% ../../nbs/55_trainer.step.ipynb #c0de2fcc
+# %% ../../nbs/55_trainer.step.ipynb #7e66523d
 class Average:
     "An exponential moving average of the trained parameters of this rank's stages; with decay 0 it keeps nothing and changes nothing."
     def __init__(self, model: Sequence[nn.Module], decay: float):
         self.decay, self.steps = decay, 0
         self.live = [p for chunk in model for p in chunk.parameters() if p.requires_grad] if decay else []
-        self.kept = [p.detach().float().clone() for p in self.live]
+        self.kept = [own_part(p.detach()).float().clone() for p in self.live]
 
     @torch.no_grad()
     def update(self) -> None:
         "Takes in the parameters as they are after a step."
         share = 1 - min(self.decay, (self.steps + 1) / (self.steps + 10))
         self.steps += 1
-        if self.live: torch._foreach_lerp_(self.kept, [p.float() for p in self.live], share)
+        if self.live: torch._foreach_lerp_(self.kept, [own_part(p).float() for p in self.live], share)
 
     @contextmanager
     def used(self) -> Iterator[None]:
         "For the length of a `with`, the model has the averaged parameters."
-        own = [p.detach().clone() for p in self.live]
+        own = [own_part(p.detach()).clone() for p in self.live]
         with torch.no_grad():
-            for p, value in zip(self.live, self.kept): p.copy_(value)
+            for p, value in zip(self.live, self.kept): own_part(p).copy_(value)
             try: yield
             finally:
-                for p, value in zip(self.live, own): p.copy_(value)
+                for p, value in zip(self.live, own): own_part(p).copy_(value)

@@ -6,7 +6,7 @@
 __all__ = ['load_weights', 'joined', 'whole_tensors', 'whole_weights', 'with_dtype', 'layout_of', 'open_writers', 'link_parts',
            'finish', 'save_weights']
 
-# %% ../../nbs/50_trainer.weights.ipynb #97dbc7c0
+# %% ../../nbs/50_trainer.weights.ipynb #6f4b74c9
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +22,11 @@ from ..converters.convert import copy_rest, new_folder, write_index
 from ..converters.folders import HFFolder, MMFolder, SafetensorsWriter
 from ..converters.weights import Tower, check, pieces, whole
 from ..files import write_manifest
+from ..parallel.fsdp import computed_in, every_part, fill
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import handed
 
-# %% ../../nbs/50_trainer.weights.ipynb #2d593953
+# %% ../../nbs/50_trainer.weights.ipynb #902aae91
 def load_weights(model: Sequence[nn.Module], source: HFFolder | MMFolder, towers: tuple[Tower, ...], mesh: Mesh) -> None:
     "Fills the parameters of this rank's stages from a Hugging Face or MindSpeed-MM folder; a ValueError names what does not fit."
     check(towers, source, mesh.tp.size)
@@ -37,10 +38,10 @@ def load_weights(model: Sequence[nn.Module], source: HFFolder | MMFolder, towers
         for place, piece in found:
             full = piece.rule.pack.pack(*(source[name] for name in piece.hf))
             parameter = empty[place]
-            parameter.copy_(piece.rule.split.cut(full, mesh.tp.size)[mesh.tp.rank])
+            fill(parameter, piece.rule.split.cut(full, mesh.tp.size)[mesh.tp.rank])
             bar.update(parameter.nbytes)
 
-# %% ../../nbs/50_trainer.weights.ipynb #e84d7056
+# %% ../../nbs/50_trainer.weights.ipynb #a301faa3
 def joined(parameter: Tensor, split: object, mesh: Mesh) -> Tensor:
     "The whole tensor that this rank holds a part of."
     if split is whole: return parameter.detach()
@@ -52,14 +53,14 @@ def whole_tensors(held: Mapping[int, Mapping[str, Tensor]], towers: tuple[Tower,
     "Every tensor that somebody holds, whole, under its Hugging Face name, one after the other, on all ranks; `held` are this rank's by number of stage and name."
     for k, piece in ((k, piece) for k, chunk in enumerate(pieces(towers)) for piece in chunk if not piece.rule.copy):
         part = held.get(k, {}).get(piece.mm)
-        full = handed(None if part is None else joined(part, piece.rule.split, mesh), k % mesh.pp.size, mesh)
+        full = handed(None if part is None else joined(every_part(part), piece.rule.split, mesh), k % mesh.pp.size, mesh)
         if full is not None: yield from zip(piece.hf, piece.rule.pack.unpack(full))
 
 def whole_weights(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
     "Every weight under its Hugging Face name, one after the other, on all ranks."
     return whole_tensors({chunk.stage.index: dict(chunk.named_parameters()) for chunk in model}, towers, mesh)
 
-# %% ../../nbs/50_trainer.weights.ipynb #7d18a2cc
+# %% ../../nbs/50_trainer.weights.ipynb #a72d9574
 def with_dtype(tree: dict, name: str) -> dict:
     "A parsed config.json with its notes of the weights' number format, at any depth, set to `name`."
     return {key: name if key in ('dtype', 'torch_dtype') and value else with_dtype(value, name) if isinstance(value, dict) else value for key, value in tree.items()}
@@ -67,7 +68,7 @@ def with_dtype(tree: dict, name: str) -> dict:
 def layout_of(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh, like: HFFolder) -> dict[str, tuple[torch.dtype, tuple]]:
     "Dtype, of the live parameter, and shape of every tensor in the files of `like`."
     held = {chunk.stage.index: dict(chunk.named_parameters()) for chunk in model}
-    mine = {hub: held[k][piece.mm].dtype for k, chunk in enumerate(pieces(towers)) if k in held for piece in chunk for hub in piece.hf}
+    mine = {hub: computed_in(held[k][piece.mm]) for k, chunk in enumerate(pieces(towers)) if k in held for piece in chunk for hub in piece.hf}
     told = [mine] * mesh.pp.size
     dist.all_gather_object(told, mine, group=mesh.pp.group)
     dtypes = {hub: dtype for each in told for hub, dtype in each.items()}
