@@ -258,10 +258,10 @@ def per_clip(x: Tensor, config: Any, axis: Axis) -> Tensor:
     "What all tokens of a clip read; only where ranks hold different tokens they make different parts of its gradient."
     return Shared.apply(x, axis) if config.sequence_parallel else x
 
-# %% ../../nbs/24_models.wan2_1.ipynb #4d7eb0aa
+# %% ../../nbs/24_models.wan2_1.ipynb #17fdb8f2
 @dataclass(frozen=True)
 class Told:
-    "What every block of a clip reads beside its tokens: the time (1 b width) and its modulation (6 b width), text (l b width), and a picture (n b width) or None."
+    "What every block of a clip reads beside its tokens: the time (b width) and its modulation (b 6 width), text (l b width), and a picture (n b width) or None."
     vector: Tensor
     modulation: Tensor
     words: Tensor
@@ -269,14 +269,14 @@ class Told:
 
     def pack(self, x: Tensor) -> Tensor:
         "One tensor (all b width) with the tokens x (s b width) at its end: what a stage sends to the next."
-        return torch.cat([part for part in (self.vector, self.modulation, self.words, self.picture, x) if part is not None])
+        return torch.cat([part for part in (self.vector[None], self.modulation.transpose(0, 1), self.words, self.picture, x) if part is not None])
 
 def unpack(received: Tensor, words: int, picture: int) -> tuple[Told, Tensor]:
     "What `pack` joined, and the tokens; `words` and `picture` are numbers of tokens."
     vector, modulation, text, image, x = received.split([1, 6, words, picture, len(received) - 7 - words - picture])
-    return Told(vector, modulation, text, image if picture else None), x
+    return Told(vector[0], modulation.transpose(0, 1), text, image if picture else None), x
 
-# %% ../../nbs/24_models.wan2_1.ipynb #2c2dfca3
+# %% ../../nbs/24_models.wan2_1.ipynb #1270f136
 class Wan2_1(nn.Module):
     "Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes; parameters bear the names of MindSpeed-MM's files."
     def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
@@ -302,8 +302,8 @@ class Wan2_1(nn.Module):
         "What is read beside the tokens, from times (b), text (b s text_width) and image (b n image_width)."
         words, picture = (None if x is None else Shared.apply(x, self.axis) for x in (self.text_embedding(text), image if image is None else self.img_emb(image)))
         vector = self.time_embedding(waves(time, self.shape.time_width)).to(words.dtype)
-        modulation = self.time_projection(vector).unflatten(-1, (6, -1)).transpose(0, 1)
-        return Told(*(per_clip(x, self.config, self.axis) for x in (vector[None], modulation)), words, picture)
+        modulation = self.time_projection(vector).unflatten(-1, (6, -1))
+        return Told(*(per_clip(x, self.config, self.axis) for x in (vector, modulation)), words, picture)
 
     def forward(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor | None = None, attend: Attend = attend, received: Tensor | None = None) -> Tensor:
         "Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s text_width), zeros behind it, and image (b n image_width); or what the next stage is to receive."
@@ -313,9 +313,8 @@ class Wan2_1(nn.Module):
         if self.stage.first: told, x = self.tell(time, text, image), self.patch_embedding(slice_sequence(padded(patches, self.multiple), self.config))
         else: told, x = unpack(received, text.shape[1], 0 if image is None else image.shape[1])
         within = lambda q, k, v: attend(q, k[:, :len(patches)], v[:, :len(patches)])
-        modulation = told.modulation.transpose(0, 1)
-        for block in self.blocks: x = recompute(self.recompute, partial(block, attend=within), x, modulation, told.words, told.picture, cos, sin)
+        for block in self.blocks: x = recompute(self.recompute, partial(block, attend=within), x, told.modulation, told.words, told.picture, cos, sin)
         if not self.stage.last: return told.pack(x)
-        x = self.head(x, told.vector[0])
+        x = self.head(x, told.vector)
         if self.config.sequence_parallel: x = megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)      # every rank computes the same loss
         return unpatchify(x[:len(patches)], grid, self.shape.patch)
