@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VisionShape', 'patch_positions', 'Windows', 'windows', 'PatchEmbed', 'VisionAttention', 'vision_layer', 'Merger',
-           'VisionTower']
+           'vision_costs', 'VisionTower']
 
 # %% ../../nbs/21_models.vision.ipynb #f72b3eea
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..parallel.attention import Attend, segments
 from ..parallel.layers import Layer, Mlp, Norm, apply_linear, column_linear, divisible, engine_config, recompute, row_linear
 from ..parallel.mesh import Mesh
 
-# %% ../../nbs/21_models.vision.ipynb #dabc1908
+# %% ../../nbs/21_models.vision.ipynb #14d6c583
 @dataclass(frozen=True)
 class VisionShape:
     "Sizes of the vision tower; `window` is in pixels, `full_layers` are the layers that see a whole frame."
@@ -50,13 +50,6 @@ class VisionShape:
     def patch_size(self) -> int:
         "Numbers in one patch: channels x frames x height x width."
         return self.channels * self.frames * self.patch**2
-
-    @property
-    def costs(self) -> list[float]:
-        "What each layer does for one token: its weights times the patches of a token; the merger counts with the last."
-        unit, layer = self.merge**2, 4 * self.width**2 + 3 * self.width * self.hidden
-        merger = unit * self.width * (unit * self.width + self.out_width)
-        return [float(unit * layer)] * (self.layers - 1) + [float(unit * layer + merger)]
 
 # %% ../../nbs/21_models.vision.ipynb #2fe8703d
 def patch_positions(grid: Tensor, merge: int) -> Tensor:
@@ -127,6 +120,13 @@ class Merger(nn.Module):
         self.encoder = Mlp(config, wide, wide, shape.out_width, bias=True, gated=False)
 
     def forward(self, x: Tensor) -> Tensor: return self.encoder(self.layernorm(x).view(-1, self.encoder.linear_fc2.input_size))
+
+# %% ../../nbs/21_models.vision.ipynb #dbe1b518
+def vision_costs(shape: VisionShape) -> list[float]:
+    "What each layer does for one token: its weights times the patches of a token; the merger counts with the last layer."
+    unit, layer = shape.merge**2, 4 * shape.width**2 + 3 * shape.width * shape.hidden
+    merger = unit * shape.width * (unit * shape.width + shape.out_width)
+    return [float(unit * layer)] * (shape.layers - 1) + [float(unit * layer + merger)]
 
 # %% ../../nbs/21_models.vision.ipynb #60861553
 class VisionTower(nn.Module):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WanShape', 'check_wan', 'grid_of', 'patchify', 'unpatchify', 'tokenwise', 'PatchEmbed', 'rope_3d', 'turn_pairs',
            'quiet_linear', 'Attention', 'SelfAttention', 'CrossAttention', 'LayerNorm', 'modulated', 'gated', 'Block',
-           'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded', 'per_clip', 'Told', 'unpack', 'Wan2_1']
+           'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded', 'per_clip', 'Told', 'unpack', 'Beginning',
+           'Wan2_1']
 
 # %% ../../nbs/24_models.wan2_1.ipynb #a2b1c61f
 import math
@@ -25,7 +26,7 @@ from ..parallel.layers import apply_linear, as_allocated, column_linear, divisib
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.pipeline import Stage, stages
 
-# %% ../../nbs/24_models.wan2_1.ipynb #7d7ebe31
+# %% ../../nbs/24_models.wan2_1.ipynb #e36ef65f
 @dataclass(frozen=True)
 class WanShape:
     "Sizes of the model; `patch` is in latent frames, rows, columns, `image_width` is None for text to video."
@@ -57,9 +58,7 @@ class WanShape:
         return self.heads * self.head_width
 
     @property
-    def costs(self) -> dict[str, list[float]]:
-        "What each block costs: all the same."
-        return {'wan': [1.0] * self.layers}
+    def costs(self) -> dict[str, list[float]]: return {'wan': [1.0] * self.layers}        # all blocks cost the same
 
 # %% ../../nbs/24_models.wan2_1.ipynb #213ae2e3
 def check_wan(config: dict) -> None:
@@ -276,19 +275,9 @@ def unpack(received: Tensor, words: int, picture: int) -> tuple[Told, Tensor]:
     vector, modulation, text, image, x = received.split([1, 6, words, picture, len(received) - 7 - words - picture])
     return Told(vector[0], modulation.transpose(0, 1), text, image if picture else None), x
 
-# %% ../../nbs/24_models.wan2_1.ipynb #1270f136
-class Wan2_1(nn.Module):
-    "Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes; parameters bear the names of MindSpeed-MM's files."
-    def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
-        super().__init__()
-        for name, size in (('num_attention_heads', shape.heads), ('ffn_dim', shape.hidden)): divisible(name, size, mesh)
-        config, quiet = (engine_config(mesh, dtype, cut) for cut in (mesh.layout.sequence_parallel, False))
-        self.shape, self.config, self.recompute, self.stage = shape, config, mesh.layout.recompute == 'full', stage or stages(shape.costs, Layout())[0]
-        self.axis, self.multiple = mesh.tp, mesh.tp.size if config.sequence_parallel else 1
-        if self.stage.first: self.add_embeddings(config, quiet)
-        self.blocks = nn.ModuleList(Block(shape, config, quiet, mesh.tp) for _ in self.stage.layers['wan'])
-        if self.stage.last: self.head = Head(shape, config)
-
+# %% ../../nbs/24_models.wan2_1.ipynb #8d0cd4d3
+class Beginning(nn.Module):
+    "What comes before the first block, on the stage that has it."
     def add_embeddings(self, config: Any, quiet: Any) -> None:
         "What comes before the first block."
         shape, width, dtype = self.shape, self.shape.width, config.params_dtype
@@ -304,6 +293,19 @@ class Wan2_1(nn.Module):
         vector = self.time_embedding(waves(time, self.shape.time_width)).to(words.dtype)
         modulation = self.time_projection(vector).unflatten(-1, (6, -1))
         return Told(*(per_clip(x, self.config, self.axis) for x in (vector, modulation)), words, picture)
+
+# %% ../../nbs/24_models.wan2_1.ipynb #d68245b7
+class Wan2_1(Beginning):
+    "Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes; parameters bear the names of MindSpeed-MM's files."
+    def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
+        super().__init__()
+        for name, size in (('num_attention_heads', shape.heads), ('ffn_dim', shape.hidden)): divisible(name, size, mesh)
+        config, quiet = (engine_config(mesh, dtype, cut) for cut in (mesh.layout.sequence_parallel, False))
+        self.shape, self.config, self.recompute, self.stage = shape, config, mesh.layout.recompute == 'full', stage or stages(shape.costs, Layout())[0]
+        self.axis, self.multiple = mesh.tp, mesh.tp.size if config.sequence_parallel else 1
+        if self.stage.first: self.add_embeddings(config, quiet)
+        self.blocks = nn.ModuleList(Block(shape, config, quiet, mesh.tp) for _ in self.stage.layers['wan'])
+        if self.stage.last: self.head = Head(shape, config)
 
     def forward(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor | None = None, attend: Attend = attend, received: Tensor | None = None) -> Tensor:
         "Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s text_width), zeros behind it, and image (b n image_width); or what the next stage is to receive."

@@ -52,19 +52,17 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     batch['tokens'] = torch.tensor(sum(len(sample['input_ids']) for sample in samples))
     return batch
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #66e222f4
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #756e6fa1
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
         self.config, self.like = config, HFFolder(config.processor or config.weights)
         self.shape = QwenShape.from_hf(self.like.config)
-        rows = layer_rows(self.shape.costs, config.layout)
-        self.towers = qwen2_5_vl_towers(self.like.config, rows['vision'], rows['text'])
+        self.towers = qwen2_5_vl_towers(self.like.config, *layer_rows(self.shape.costs, config.layout).values())
         self.source = open_weights(config.weights, self.towers)
         self.root, self.places = self.like.path, partial(positions, self.shape)
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
-        "The stages of the model that this rank holds, with empty weights on its device."
         chunks = build_stages(Qwen2_5_VL, self.shape, mesh, dtype)
         for chunk in chunks: freeze(chunk, self.config.freeze)
         return chunks
@@ -83,9 +81,8 @@ class QwenTask:
 
     def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         "Cross-entropy of a micro-batch in nats: (sum, count) in the meaning of `loop.loss`, and no parts (2 0)."
-        labels = batch['labels']
-        total, count = weighted(output, batch['samples'][labels >= 0], self.config.loop.loss)
-        return total, torch.tensor(count, dtype=torch.int, device=labels.device), total.new_zeros(2, 0)
+        total, count = weighted(output, batch['samples'][batch['labels'] >= 0], self.config.loop.loss)
+        return total, torch.tensor(count, dtype=torch.int, device=total.device), total.new_zeros(2, 0)
 
     def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
         "Answers the first held-out conversations and writes question, answer, expected answer and picture of each as JSON."
