@@ -67,7 +67,7 @@ def illustrated(words: Tensor, tokens: Tensor, batch: dict, shape: QwenShape) ->
     if len(tokens) != len(places): raise ValueError(f'the text has {len(places)} places for picture tokens, the pictures make {len(tokens)}')
     return words.index_copy(0, places, tokens.to(words.dtype))
 
-# %% ../../nbs/23_models.qwen2_5_vl.ipynb #c00b5ba5
+# %% ../../nbs/23_models.qwen2_5_vl.ipynb #3567178a
 class Qwen2_5_VL(nn.Module):
     "Qwen2.5-VL over packed micro-batches, or the piece of it that a stage holds; parameters bear the names of MindSpeed-MM's files."
     def __init__(self, shape: QwenShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
@@ -81,7 +81,7 @@ class Qwen2_5_VL(nn.Module):
         "The tokens (n 1 width) of pictures and videos, or rows (p 1 width) for the next vision stage; x came from the one before. Without pictures, a blank one."
         grid, pixels, cell = batch['grid'], batch['pixels'], self.shape.vision.merge
         if not len(grid): grid, pixels = grid.new_tensor([[1, cell, cell]]), pixels.new_zeros(cell**2, self.shape.vision.patch_size)
-        return self.image_encoder(pixels if self.stage.first else x, grid).view(-1, 1, self.image_encoder.width)
+        return self.image_encoder(pixels if self.stage.first else x, grid)
 
     def hidden(self, batch: dict, received: Tensor | None = None, attends: Sequence[Attend] | None = None) -> Tensor:
         "Normed vectors (s, width) of a packed micro-batch, or what the next stage is to receive; by default every sample attends to its own past."

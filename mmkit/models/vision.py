@@ -128,7 +128,7 @@ def vision_costs(shape: VisionShape) -> list[float]:
     merger = unit * shape.width * (unit * shape.width + shape.out_width)
     return [float(unit * layer)] * (shape.layers - 1) + [float(unit * layer + merger)]
 
-# %% ../../nbs/21_models.vision.ipynb #60861553
+# %% ../../nbs/21_models.vision.ipynb #05029999
 class VisionTower(nn.Module):
     "Pictures and videos, as patches in one row, to tokens for the text tower in the same order; or the part of that way that `held` layers go."
     def __init__(self, shape: VisionShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
@@ -139,11 +139,10 @@ class VisionTower(nn.Module):
         self.shape, self.recompute = shape, mesh.layout.recompute == 'full'
         first = {'patch_embed': nn.ModuleDict({'proj': PatchEmbed(shape, dtype)})} if held.start == 0 else {}
         self.encoder = nn.ModuleDict(first | {'blocks': nn.ModuleDict({'layers': nn.ModuleList(vision_layer(shape, config) for _ in held)})})
-        self.width = shape.out_width if held.stop == shape.layers else shape.width
         if held.stop == shape.layers: self.projector = Merger(shape, config)
 
     def forward(self, x: Tensor, grid: Tensor) -> Tensor:
-        "Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, out_width); between two stages, rows of vectors (p 1 width)."
+        "Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, 1, out_width); between two stages, rows of vectors (p 1 width)."
         found = windows(grid, self.shape)
         order, unit = found.order.to(x.device), self.shape.merge**2
         if self.held.start == 0: x = self.encoder['patch_embed']['proj'](x).unflatten(0, (-1, unit))[order].flatten(0, 1)[:, None]       # s b h
@@ -151,7 +150,7 @@ class VisionTower(nn.Module):
         inside, whole = (segments(lengths, causal=False, device=x.device) for lengths in (found.window_lengths, found.frame_lengths))
         for number, layer in zip(self.held, self.encoder['blocks']['layers']):
             x = recompute(self.recompute, partial(layer, attend=whole if number in self.shape.full_layers else inside), x, cos, sin)
-        return self.projector(x[:, 0])[order.argsort()] if self.held.stop == self.shape.layers else x
+        return self.projector(x[:, 0])[:, None][order.argsort()] if self.held.stop == self.shape.layers else x
 
     def angles(self, grid: Tensor, order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         "Cosines and sines (1 patches d) in window order, in float32."
