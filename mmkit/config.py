@@ -28,7 +28,7 @@ def check_layout(layout: 'Layout') -> None:
     require(layout.cp_ulysses is None or layout.cp_kind == 'usp', f'layout.cp_ulysses={layout.cp_ulysses} belongs to cp_kind=usp, not {layout.cp_kind}; leave it out')
     require(layout.ulysses and layout.cp % layout.ulysses == 0, f'layout.cp_ulysses={layout.ulysses} does not divide layout.cp={layout.cp}; cp_kind=usp needs one that does')
 
-# %% ../nbs/01_config.ipynb #6772ed3b
+# %% ../nbs/01_config.ipynb #bf863ca7
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     "How a model is laid over ranks; data parallelism takes what is left."
@@ -62,8 +62,7 @@ class Layout:
     def copies(self, world: int) -> int:
         "How many copies of the model (data-parallel ranks) `world` ranks hold."
         used = {f'layout.{name}={size}': size for name in ('tp', 'pp', 'cp') if (size := getattr(self, name)) > 1 or name == 'tp'}
-        each = math.prod(used.values())
-        require(world % each == 0, f'{world} ranks cannot be divided by {" x ".join(used)}; use a multiple of {each} ranks, or another layout')
+        require(world % (each := math.prod(used.values())) == 0, f'{world} ranks cannot be divided by {" x ".join(used)}; use a multiple of {each} ranks, or another layout')
         return world // each
 
 # %% ../nbs/01_config.ipynb #1880b851

@@ -40,7 +40,12 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
     'dp 2, fsdp, recompute, average': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
+    'pp 2': (2, ['layout.pp=2', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
+    'pp 2, two turns, an empty stage': (2, ['layout.pp=2', 'layout.vpp=2', 'layout.layers={"wan": [[1, 0], [1, 1]]}']),
+    'tp 2, sequence parallel, pp 2, recompute': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2', 'layout.recompute=full', 'loop.micro_batch=4']),
+    'pp 2, dp 2, zero1, overlap': (4, ['layout.pp=2', 'layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=2']),
 }
+BITS = ['pp 2', 'pp 2, two turns, an empty stage']             # first gradients equal to the last bit
 ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
 FIRST = next(iter(LAYOUTS))
 
@@ -70,7 +75,7 @@ def house(tmp_path_factory):
     folder = tmp_path_factory.mktemp('films')
     write_clips(folder)
     for model in ('t2v', 'i2v'):
-        tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, room=24, random_all=True, seed=3)
+        tiny_wan(folder / model, image=model == 'i2v', layers=3, ffn=192, room=24, random_all=True, seed=3)
         extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
     found = {}
     for ranks in (1, 2, 4): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
@@ -125,6 +130,12 @@ def test_layouts_never_change_the_answer(house, capsys):
     text = parity.table(['layout', 'ranks', 'losses', 'norms', 'first gradients', 'furthest gradient'], rows)
     with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one clip at a time, {STEPS} steps of AdamW, fp32\n\n{text}\n')
     assert all(max(row[2], row[4]) <= parity.LIMIT for row in rows), text
+
+def test_a_pipeline_adds_in_the_same_order(house):
+    for model in ('t2v', 'i2v'):
+        for title in BITS:
+            mine, theirs = (load_file(house[0] / f'{model}: {row}.safetensors') for row in (title, FIRST))
+            assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine), title
 
 def test_kept_features_train_bit_for_bit_as_files_do(house):
     found = house[1]

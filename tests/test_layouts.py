@@ -17,6 +17,7 @@ from mmkit.trainer.loop import fit
 
 STEPS, GLOBAL = 20, 8
 SIZES = dict(hidden=128, layers=4, heads=4, kv_heads=2, ffn=256, vision_hidden=128, vision_depth=4, vision_heads=4, vision_ffn=160, window=56, full_attention=(1, 3))
+TIED, FROZEN = ['weights=TIED', 'loop.samples=TALKS'], ['freeze=["vision", "merger"]', 'loop.samples=TALKS']
 ROWS = {                                        # title: (ranks, what differs from the first row, which row has the same answer)
     'tp 1, one by one': (1, [], None),
     'micro-batches of 2': (1, ['loop.micro_batch=2'], 'tp 1, one by one'),
@@ -40,18 +41,31 @@ ROWS = {                                        # title: (ranks, what differs fr
     'dp 2, fsdp': (2, ['layout.data=fsdp'], 'tp 1, one by one'),
     'dp 2, fsdp, recompute': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data=fsdp', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'pp 2': (2, ['layout.pp=2'], 'tp 1, one by one'),
+    'pp 2, uneven': (2, ['layout.pp=2', 'layout.layers={"vision": [[3, 1]], "text": [[0, 4]]}'], 'tp 1, one by one'),
+    'pp 2, two turns': (2, ['layout.pp=2', 'layout.vpp=2'], 'tp 1, one by one'),
+    'pp 2, zero1, recompute': (2, ['layout.pp=2', 'layout.data=zero1', 'layout.recompute=full', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'pp 4, an empty stage': (4, ['layout.pp=4', 'layout.layers={"vision": [[2, 2, 0, 0]], "text": [[0, 0, 0, 4]]}'], 'tp 1, one by one'),
+    'tp 2, sequence parallel, pp 2': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'every weight moved by its last bit': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
-    'towers frozen': (1, ['freeze=["vision","merger"]', 'loop.micro_batch=4'], None),
-    'towers frozen, dp 2, fsdp': (2, ['freeze=["vision","merger"]', 'layout.data=fsdp', 'loop.micro_batch=2'], 'towers frozen'),
     'loss by sample': (1, ['loop.loss=sample', 'loop.micro_batch=8'], None),
     'loss by sample, micro-batches of 2': (1, ['loop.loss=sample', 'loop.micro_batch=2'], 'loss by sample'),
     'loss by sample, dp 2': (2, ['loop.loss=sample'], 'loss by sample'),
     'loss by sample, cp 2': (2, ['loop.loss=sample', 'layout.cp=2', 'loop.micro_batch=8'], 'loss by sample'),
     'loss by micro-batch of 2': (1, ['loop.loss=micro_batch', 'loop.micro_batch=2'], None),
     'loss by micro-batch of 2, dp 2': (2, ['loop.loss=micro_batch', 'loop.micro_batch=2', 'layout.data=zero1'], 'loss by micro-batch of 2'),
+    'tied': (1, TIED, None),
+    'tied, pp 2, text from the second rank': (2, [*TIED, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}'], 'tied'),
+    'tied, pp 2, two turns, text from the second': (2, [*TIED, 'layout.pp=2', 'layout.vpp=2', 'layout.layers={"vision": [[2, 2], [0, 0]], "text": [[0, 1], [1, 2]]}'], 'tied'),
+    'tied, pp 2, zero1, dp 2, overlap': (4, [*TIED, 'layout.pp=2', 'layout.data=zero1', 'layout.overlap=true'], 'tied'),
+    'frozen': (1, FROZEN, None),
+    'frozen, pp 2, nothing to train on the first rank': (2, [*FROZEN, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}'], 'frozen'),
+    'frozen, dp 2, fsdp': (2, [*FROZEN, 'layout.data=fsdp', 'loop.micro_batch=2'], 'frozen'),
+    'frozen, pp 2, both ranks see': (2, [*FROZEN, 'layout.pp=2', 'layout.data=zero1', 'layout.layers={"vision": [[3, 1]], "text": [[0, 4]]}'], 'frozen'),
 }
 CONTROL = 'every weight moved by its last bit'           # not a layout: how far rounding alone goes in twenty steps, shown beside the others
-SHORT = [title for title in ROWS if title.startswith(('loss by', 'towers'))]        # five steps are enough for the meaning of the loss, and for what is not trained
+SHORT = [title for title in ROWS if title.startswith(('loss by', 'tied', 'frozen'))]                    # five steps are enough for these
+BITS = ['pp 2', 'pp 2, uneven', 'pp 2, two turns', 'pp 4, an empty stage', 'frozen, pp 2, nothing to train on the first rank', 'frozen, pp 2, both ranks see']      # first gradients equal to the last bit
 
 def talk(*said, images=(), videos=()):
     "A record in mllm form, questions and answers in turn."
@@ -76,13 +90,15 @@ def config_of(folder, title):
     data = Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, video_max_pixels=8000, workers=0)
     loop = Loop(steps=5 if title in SHORT else STEPS, global_batch=GLOBAL)
     plain = Config(weights=str(folder / 'tiny'), data=data, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant', eps=1e-8, clip=1.0), loop=loop, dtype='float32')
-    return override(plain, ROWS[title][1] + [f'weights={folder / "moved"}'] * (title == CONTROL))
+    words = [word.replace('TIED', str(folder / 'tied')).replace('TALKS', str(folder / 'talks.json')) for word in ROWS[title][1]]
+    return override(plain, words + [f'weights={folder / "moved"}'] * (title == CONTROL))
 
 @pytest.fixture(scope='module')
 def house(tmp_path_factory):
-    "A tiny model, conversations, and what all rows gave on one, two and four ranks."
+    "Tiny models, conversations, and what all rows gave on one, two and four ranks."
     folder = tmp_path_factory.mktemp('layouts')
-    tiny_qwen2_5_vl(folder / 'tiny', write_data(folder), random_all=True, tied=False, seed=3, **SIZES)
+    texts = write_data(folder)
+    for name in ('tiny', 'tied'): tiny_qwen2_5_vl(folder / name, texts, random_all=True, tied=name == 'tied', seed=3, **SIZES)
     shutil.copytree(folder / 'tiny', folder / 'moved')
     draw, weights = torch.Generator().manual_seed(0), load_file(folder / 'tiny' / 'model.safetensors')
     save_file({name: torch.nextafter(x, x + torch.randint(-1, 2, x.shape, generator=draw)) for name, x in weights.items()}, folder / 'moved' / 'model.safetensors')
@@ -91,23 +107,25 @@ def house(tmp_path_factory):
     return folder, found
 
 def first_gradients(config, folder, title):
-    "Saves the whole gradients of the first step; returns what its micro-batches hold: for each picture 1, for each clip its number of steps."
+    "Saves the whole gradients of the first step; returns how often vision layers of all ranks ran backward, and what the micro-batches hold: for each picture 1, for each clip its number of steps."
     with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
         if config.layout.overlap: parity.small_buckets()
-        task, _, wrapped = parity.open_trainer(config, mesh)
-        batches = next(task.batches(mesh))
+        task, model, wrapped = parity.open_trainer(config, mesh)
+        batches, runs = next(task.batches(mesh)), []
+        for tower in (chunk.image_encoder for chunk in model if config.freeze and chunk.stage.layers['vision']):
+            for layer in tower.encoder['blocks']['layers']: layer.register_full_backward_hook(lambda *_: runs.append(1))
         _, found = parity.step_gradients(task, wrapped, mesh, batches)
         if mesh.first: save_file({name: x.contiguous() for name, x in found.items()}, folder / f'{title}.safetensors')
-        return [batch['grid'][:, 0].tolist() for batch in batches]
+        return int(parity.over_ranks(len(runs))), [batch['grid'][:, 0].tolist() for batch in batches]
 
 def train(folder):
     "Losses and gradient norms of every row of this world; its first gradients lie beside as files."
     folder, found = Path(folder), {}
     for title in (title for title, row in ROWS.items() if row[0] == place().world):
         config = config_of(folder, title)
-        held = first_gradients(config, folder, title)
+        backward, held = first_gradients(config, folder, title)
         records = fit(config, folder / 'runs' / title.replace(' ', '-'))
-        found[title] = dict(held=held, losses=[r.loss for r in records], norms=[r.grad_norm for r in records])
+        found[title] = dict(held=held, backward=backward, losses=[r.loss for r in records], norms=[r.grad_norm for r in records])
     return found
 
 def far(mine, theirs): return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
@@ -128,6 +146,20 @@ def test_layouts_never_change_the_answer(house, capsys):
     text = parity.table(['layout', 'ranks', 'losses', 'norms', 'first gradients', 'furthest gradient'], rows)
     with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one sample at a time, {STEPS} steps of AdamW, fp32\n\n{text}\n')
     assert all(max(row[2], row[4]) <= parity.LIMIT for row in rows if row[0] != CONTROL), text
+
+def test_a_pipeline_adds_in_the_same_order(house):
+    for title in BITS:
+        mine, theirs = (load_file(house[0] / f'{row}.safetensors') for row in (title, ROWS[title][2]))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), title
+
+def test_a_pipeline_answers_as_one_process(house):
+    said = lambda title: (house[0] / 'runs' / title.replace(' ', '-') / 'samples' / 'step-0000005.json').read_text()
+    for title, (_, words, like) in ROWS.items():
+        if like and 'loop.samples=TALKS' in words: assert said(title) == said(like) and len(json.loads(said(title))) == 4, title
+
+def test_nothing_runs_backward_through_frozen_stages(house):
+    for title in ROWS:
+        if title.startswith('frozen'): assert house[1][title]['backward'] == 0, title
 
 def test_recompute_gives_the_same_bits(house):
     found = house[1]

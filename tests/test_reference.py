@@ -150,7 +150,7 @@ def count_layers(model):
 def answers(folder, name, model, mesh, stop=()):
     "Greedy answers to the prompts."
     samples = step_of(folder / name, [PROMPTS])[0]
-    return generate(model, pack(samples, mesh.tp.size, 0), len(samples), stop, mesh, room=NEW)
+    return generate([model], pack(samples, mesh.tp.size, 0), len(samples), stop, mesh, room=NEW)
 
 def measure(folder):
     "All cases of both models in every layout of this world, the greedy answers, and whether recompute gives the same bits."
@@ -159,8 +159,8 @@ def measure(folder):
         with open_mesh(layout, pick_device('cpu')) as mesh:
             if layout.overlap: parity.small_buckets()
             for name in MODELS:
-                task, model, wrapped = parity.open_trainer(Config(weights=str(folder / name), layout=layout, dtype='float32'), mesh)
-                assert not layout.overlap or len(wrapped.bucket_groups) > 3
+                task, (model,), wrapped = parity.open_trainer(Config(weights=str(folder / name), layout=layout, dtype='float32'), mesh)
+                assert not layout.overlap or len(wrapped[0].bucket_groups) > 3
                 runs[f'{title}, {name}'] = counted = count_layers(model)
                 for case in [case for case in CASES if len(CASES[case]) % mesh.dp.size == 0]:
                     *row, mine = compare_case(folder, name, case, task, model, wrapped, mesh)
@@ -202,7 +202,7 @@ def spelling(folder, mesh):
         if renamed.keys() == tensors.keys(): renamed = {(key if key.startswith('lm_head') else 'model.' + key if key.startswith('visual') else key.replace('model.', 'model.language_model.')): x for key, x in tensors.items()}
         save_file(renamed, copy / 'model.safetensors')
         micro = open_case(folder, name, 'mixed', mesh)[0]
-        logits = [logits_of(parity.open_trainer(Config(weights=str(at), dtype='float32', layout=mesh.layout), mesh)[1], micro, mesh) for at in (folder / name, copy)]
+        logits = [logits_of(parity.open_trainer(Config(weights=str(at), dtype='float32', layout=mesh.layout), mesh)[1][0], micro, mesh) for at in (folder / name, copy)]
         found.append(torch.equal(*logits)); names.append([sorted({key.rsplit('.', 4)[0].split('layers')[0].split('blocks')[0] for key in x}) for x in (tensors, renamed)])
     return dict(same=found, names=names)
 

@@ -18,7 +18,7 @@ from mmkit.converters.weights import pieces
 from mmkit.device import pick_device, place
 from mmkit.models.flow import Flow, TIMES, add_noise, dice, euler_sigmas, euler_steps, flow_noise, flow_table, flow_times, velocity_losses
 from mmkit.models.wan2_1 import Wan2_1, WanShape
-from mmkit.parallel.data import Trained, build_optimizer, wrap_data_parallel
+from mmkit.parallel.data import build_optimizer, wrap_data_parallel
 from mmkit.parallel.layers import engine_config
 from mmkit.parallel.mesh import open_mesh
 from mmkit.trainer.weights import load_weights
@@ -119,18 +119,18 @@ def house(tmp_path_factory):
 
 # mmkit, on every rank of a launch
 
-def weighted_loss(model, batch):
+def weighted_loss(output, batch):
     "(sum, count) of a batch's weighted losses."
-    losses = velocity_losses(predict(model, batch), batch['clean'], batch['noise']) * batch['weight']
+    losses = velocity_losses(output, batch['clean'], batch['noise']) * batch['weight']
     return losses.sum(), torch.tensor(len(losses), dtype=torch.int)
 
 def open_model(folder, mesh, dtype=torch.float32):
-    "(model, wrapped model, task) of a diffusers folder, as a trainer makes them."
+    "(model, wrapped stages, task) of a diffusers folder, as a trainer makes them."
     source = HFFolder(folder)
-    task = SimpleNamespace(towers=wan2_1_towers(source.config), loss=weighted_loss)
+    task = SimpleNamespace(towers=wan2_1_towers(source.config), forward=predict, loss=weighted_loss)
     model, layers = Wan2_1(WanShape.from_hf(source.config), mesh, dtype), engine_config(mesh, dtype, mesh.layout.sequence_parallel)
-    load_weights(model, source, task.towers, mesh)
-    return model, wrap_data_parallel(Trained(model, layers), layers, mesh.layout), task
+    load_weights([model], source, task.towers, mesh)
+    return model, wrap_data_parallel([model], layers, mesh), task
 
 def predict(model, batch): return model(batch['noisy'], batch['time'], batch['text'], batch['image'])
 
@@ -173,7 +173,7 @@ def half_step(folder, mesh):
     for _ in range(5):
         losses.append(parity.step_gradients(task, wrapped, mesh, batch)[0])
         optimizer.step(); schedule.step(1)
-    if wrapped.ddp_config.overlap_param_gather: wrapped.start_param_sync(force_sync=True)
+    if mesh.layout.overlap and mesh.layout.data == 'zero1': wrapped[0].start_param_sync(force_sync=True)
     names = {piece.mm: piece.hf[0] for piece in pieces(task.towers)[0]}
     return dict(losses=losses, exact=sorted(names[name] for name, p in model.named_parameters() if p.dtype == torch.float32),
         still=[name for name, p in model.named_parameters() if torch.equal(p, before[name])])

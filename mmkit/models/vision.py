@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VisionShape', 'patch_positions', 'Windows', 'windows', 'PatchEmbed', 'VisionAttention', 'vision_layer', 'Merger',
-           'VisionTower']
+           'vision_costs', 'VisionTower']
 
 # %% ../../nbs/21_models.vision.ipynb #f72b3eea
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..parallel.attention import Attend, segments
 from ..parallel.layers import Layer, Mlp, Norm, apply_linear, column_linear, divisible, engine_config, recompute, row_linear
 from ..parallel.mesh import Mesh
 
-# %% ../../nbs/21_models.vision.ipynb #dabc1908
+# %% ../../nbs/21_models.vision.ipynb #14d6c583
 @dataclass(frozen=True)
 class VisionShape:
     "Sizes of the vision tower; `window` is in pixels, `full_layers` are the layers that see a whole frame."
@@ -50,13 +50,6 @@ class VisionShape:
     def patch_size(self) -> int:
         "Numbers in one patch: channels x frames x height x width."
         return self.channels * self.frames * self.patch**2
-
-    @property
-    def costs(self) -> list[float]:
-        "What each layer does for one token: its weights times the patches of a token; the merger counts with the last."
-        unit, layer = self.merge**2, 4 * self.width**2 + 3 * self.width * self.hidden
-        merger = unit * self.width * (unit * self.width + self.out_width)
-        return [float(unit * layer)] * (self.layers - 1) + [float(unit * layer + merger)]
 
 # %% ../../nbs/21_models.vision.ipynb #2fe8703d
 def patch_positions(grid: Tensor, merge: int) -> Tensor:
@@ -128,7 +121,14 @@ class Merger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.encoder(self.layernorm(x).view(-1, self.encoder.linear_fc2.input_size))
 
-# %% ../../nbs/21_models.vision.ipynb #60861553
+# %% ../../nbs/21_models.vision.ipynb #dbe1b518
+def vision_costs(shape: VisionShape) -> list[float]:
+    "What each layer does for one token: its weights times the patches of a token; the merger counts with the last layer."
+    unit, layer = shape.merge**2, 4 * shape.width**2 + 3 * shape.width * shape.hidden
+    merger = unit * shape.width * (unit * shape.width + shape.out_width)
+    return [float(unit * layer)] * (shape.layers - 1) + [float(unit * layer + merger)]
+
+# %% ../../nbs/21_models.vision.ipynb #05029999
 class VisionTower(nn.Module):
     "Pictures and videos, as patches in one row, to tokens for the text tower in the same order; or the part of that way that `held` layers go."
     def __init__(self, shape: VisionShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
@@ -139,11 +139,10 @@ class VisionTower(nn.Module):
         self.shape, self.recompute = shape, mesh.layout.recompute == 'full'
         first = {'patch_embed': nn.ModuleDict({'proj': PatchEmbed(shape, dtype)})} if held.start == 0 else {}
         self.encoder = nn.ModuleDict(first | {'blocks': nn.ModuleDict({'layers': nn.ModuleList(vision_layer(shape, config) for _ in held)})})
-        self.width = shape.out_width if held.stop == shape.layers else shape.width
         if held.stop == shape.layers: self.projector = Merger(shape, config)
 
     def forward(self, x: Tensor, grid: Tensor) -> Tensor:
-        "Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, out_width); between two stages, rows of vectors (p 1 width)."
+        "Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, 1, out_width); between two stages, rows of vectors (p 1 width)."
         found = windows(grid, self.shape)
         order, unit = found.order.to(x.device), self.shape.merge**2
         if self.held.start == 0: x = self.encoder['patch_embed']['proj'](x).unflatten(0, (-1, unit))[order].flatten(0, 1)[:, None]       # s b h
@@ -151,7 +150,7 @@ class VisionTower(nn.Module):
         inside, whole = (segments(lengths, causal=False, device=x.device) for lengths in (found.window_lengths, found.frame_lengths))
         for number, layer in zip(self.held, self.encoder['blocks']['layers']):
             x = recompute(self.recompute, partial(layer, attend=whole if number in self.shape.full_layers else inside), x, cos, sin)
-        return self.projector(x[:, 0])[order.argsort()] if self.held.stop == self.shape.layers else x
+        return self.projector(x[:, 0])[:, None][order.argsort()] if self.held.stop == self.shape.layers else x
 
     def angles(self, grid: Tensor, order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         "Cosines and sines (1 patches d) in window order, in float32."

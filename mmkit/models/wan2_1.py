@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WanShape', 'check_wan', 'grid_of', 'patchify', 'unpatchify', 'tokenwise', 'PatchEmbed', 'rope_3d', 'turn_pairs',
            'quiet_linear', 'Attention', 'SelfAttention', 'CrossAttention', 'LayerNorm', 'modulated', 'gated', 'Block',
-           'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded', 'per_clip', 'Told', 'unpack', 'Wan2_1']
+           'waves', 'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded', 'per_clip', 'Told', 'unpack', 'Beginning',
+           'Wan2_1']
 
 # %% ../../nbs/24_models.wan2_1.ipynb #ad13fc04
 import math
@@ -26,7 +27,7 @@ from ..parallel.layers import apply_linear, as_allocated, column_linear, divisib
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.pipeline import Stage, stages
 
-# %% ../../nbs/24_models.wan2_1.ipynb #7d7ebe31
+# %% ../../nbs/24_models.wan2_1.ipynb #e36ef65f
 @dataclass(frozen=True)
 class WanShape:
     "Sizes of the model; `patch` is in latent frames, rows, columns, `image_width` is None for text to video."
@@ -58,9 +59,7 @@ class WanShape:
         return self.heads * self.head_width
 
     @property
-    def costs(self) -> dict[str, list[float]]:
-        "What each block costs: all the same."
-        return {'wan': [1.0] * self.layers}
+    def costs(self) -> dict[str, list[float]]: return {'wan': [1.0] * self.layers}        # all blocks cost the same
 
 # %% ../../nbs/24_models.wan2_1.ipynb #213ae2e3
 def check_wan(config: dict) -> None:
@@ -259,10 +258,10 @@ def per_clip(x: Tensor, config: Any, axis: Axis) -> Tensor:
     "What all tokens of a clip read; only where ranks hold different tokens they make different parts of its gradient."
     return Shared.apply(x, axis) if config.sequence_parallel else x
 
-# %% ../../nbs/24_models.wan2_1.ipynb #4d7eb0aa
+# %% ../../nbs/24_models.wan2_1.ipynb #17fdb8f2
 @dataclass(frozen=True)
 class Told:
-    "What every block of a clip reads beside its tokens: the time (1 b width) and its modulation (6 b width), text (l b width), and a picture (n b width) or None."
+    "What every block of a clip reads beside its tokens: the time (b width) and its modulation (b 6 width), text (l b width), and a picture (n b width) or None."
     vector: Tensor
     modulation: Tensor
     words: Tensor
@@ -270,27 +269,16 @@ class Told:
 
     def pack(self, x: Tensor) -> Tensor:
         "One tensor (all b width) with the tokens x (s b width) at its end: what a stage sends to the next."
-        return torch.cat([part for part in (self.vector, self.modulation, self.words, self.picture, x) if part is not None])
+        return torch.cat([part for part in (self.vector[None], self.modulation.transpose(0, 1), self.words, self.picture, x) if part is not None])
 
 def unpack(received: Tensor, words: int, picture: int) -> tuple[Told, Tensor]:
     "What `pack` joined, and the tokens; `words` and `picture` are numbers of tokens."
     vector, modulation, text, image, x = received.split([1, 6, words, picture, len(received) - 7 - words - picture])
-    return Told(vector, modulation, text, image if picture else None), x
+    return Told(vector[0], modulation.transpose(0, 1), text, image if picture else None), x
 
-# %% ../../nbs/24_models.wan2_1.ipynb #86caae7a
-class Wan2_1(nn.Module):
-    "Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes; parameters bear the names of MindSpeed-MM's files."
-    def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
-        super().__init__()
-        divisible('ffn_dim', shape.hidden, mesh)
-        heads_divisible('num_attention_heads', shape.heads, mesh)
-        config, quiet = (engine_config(mesh, dtype, cut) for cut in (mesh.layout.sequence_parallel, False))
-        self.shape, self.config, self.mesh, self.recompute = shape, config, mesh, mesh.layout.recompute == 'full'
-        self.stage = stage or stages(shape.costs, Layout())[0]
-        if self.stage.first: self.add_embeddings(config, quiet)
-        self.blocks = nn.ModuleList(Block(shape, config, quiet, mesh.tp) for _ in self.stage.layers['wan'])
-        if self.stage.last: self.head = Head(shape, config)
-
+# %% ../../nbs/24_models.wan2_1.ipynb #c08b48a7
+class Beginning(nn.Module):
+    "What comes before the first block, on the stage that has it."
     def add_embeddings(self, config: Any, quiet: Any) -> None:
         "What comes before the first block."
         shape, width, dtype = self.shape, self.shape.width, config.params_dtype
@@ -304,8 +292,22 @@ class Wan2_1(nn.Module):
         "What is read beside the tokens, from times (b), text (b s text_width) and image (b n image_width)."
         words, picture = (None if x is None else Shared.apply(x, self.mesh.tp) for x in (self.text_embedding(text), image if image is None else self.img_emb(image)))
         vector = self.time_embedding(waves(time, self.shape.time_width)).to(words.dtype)
-        modulation = self.time_projection(vector).unflatten(-1, (6, -1)).transpose(0, 1)
-        return Told(*(per_clip(x, self.config, self.mesh.tp) for x in (vector[None], modulation)), words, picture)
+        modulation = self.time_projection(vector).unflatten(-1, (6, -1))
+        return Told(*(per_clip(x, self.config, self.mesh.tp) for x in (vector, modulation)), words, picture)
+
+# %% ../../nbs/24_models.wan2_1.ipynb #05890df5
+class Wan2_1(Beginning):
+    "Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes; parameters bear the names of MindSpeed-MM's files."
+    def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
+        super().__init__()
+        divisible('ffn_dim', shape.hidden, mesh)
+        heads_divisible('num_attention_heads', shape.heads, mesh)
+        config, quiet = (engine_config(mesh, dtype, cut) for cut in (mesh.layout.sequence_parallel, False))
+        self.shape, self.config, self.mesh, self.recompute = shape, config, mesh, mesh.layout.recompute == 'full'
+        self.stage = stage or stages(shape.costs, Layout())[0]
+        if self.stage.first: self.add_embeddings(config, quiet)
+        self.blocks = nn.ModuleList(Block(shape, config, quiet, mesh.tp) for _ in self.stage.layers['wan'])
+        if self.stage.last: self.head = Head(shape, config)
 
     def forward(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor | None = None, received: Tensor | None = None) -> Tensor:
         "Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s text_width), zeros behind it, and image (b n image_width); or what the next stage is to receive."
@@ -316,8 +318,8 @@ class Wan2_1(nn.Module):
         cos, sin = (padded(table, len(row))[held].to(latents.device) for table in rope_3d(grid, self.shape.head_width))
         if self.stage.first: told, x = self.tell(time, text, image), self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
         else: told, x = unpack(received, text.shape[1], 0 if image is None else image.shape[1])
-        within, modulation = row_attention([length, len(row) - length], False, self.mesh), told.modulation.transpose(0, 1)      # clips do not see the padding behind them
-        for block in self.blocks: x = recompute(self.recompute, partial(block, attend=within), x, modulation, told.words, told.picture, cos, sin)
+        within = row_attention([length, len(row) - length], False, self.mesh)                 # clips do not see the padding behind them
+        for block in self.blocks: x = recompute(self.recompute, partial(block, attend=within), x, told.modulation, told.words, told.picture, cos, sin)
         if not self.stage.last: return told.pack(x)
-        patches = WholeRow.apply(same_sequence(self.head(x, told.vector[0]), self.config), self.mesh)          # every rank computes the same loss
+        patches = WholeRow.apply(same_sequence(self.head(x, told.vector), self.config), self.mesh)          # every rank computes the same loss
         return unpatchify(patches[:length], grid, self.shape.patch)

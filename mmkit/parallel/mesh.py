@@ -85,7 +85,7 @@ def axis(group: Any) -> Axis:
     "The axis along a process group, seen from this rank."
     return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
-# %% ../../nbs/11_parallel.mesh.ipynb #c6d8c503
+# %% ../../nbs/11_parallel.mesh.ipynb #0e995858
 def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int = 42, minutes: float = 30) -> Mesh:
     "This rank's mesh; `minutes` is how long a rank waits for the others. Use it in a `with`, or call `close_mesh` at the end."
     device, here = device or pick_device(), place()
@@ -107,7 +107,9 @@ def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int
 def close_mesh() -> None:
     "Leaves the world; without a mesh it does nothing."
     if not dist.is_initialized(): return
-    megatron().parallel_state.destroy_model_parallel()
+    state = megatron().parallel_state
+    state.destroy_model_parallel()
+    state._EMBEDDING_GLOBAL_RANKS = state._POSITION_EMBEDDING_GLOBAL_RANKS = None       # what Megatron forgets to forget; the next mesh may be a pipeline
     dist.destroy_process_group()
 
 # %% ../../nbs/11_parallel.mesh.ipynb #61a0297b

@@ -6,7 +6,7 @@
 __all__ = ['Clip', 'Films', 'open_shape', 'sampling_of', 'latent_size', 'to_frame', 'Studio', 'check_request', 'shared',
            'encode_new', 'hear', 'look', 'film_latents', 'new_files', 'make_films', 'open_film', 'film']
 
-# %% ../../nbs/51_trainer.film.ipynb #b09435b4
+# %% ../../nbs/51_trainer.film.ipynb #d4a77868
 import html
 import re
 import warnings
@@ -33,8 +33,7 @@ from ..datasets.media import read_picture
 from ..datasets.video import film_html
 from ..device import pick_device
 from ..files import load_json, write_atomic
-from ..models.codecs import (Tiles, clean_caption, decode_video, encode_first_frame, encode_image, encode_text, find_part, open_image_encoder,
-                                 open_text_encoder, open_vae, text_room, write_video)
+from ..models.codecs import Tiles, clean_caption, decode_video, encode_first_frame, encode_image, encode_text, find_part, open_image_encoder, open_text_encoder, open_vae, text_room, write_video
 from ..models.denoise import as_one, make_latents, starting_noise
 from ..models.wan2_1 import Wan2_1, WanShape, grid_of
 from ..parallel.mesh import Mesh, open_mesh

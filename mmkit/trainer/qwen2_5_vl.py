@@ -53,19 +53,17 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     batch['tokens'] = torch.tensor(sum(len(sample['input_ids']) for sample in samples))
     return batch
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #983649e6
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #7aed8a25
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
         self.config, self.like = config, HFFolder(config.processor or config.weights)
         self.shape = QwenShape.from_hf(self.like.config)
-        rows = layer_rows(self.shape.costs, config.layout)
-        self.towers = qwen2_5_vl_towers(self.like.config, rows['vision'], rows['text'])
+        self.towers = qwen2_5_vl_towers(self.like.config, *layer_rows(self.shape.costs, config.layout).values())
         self.source = open_weights(config.weights, self.towers)
         self.root, self.places = self.like.path, partial(positions, self.shape)
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
-        "The stages of the model that this rank holds, with empty weights on its device."
         chunks = build_stages(Qwen2_5_VL, self.shape, mesh, dtype)
         for chunk in chunks: freeze(chunk, self.config.freeze)
         return chunks
