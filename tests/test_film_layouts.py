@@ -34,6 +34,7 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'dp 2, zero1, overlap, average': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
     'dp 2, fsdp, recompute, average': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
+    'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data=fsdp', 'loop.micro_batch=2']),
     'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
 }
 ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
@@ -68,7 +69,7 @@ def house(tmp_path_factory):
         tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, room=24, random_all=True, seed=3)
         extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
     found = {}
-    for ranks in (1, 2): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
+    for ranks in sorted({row[0] for row in ROWS.values()}): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
     return folder, found
 
 def train(folder):
