@@ -39,6 +39,7 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=4', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
     'dp 2, fsdp, recompute, average': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
+    'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data=fsdp', 'loop.micro_batch=2']),
     'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
     'pp 2': (2, ['layout.pp=2', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'pp 2, two turns, an empty stage': (2, ['layout.pp=2', 'layout.vpp=2', 'layout.layers={"wan": [[1, 0], [1, 1]]}']),
@@ -78,7 +79,7 @@ def house(tmp_path_factory):
         tiny_wan(folder / model, image=model == 'i2v', layers=3, ffn=192, room=24, random_all=True, seed=3)
         extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
     found = {}
-    for ranks in (1, 2, 4): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
+    for ranks in sorted({row[0] for row in ROWS.values()}): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
     return folder, found
 
 def train(folder):

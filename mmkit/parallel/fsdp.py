@@ -6,8 +6,8 @@
 __all__ = ['own_part', 'computed_in', 'fill', 'every_part', 'cut_along', 'whole_formats', 'uniform_parts', 'in_float32',
            'shard_unit', 'shard', 'Sharded', 'gathered']
 
-# %% ../../nbs/14_parallel.fsdp.ipynb #a314d8eb
-from collections.abc import Callable, Iterator, Sequence
+# %% ../../nbs/14_parallel.fsdp.ipynb #3d66d53a
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -71,12 +71,13 @@ def shard_unit(module: nn.Module, **options: Any) -> None:
     in_float32(module)
     if not isinstance(module, FSDPModule): fully_shard(module, **options)
 
-# %% ../../nbs/14_parallel.fsdp.ipynb #0f5adb02
+# %% ../../nbs/14_parallel.fsdp.ipynb #5fa4cd1c
 def shard(model: nn.Module) -> None:
     "Cuts a model's parameters, in place, over the copies; their marks (tensor parallel, sequence parallel) stay with them."
-    group = megatron().parallel_state.get_data_parallel_group(with_context_parallel=True)
+    first, group = next(model.parameters(), None), megatron().parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if first is None: return
     marks = {name: {**vars(p), 'computed_in': p.dtype} for name, p in model.named_parameters()}
-    options = dict(mesh=DeviceMesh.from_group(group, next(model.parameters()).device.type), shard_placement_fn=cut_along(dist.get_world_size(group)))
+    options = dict(mesh=DeviceMesh.from_group(group, first.device.type), shard_placement_fn=cut_along(dist.get_world_size(group)))
     for layer in [layer for layers in model.modules() if isinstance(layers, nn.ModuleList) for layer in layers]: shard_unit(layer, **options)
     shard_unit(model, **options)
     for name, p in model.named_parameters():
@@ -107,16 +108,16 @@ class Sharded(nn.Module):
         found = [own_part(p.grad) for p in self.parameters() if p.grad is not None]
         if found: torch._foreach_mul_(found, factor * self.copies)
 
-# %% ../../nbs/14_parallel.fsdp.ipynb #9d5a634b
+# %% ../../nbs/14_parallel.fsdp.ipynb #93a286af
 @contextmanager
-def gathered(model: Sequence[nn.Module]) -> Iterator[None]:
-    "For the length of a `with`, this rank holds all of its stages of a model that may be cut, and their forward passes wait for nobody; all copies enter and leave together."
-    units = [module for chunk in model for module in chunk.modules() if isinstance(module, FSDPModule)]
+def gathered(*models: nn.Module) -> Iterator[None]:
+    "For the length of a `with`, this rank holds all of models that may be cut, and their forward passes wait for nobody; all copies enter and leave together."
+    units = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try: yield
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(all(unit is not chunk for chunk in model), recurse=False)
+            unit.set_reshard_after_forward(unit not in models, recurse=False)
             unit.reshard()

@@ -52,7 +52,7 @@ def after_step(record: Record, config: Config, task: Task, mesh: Mesh, model: li
     if not (sampled or saved): return
     with average.used():
         if sampled:
-            with gathered(model): task.sample(model, mesh, folder / 'samples' / f'step-{step:07d}.json')
+            with gathered(*model): task.sample(model, mesh, folder / 'samples' / f'step-{step:07d}.json')
         if saved: save(model, task, mesh, folder, step, loop.keep)
 
 # %% ../../nbs/57_trainer.loop.ipynb #0e088bae
