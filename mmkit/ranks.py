@@ -7,9 +7,10 @@ __all__ = ['OWN_FRAMES', 'follow_parent', 'leave', 'run_target', 'close_group', 
            'Interrupted', 'heard_interrupts', 'package_path', 'child_environment', 'run_ranks', 'ranks_magic',
            'load_ipython_extension']
 
-# %% ../nbs/03_ranks.ipynb #a66abc18
+# %% ../nbs/03_ranks.ipynb #7fdcda2c
 import importlib.util
 import os
+import random
 import runpy
 import signal
 import socket
@@ -130,7 +131,7 @@ def heard_interrupts() -> Iterator[list]:
     finally:
         if main: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-# %% ../nbs/03_ranks.ipynb #ef43e37b
+# %% ../nbs/03_ranks.ipynb #fc1db278
 def package_path() -> str:
     "PYTHONPATH for a child process: the folder mmkit is imported from, then what was set before."
     home = Path(importlib.util.find_spec('mmkit').origin).parents[1]
@@ -145,9 +146,10 @@ def child_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def _free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return str(probe.getsockname()[1])
+    while True:
+        port = random.randrange(12000, 32000)         # below those that the system gives to connections, one of which could take it before rank 0 does
+        with socket.socket() as probe:
+            if probe.connect_ex(('127.0.0.1', port)): return str(port)
 
 
 def _start(script, ranks, changes, outputs):
