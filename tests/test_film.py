@@ -93,7 +93,7 @@ def test_half_precision_is_near(folders, theirs):
     "The transformer and the text encoder in bfloat16, the clip in float32 all the way."
     with open_film(folders / 't2v', device='cpu', dtype='bfloat16') as studio:
         mine = latents_of(studio, CASES['euler, guidance 1'])
-        assert studio.model.blocks[0].ffn['0'].weight.dtype == studio.heard[''].dtype == torch.bfloat16 and mine.dtype == studio.vae.dtype == torch.float32
+        assert studio.model[0].blocks[0].ffn['0'].weight.dtype == studio.heard[''].dtype == torch.bfloat16 and mine.dtype == studio.vae.dtype == torch.float32
     assert 1e-5 < parity.apart(mine, theirs['t2v', 'euler, guidance 1']) < 0.1
 
 
