@@ -195,7 +195,7 @@ def wan_towers(folder: Path, layers: list | None, tp: int, flags: Flags) -> tupl
     if tp < 1 or heads % tp: raise ValueError(f'{flags.tp} {tp} does not divide the {heads} heads of the model: give a number that does, such as 1')
     return towers
 
-# %% ../nbs/65_convert_cli.ipynb #889fa5b5
+# %% ../nbs/65_convert_cli.ipynb #bddfb38b
 def convert_wan(method: str, source: str | Path, target: str | Path, hf_dir: str | Path | None = None, layers: list | None = None, tp: int = 1, flags: Flags = Flags()) -> Any:
     "What was written: hf_to_mm and resplit write a MindSpeed-MM folder with this layout, mm_to_hf a transformer folder like `hf_dir`."
     source, target, back = Path(source), Path(target), method == 'mm_to_hf'
@@ -211,9 +211,7 @@ def convert_wan(method: str, source: str | Path, target: str | Path, hf_dir: str
         written = hf_to_mm(source, target, towers, tp)
         return written if tp == 1 else replace(written, notes=(*written.notes, f'cut for tp={tp}, which mmkit reads and MindSpeed-MM does not: it has no tensor parallelism for Wan2.1'))
     found = MMFolder(source, towers).found
-    written = mm_to_hf(source, pattern, target, found.towers, found.tp)
-    (target / LATEST).unlink(missing_ok=True)     # comes from a pattern that was converted in place; with it the folder would pass for a MindSpeed-MM one
-    return written
+    return mm_to_hf(source, pattern, target, found.towers, found.tp)
 
 # %% ../nbs/65_convert_cli.ipynb #a4e1345a
 def convert_wan_fields(method: str, cfg: Any) -> Any:

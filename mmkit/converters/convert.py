@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'new_folder', 'zip_places', 'PeerWriter', 'Written', 'progress', 'left_out', 'write_stage', 'hf_to_mm',
            'copy_rest', 'write_like', 'write_index', 'compare_layout', 'drifted', 'other_dtypes', 'mm_to_hf']
 
-# %% ../../nbs/32_converters.convert.ipynb #f80a4ad1
+# %% ../../nbs/32_converters.convert.ipynb #e95db7ee
 import json
 import os
 import secrets
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .folders import HFFolder, MMFolder, SafetensorsWriter, TensorFile, open_weights, raw
+from .folders import LATEST, HFFolder, MMFolder, SafetensorsWriter, TensorFile, open_weights, raw
 from .weights import Piece, Tower, check, pieces, shards, some
 from ..files import sync_folder
 
@@ -109,7 +109,7 @@ def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int,
             bar.update(part.nbytes)
     for writer in writers: writer.close()
 
-# %% ../../nbs/32_converters.convert.ipynb #f030bbfb
+# %% ../../nbs/32_converters.convert.ipynb #71d0e328
 def hf_to_mm(hf_dir: str | Path, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int = 1) -> Written:
     "What was written: the weights of a Hugging Face folder as a MindSpeed-MM folder, laid out as `towers` and `tp` say."
     hf = open_weights(hf_dir, towers)
@@ -121,20 +121,20 @@ def hf_to_mm(hf_dir: str | Path, mm_dir: str | Path, towers: tuple[Tower, ...], 
         for stage in range(stages):
             rank_folder = 'mp_rank_{:02d}' + (f'_{stage:03d}' if stages > 1 else '')
             write_stage(folder / 'release', chunks[stage::stages], hf, tp, rank_folder, all(tower.versioned for tower in towers), bar)
-        (folder / 'latest_checkpointed_iteration.txt').write_text('release')
+        (folder / LATEST).write_text('release')
         for path in [folder, *folder.rglob('*')]: path.chmod(0o750 if path.is_dir() else 0o640)
     return Written(Path(mm_dir), tp * stages, tp * len(placed), size, tuple(left_out(hf)))
 
-# %% ../../nbs/32_converters.convert.ipynb #08cb6ab6
+# %% ../../nbs/32_converters.convert.ipynb #adb3398c
 WEIGHTS = ('.safetensors', '.index.json', '.bin', '.pt', '.pth', '.ckpt', '.gguf', '.h5', '.msgpack')
 
 
 def copy_rest(source: Path, target: Path) -> list[str]:
-    "Copies all of a folder but weights and hidden files; returns the names of weight files that were left out."
+    "Copies all of a folder but weights, hidden files and the mark of a MindSpeed-MM folder; returns the names of weight files that were left out."
     left = []
     for file in sorted(f for f in source.rglob('*') if f.is_file()):
         name = file.relative_to(source)
-        if any(part.startswith('.') for part in name.parts): continue
+        if any(part.startswith('.') for part in name.parts) or file.name == LATEST: continue
         if file.name.endswith(WEIGHTS): left.append(name.as_posix())
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)

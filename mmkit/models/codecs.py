@@ -67,7 +67,7 @@ def open_vae(folder: str | Path, dtype: torch.dtype = torch.float32, device: str
     if tiles: vae.enable_tiling(tiles.height, tiles.width, tiles.step_height, tiles.step_width)
     return vae
 
-# %% ../../nbs/26_models.codecs.ipynb #d1097229
+# %% ../../nbs/26_models.codecs.ipynb #2e9f771d
 def statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
     "Mean and 1 / spread of the latents, float32 (c 1 1 1)."
     column = lambda values: torch.tensor(values, dtype=torch.float32, device=vae.device).view(-1, 1, 1, 1)
@@ -76,7 +76,7 @@ def statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
 
 def to_range(frames: np.ndarray | Tensor) -> Tensor:
     "float32 (3 t h w) in [-1, 1] of uint8 frames (t h w 3)."
-    return torch.as_tensor(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.tensor(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
