@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'by_name', 'smoothed', 'to_png', 'new_figure', 'draw_line', 'part_means', 'draw_parts', 'plot_losses',
-           'differences', 'compare', 'thumbnail', 'answer_html', 'show_samples', 'can_update', 'View', 'Text', 'watch',
-           'stop_button', 'watch_async']
+           'differences', 'compare', 'compare_table', 'thumbnail', 'answer_html', 'show_samples', 'can_update', 'View',
+           'Text', 'watch', 'stop_button', 'watch_async']
 
 # %% ../nbs/61_show.ipynb #d0c27667
 import asyncio
@@ -138,6 +138,20 @@ def compare(runs: Any, smooth: float = 0.0) -> 'Figure':
     below.set(xlabel='step', ylabel='relative difference', yscale='log')
     below.grid(alpha=0.3)
     return figure
+
+# %% ../nbs/61_show.ipynb #a1ad3534
+def compare_table(runs: Any) -> 'Markdown':
+    "A table of several runs: steps, last loss, the largest relative difference of a loss from the first run's, median seconds of a step, most memory of the first rank in GiB."
+    from IPython.display import Markdown
+    lines = by_name(runs)
+    first = next(iter(lines.values()), [])
+    median = lambda records, name: sorted([record[name] for record in records if name in record] or [math.nan])[len(records) // 2]
+    rows = ['| run | steps | last loss | difference | seconds a step | memory |', '|---|---|---|---|---|---|']
+    for label, records in lines.items():
+        apart = max(differences(first, records).values(), default=math.nan)
+        memory = max((record.get('peak_memory', math.nan) for record in records), default=math.nan) / 2**30
+        rows.append(f'| {label} | {len(records)} | {records[-1]["loss"]:.6f} | {apart:.1e} | {median(records, "seconds"):.3f} | {memory:.2f} |' if records else f'| {label} | 0 | | | | |')
+    return Markdown('\n'.join(rows))
 
 # %% ../nbs/61_show.ipynb #2383dad0
 def thumbnail(places: Sequence[Path], name: str | None, width: int = 160) -> str:

@@ -44,6 +44,7 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'pp 2': (2, ['layout.pp=2', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'pp 2, two turns, two empty stages': (2, ['layout.pp=2', 'layout.vpp=2', 'layout.layers={"wan": [[1, 0], [0, 1]]}']),
     'tp 2, sequence parallel, pp 2, recompute': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2', 'layout.recompute=full', 'loop.micro_batch=4']),
+    'pp 2, cp 2': (4, ['layout.pp=2', 'layout.cp=2', 'loop.micro_batch=4']),
     'pp 2, dp 2, zero1, overlap': (4, ['layout.pp=2', 'layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=2']),
 }
 BITS = ['pp 2', 'pp 2, two turns, two empty stages']             # first gradients equal to the last bit

@@ -46,6 +46,8 @@ ROWS = {                                        # title: (ranks, what differs fr
     'pp 2, two turns': (2, ['layout.pp=2', 'layout.vpp=2'], 'tp 1, one by one'),
     'pp 2, zero1, recompute': (2, ['layout.pp=2', 'layout.data=zero1', 'layout.recompute=full', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'pp 4, an empty stage': (4, ['layout.pp=4', 'layout.layers={"vision": [[2, 2, 0, 0]], "text": [[0, 0, 0, 4]]}'], 'tp 1, one by one'),
+    'pp 2, cp 2, ring': (4, ['layout.pp=2', 'layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'pp 2, two turns, dp 2, fsdp': (4, ['layout.pp=2', 'layout.vpp=2', 'layout.data=fsdp', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'tp 2, sequence parallel, pp 2': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'every weight moved by its last bit': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
     'loss by sample': (1, ['loop.loss=sample', 'loop.micro_batch=8'], None),
