@@ -80,7 +80,7 @@ def house(tmp_path_factory):
         tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, room=24, random_all=True, seed=3)
         extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
     found = {}
-    for ranks in sorted({row[0] for row in ROWS.values()}): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 400)
+    for ranks in sorted({row[0] for row in ROWS.values()}): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 800)
     return folder, found
 
 def train(folder):

@@ -105,7 +105,7 @@ def house(tmp_path_factory):
     draw, weights = torch.Generator().manual_seed(0), load_file(folder / 'tiny' / 'model.safetensors')
     save_file({name: torch.nextafter(x, x + torch.randint(-1, 2, x.shape, generator=draw)) for name, x in weights.items()}, folder / 'moved' / 'model.safetensors')
     found = {}
-    for ranks in sorted({row[0] for row in ROWS.values()}): found |= parity.on_ranks('test_layouts', 'train', folder, ranks, 400)
+    for ranks in sorted({row[0] for row in ROWS.values()}): found |= parity.on_ranks('test_layouts', 'train', folder, ranks, 800)
     return folder, found
 
 def first_gradients(config, folder, title):
