@@ -1,9 +1,11 @@
 """Training films gives the same losses and first gradients however the model and the batch are laid out, and from kept features the same as from files.
 
 Clips of two lengths, dropped captions, Wan's own table of times and weights; a model of text and one that continues pictures."""
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -112,6 +114,11 @@ def half(folder):
         found[data] = dict(losses=[record.loss for record in records], dtypes={name: str(x.dtype) for name, x in saved.items()})
     return found | dict(apart={name: parity.apart(x, gradients['ddp'][name]) for name, x in gradients['fsdp'].items()})
 
+def frames_of(video):
+    "Frames (t h w 3) of an mp4 as float32 numbers."
+    import av
+    with av.open(io.BytesIO(video)) as file: return np.stack([frame.to_ndarray(format='rgb24') for frame in file.decode(video=0)]).astype(np.float32)
+
 def far(mine, theirs): return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
 
 def test_the_steps_hold_what_they_should(house):
@@ -156,7 +163,9 @@ def test_what_is_saved_opens_in_diffusers(house):
         assert (apart > 1e-4) if 'average' in title else (apart < 3e-5), (title, apart)
 
 def test_samples_are_what_the_saved_weights_make(house):
-    "The averaged ones, filmed by two copies in turn; the second clip too, whose noise must be that of its number."
+    """The averaged ones, filmed by two copies in turn; the second clip too, whose noise must be that of its number.
+
+    Other sizes of a batch round otherwise, and a number that lies between two grey levels may fall to either side: so films are compared by mean grey levels."""
     for title, (_, model, words) in ROWS.items():
         if 'loop.samples=PROMPTS' not in words: continue
         run = house[0] / 'runs' / title.replace(' ', '-')
@@ -164,7 +173,9 @@ def test_samples_are_what_the_saved_weights_make(house):
         sampled = {int(path.stem[5:]): json.loads(path.read_text()) for path in sorted((run / 'samples').glob('step-*.json'))}
         assert list(sampled) == [5, STEPS] and all([{key: one[key] for key in one if key != 'video'} for one in found] == asked for found in sampled.values())
         made = film(run / 'checkpoints' / f'step-{STEPS:07d}', PROMPTS, images=[one['image'] for one in asked] if model == 'i2v' else None, sampling=SAMPLING, device='cpu', progress=False)
-        assert [one.video for one in made] == [(run / 'samples' / one['video']).read_bytes() for one in sampled[STEPS]]
+        shown = [frames_of((run / 'samples' / one['video']).read_bytes()) for one in sampled[STEPS]]
+        apart = [[np.abs(frames - frames_of(one.video)).mean() for one in made] for frames in shown]
+        assert all(row[number] < 0.5 and row[number] < min(row[:number] + row[number + 1:]) / 10 for number, row in enumerate(apart)), (title, apart)
 
 def test_fsdp_computes_and_saves_in_the_formats_of_ddp(house):
     "In bfloat16 only the gradients of what makes text and picture tokens, to which every layer adds, are added up in another order."
