@@ -15,7 +15,7 @@ from typing import Literal
 
 from .values import dumps, read, require
 
-# %% ../nbs/01_config.ipynb #f6ebbcef
+# %% ../nbs/01_config.ipynb #a32d885b
 def check_layout(layout: 'Layout') -> None:
     "Raises ValueError with what to change when the settings of a layout do not go together."
     for name in ('tp', 'pp', 'vpp', 'cp'): require(getattr(layout, name) >= 1, f'layout.{name} must be at least 1, not {getattr(layout, name)}')
@@ -25,10 +25,12 @@ def check_layout(layout: 'Layout') -> None:
         shown, wanted = [list(row) for row in rows], f'{layout.vpp} (layout.vpp) rows of {layout.pp} (layout.pp) numbers'
         require(len(rows) == layout.vpp and all(len(row) == layout.pp for row in rows), f'layout.layers.{tower}={shown} must have {wanted}')
         require(all(n >= 0 for row in rows for n in row), f'layout.layers.{tower}={shown} may not hold negative numbers')
+    require(layout.recompute_layers is None or layout.recompute == 'full' and layout.recompute_layers >= 1, f'layout.recompute_layers={layout.recompute_layers} says how many layers recompute=full runs again; set layout.recompute=full and at least 1, or leave it out')
     require(layout.cp_ulysses is None or layout.cp_kind == 'usp', f'layout.cp_ulysses={layout.cp_ulysses} belongs to cp_kind=usp, not {layout.cp_kind}; leave it out')
-    require(layout.ulysses and layout.cp % layout.ulysses == 0, f'layout.cp_ulysses={layout.ulysses} does not divide layout.cp={layout.cp}; cp_kind=usp needs one that does')
+    require(layout.cp_ulysses is None or layout.cp_ulysses >= 1, f'layout.cp_ulysses must be at least 1, not {layout.cp_ulysses}')
+    require(layout.cp % layout.ulysses == 0, f'layout.cp_ulysses={layout.ulysses} does not divide layout.cp={layout.cp}; cp_kind=usp needs one that does')
 
-# %% ../nbs/01_config.ipynb #bf863ca7
+# %% ../nbs/01_config.ipynb #1e1cb12d
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     "How a model is laid over ranks; data parallelism takes what is left."
@@ -42,14 +44,13 @@ class Layout:
     cp_ulysses: int | None = None
     data: Literal['zero1', 'ddp', 'fsdp'] = 'zero1'
     overlap: bool = False
-    recompute: Literal['none', 'full'] = 'none'
+    recompute: Literal['none', 'selective', 'full'] = 'none'
+    recompute_layers: int | None = None
 
     def __post_init__(self): check_layout(self)
 
     @property
-    def ulysses(self) -> int:
-        "How many neighbouring ranks of cp exchange heads; `ring` groups of them pass keys and values round."
-        return {'ulysses': self.cp, 'ring': 1, 'usp': self.cp_ulysses or self.cp // 2}[self.cp_kind]
+    def ulysses(self) -> int: return {'ulysses': self.cp, 'ring': 1, 'usp': self.cp_ulysses or max(self.cp // 2, 1)}[self.cp_kind]
 
     @property
     def ring(self) -> int: return self.cp // self.ulysses

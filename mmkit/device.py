@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['DEVICES', 'torch_module', 'host_memory', 'npu_present', 'Device', 'cuda_present', 'pick_device', 'Place', 'place']
 
-# %% ../nbs/00_device.ipynb #3e0e8af5
+# %% ../nbs/00_device.ipynb #0f3acc17
 import importlib.util
 import os
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # %% ../nbs/00_device.ipynb #1023a0f9
@@ -59,10 +61,11 @@ class Device:
         "How many ranks this machine has room for: its devices, or on a CPU 2."
         return 2 if self.name == 'cpu' else torch_module(self.name).device_count()
 
-# %% ../nbs/00_device.ipynb #da2e60a2
+# %% ../nbs/00_device.ipynb #3b8ea50f
 def cuda_present() -> bool:
-    "Whether torch sees a CUDA device."
-    return torch_module('cuda').is_available()
+    "Whether torch sees a CUDA device; a torch that was built without CUDA need not be loaded to know."
+    version = runpy.run_path(str(Path(importlib.util.find_spec('torch').origin).with_name('version.py')))
+    return bool(version.get('cuda') or version.get('hip')) and torch_module('cuda').is_available()
 
 DEVICES = {
     'npu': Device('npu', 'hccl', 'bfloat16', npu_present),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['main_of_rank', 'first_failure', 'run_torchrun', 'main_of_agent', 'draw_losses', 'progress', 'RunFailed', 'alive',
            'agent_process', 'read_status', 'RunFolder', 'run_html', 'wait_for_end', 'stop_processes', 'raise_failure',
-           'Run', 'check_config', 'make_folder', 'start', 'launch', 'torchrun_magic', 'load_ipython_extension']
+           'Run', 'make_folder', 'start', 'launch', 'torchrun_magic', 'load_ipython_extension']
 
-# %% ../nbs/60_run.ipynb #78f1fb9a
+# %% ../nbs/60_run.ipynb #55d43902
 import io
 import json
 import os
@@ -32,6 +32,7 @@ from .config import Config
 from .values import dumps
 from .device import pick_device
 from .files import Jsonl, copy_output, load_json, read_end, write_atomic
+from .trainer.plan import check_config
 from .ranks import Interrupted, RankFailed, heard_interrupts, child_environment, close_group, follow_parent, last_words, leave, run_target
 
 # %% ../nbs/60_run.ipynb #b34ea584
@@ -87,7 +88,7 @@ def main_of_agent() -> None:
     finally: write_atomic(Path(folder, 'log', 'end.json'), json.dumps({'status': end, 'time': time.time()}))
     sys.exit(0 if end == 'done' else 1)
 
-# %% ../nbs/60_run.ipynb #dff725e0
+# %% ../nbs/60_run.ipynb #43f0a4f3
 def draw_losses(records: Sequence[dict], title: str = '') -> bytes:
     "A PNG of the loss over the steps."
     from matplotlib.figure import Figure
@@ -106,7 +107,7 @@ def draw_losses(records: Sequence[dict], title: str = '') -> bytes:
 def progress(record: dict, steps: int | None = None) -> str:
     "One record as one line of text; `steps` is the number of steps planned."
     show = lambda key, form: format(record[key], form) if isinstance(record.get(key), (int, float)) else '-'
-    memory = f'{record["peak_memory"] / 2**30:.2f}' if record.get('peak_memory') else '-'
+    memory = f'{max(record["peak_memory"]) / 2**30:.2f}' if record.get('peak_memory') else '-'
     return (f'step {record.get("step", "-")}/{steps or "?"}  loss {show("loss", ".4f")}  lr {show("lr", ".3g")}  grad {show("grad_norm", ".3f")}  '
             f'{show("seconds", ".2f")} s  {show("tokens_per_second", ".0f")} tokens/s  {memory} GiB')
 
@@ -251,20 +252,7 @@ class Run(RunFolder):
     def __repr__(self): return f'Run({str(self.folder)!r}): {self.status}, {len(self.records())} records'
     def _repr_html_(self): return run_html(self)
 
-# %% ../nbs/60_run.ipynb #e57bb452
-def check_config(config: Config, ranks: int | None) -> int:
-    "The number of ranks to start (None: as many as there are devices); raises a one-line ValueError when the config cannot run here."
-    device = pick_device(config.device)
-    ranks = device.count() if ranks is None else ranks
-    if device.name != 'cpu' and ranks > device.count(): raise ValueError(f'ranks={ranks} and this machine has {device.count()} {device.name} devices: use at most {device.count()} ranks')
-    config.check(ranks)
-    film = config.film
-    for kind, path in [('weights', config.weights), ('processor', config.processor), *(('data.files', file) for file in config.data.files),
-                       ('film.features', film.features), ('film.source', film.source), ('loop.samples', config.loop.samples)]:
-        if path is not None and not Path(path).exists(): raise ValueError(f'{kind}={path!r} is not there: correct the path (relative paths start in {Path.cwd()})')
-    return ranks
-
-
+# %% ../nbs/60_run.ipynb #106d045c
 def make_folder(folder: str | Path | None, name: str | None) -> Path:
     "A new folder: exactly `folder`, or `runs/name` (default: the time), with -2, -3, … when that exists."
     if folder is not None:

@@ -7,7 +7,7 @@ __all__ = ['PANELS', 'by_name', 'smoothed', 'to_png', 'new_figure', 'draw_line',
            'differences', 'compare', 'compare_table', 'thumbnail', 'answer_html', 'show_samples', 'can_update', 'View',
            'Text', 'watch', 'stop_button', 'watch_async']
 
-# %% ../nbs/61_show.ipynb #d0c27667
+# %% ../nbs/61_show.ipynb #d52fe732
 import asyncio
 import io
 import math
@@ -24,6 +24,7 @@ from .datasets.media import read_frames
 from .datasets.video import film_html
 from .files import Jsonl, load_json
 from .run import Run, progress
+from .trainer.plan import Plan, amount
 
 # %% ../nbs/61_show.ipynb #b1b59efb
 def by_name(runs: Any) -> dict[str, list[dict]]:
@@ -139,18 +140,19 @@ def compare(runs: Any, smooth: float = 0.0) -> 'Figure':
     below.grid(alpha=0.3)
     return figure
 
-# %% ../nbs/61_show.ipynb #a1ad3534
-def compare_table(runs: Any) -> 'Markdown':
-    "A table of several runs: steps, last loss, the largest relative difference of a loss from the first run's, median seconds of a step, most memory of the first rank in GiB."
+# %% ../nbs/61_show.ipynb #07045697
+def compare_table(runs: Any, plans: Mapping[str, Plan] = {}) -> 'Markdown':
+    "A table of several runs: steps, last loss, the largest relative difference of a loss from the first run's, median seconds of a step, most memory of a rank in GiB; and from their plans, what a rank needs and sends in a step at most."
     from IPython.display import Markdown
     lines = by_name(runs)
     first = next(iter(lines.values()), [])
     median = lambda records, name: sorted([record[name] for record in records if name in record] or [math.nan])[len(records) // 2]
-    rows = ['| run | steps | last loss | difference | seconds a step | memory |', '|---|---|---|---|---|---|']
+    planned = lambda label: f' {amount(max(place.total for place in plans[label].places), "B")} | {amount(max(place.sent for place in plans[label].places), "B")} |' if label in plans else ' | |' if plans else ''
+    rows = ['| run | steps | last loss | difference | seconds a step | memory |' + (' planned | sent |' if plans else ''), '|---|---|---|---|---|---|' + ('---|---|' if plans else '')]
     for label, records in lines.items():
         apart = max(differences(first, records).values(), default=math.nan)
-        memory = max((record.get('peak_memory', math.nan) for record in records), default=math.nan) / 2**30
-        rows.append(f'| {label} | {len(records)} | {records[-1]["loss"]:.6f} | {apart:.1e} | {median(records, "seconds"):.3f} | {memory:.2f} |' if records else f'| {label} | 0 | | | | |')
+        memory = max((max(record.get('peak_memory', [math.nan])) for record in records), default=math.nan) / 2**30
+        rows.append(f'| {label} | {len(records)} | {records[-1]["loss"]:.6f} | {apart:.1e} | {median(records, "seconds"):.3f} | {memory:.2f} |{planned(label)}' if records else f'| {label} | 0 | | | | |{planned(label)}')
     return Markdown('\n'.join(rows))
 
 # %% ../nbs/61_show.ipynb #2383dad0

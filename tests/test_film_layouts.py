@@ -37,7 +37,7 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'dp 2, zero1, overlap, average': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'cp 2, Ulysses': (2, ['layout.cp=2', 'loop.micro_batch=4']),
     'cp 2, ring, recompute': (2, ['layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full', 'loop.micro_batch=2']),
-    'tp 2, sequence parallel, cp 2': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data=zero1', 'loop.micro_batch=2']),
+    'tp 2, sequence parallel, cp 2, selective': (4, ['layout.tp=2', 'layout.recompute=selective', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data=zero1', 'loop.micro_batch=2']),
     'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=4', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
     'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
     'dp 2, fsdp, recompute, average': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=4', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=5']),

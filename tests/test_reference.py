@@ -14,7 +14,7 @@ from mmkit.config import Config, Layout
 from mmkit.converters.folders import hub_name
 from mmkit.device import pick_device, place
 from mmkit.models.generate import generate, whole_logits
-from mmkit.models.qwen2_5_vl import QwenShape
+from mmkit.models.shapes import QwenShape
 from mmkit.parallel.mesh import open_mesh
 from mmkit.toy import tiny_qwen2_5_vl
 from mmkit.trainer.qwen2_5_vl import pack, positions

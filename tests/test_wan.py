@@ -17,7 +17,8 @@ from mmkit.converters.wan2_1 import wan2_1_towers
 from mmkit.converters.weights import pieces
 from mmkit.device import pick_device, place
 from mmkit.models.flow import Flow, TIMES, add_noise, dice, euler_sigmas, euler_steps, flow_noise, flow_table, flow_times, velocity_losses
-from mmkit.models.wan2_1 import Wan2_1, WanShape
+from mmkit.models.shapes import WanShape
+from mmkit.models.wan2_1 import Wan2_1
 from mmkit.parallel.data import build_optimizer, wrap_data_parallel
 from mmkit.parallel.layers import engine_config
 from mmkit.parallel.mesh import open_mesh

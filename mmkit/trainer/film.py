@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..config import Layout, Sampling
@@ -37,7 +36,8 @@ from ..models.codecs import Tiles, clean_caption, decode_video, encode_first_fra
 from ..models.denoise import as_one, make_latents, starting_noise
 from ..models.wan2_1 import Wan2_1, WanShape, grid_of
 from ..parallel.mesh import Mesh, open_mesh
-from ..parallel.pipeline import build_stages, layer_rows
+from ..parallel.pipeline import build_stages
+from ..parallel.stages import layer_rows
 from .weights import load_weights
 
 # %% ../../nbs/51_trainer.film.ipynb #e96ad553
@@ -163,7 +163,7 @@ def check_request(studio: Studio, prompts: str | Sequence[str], images: Any, sam
 def shared(mesh: Mesh, make: Callable[[], Any]) -> Any:
     "What `make` gives on the first rank, on all ranks."
     held = [make() if mesh.first else None]
-    dist.broadcast_object_list(held, src=0, device=mesh.at)
+    torch.distributed.broadcast_object_list(held, src=0, device=mesh.at)
     return held[0]
 
 def encode_new(studio: Studio, captions: Sequence[str], room: int) -> dict[str, Tensor]:

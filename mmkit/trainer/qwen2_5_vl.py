@@ -24,9 +24,11 @@ from ..datasets.order import ordered_batches, stream
 from ..datasets.turns import read_raw, to_record
 from ..files import write_atomic
 from ..models.generate import Pick, generate, likeliest
-from ..models.qwen2_5_vl import Qwen2_5_VL, QwenShape, freeze, position_ids
+from ..models.qwen2_5_vl import Qwen2_5_VL, freeze, position_ids
+from ..models.shapes import QwenShape, shape_of
 from ..parallel.mesh import Mesh
-from ..parallel.pipeline import build_stages, layer_rows
+from ..parallel.pipeline import build_stages
+from ..parallel.stages import layer_rows
 
 # %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #1a4b8a35
 def weights_of(labels: Tensor, samples: Tensor, meaning: str) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,7 @@ class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
         self.config, self.like = config, HFFolder(config.processor or config.weights)
-        self.shape = QwenShape.from_hf(self.like.config)
+        self.shape = shape_of(config)
         self.towers = qwen2_5_vl_towers(self.like.config, *layer_rows(self.shape.costs, config.layout).values())
         self.source = open_weights(config.weights, self.towers)
         self.root, self.places = self.like.path, partial(positions, self.shape)
