@@ -209,16 +209,18 @@ def rank_files(path: Path) -> dict[tuple[int, int], Path]:
     if len(ranks) != sizes[0] * sizes[1]: raise ValueError(f'{folder} holds {len(ranks)} ranks, not the {sizes[0]} x {sizes[1]} that {names[-1]} asks for')
     return ranks
 
-# %% ../../nbs/31_converters.folders.ipynb #dce8e65f
-def model_chunks(file: Path) -> list[dict[str, Tensor]]:
-    "The tensors of each virtual chunk in a rank's file."
+# %% ../../nbs/31_converters.folders.ipynb #aec560b9
+def model_chunks(file: Path) -> tuple[list[dict[str, Tensor]], set[str]]:
+    "The tensors of each virtual chunk in a rank's file, and the names of what a training keeps beside them."
     content = load_peer_file(file)
     keys = ['model'] if 'model' in content else [f'model{v}' for v in range(len(content)) if f'model{v}' in content]
     if not keys: raise ValueError(f'{file} holds {some(map(str, content))} but no model')
-    chunks = [{name: x for name, x in content[key].items() if not name.endswith('_extra_state')} for key in keys]
-    if odd := [name for chunk in chunks for name, x in chunk.items() if not isinstance(x, Tensor)]:
+    if flat := [key for key in keys if not isinstance(content[key], dict)]: raise ValueError(f'{file} holds no dictionary of tensors in {some(flat)}: give a Megatron checkpoint')
+    chunks = [{name: x for name, x in content[key].items() if not str(name).endswith('_extra_state')} for key in keys]
+    if odd := [str(name) for chunk in chunks for name, x in chunk.items() if not isinstance(x, Tensor)]:
         raise ValueError(f'{file} needs pickle for {some(odd)}: mmkit reads tensors only')
-    return chunks
+    beside = {str(key) for key in content if key not in (*keys, 'checkpoint_version')} | {other.name for other in file.parent.iterdir() if other.name != file.name}
+    return chunks, beside
 
 
 def layer_count(tower: Tower, held: Mapping[str, Any]) -> int:
@@ -228,20 +230,22 @@ def layer_count(tower: Tower, held: Mapping[str, Any]) -> int:
     while any(mm.format(i=count) in held for mm in patterns): count += 1
     return count
 
-# %% ../../nbs/31_converters.folders.ipynb #5c35b1bc
+# %% ../../nbs/31_converters.folders.ipynb #303b0585
 @dataclass(frozen=True)
 class Found:
     "The layout of a MindSpeed-MM folder and its tensors: `chunks[k][t]` is what tensor rank t holds of pipeline chunk k."
     towers: tuple[Tower, ...]
     tp: int
     chunks: list[list[dict[str, Tensor]]]
+    beside: tuple[str, ...] = ()        # what a training keeps beside the weights, which no conversion carries over
 
 
 def find_layout(path: Path, towers: tuple[Tower, ...]) -> Found:
     "What the files at `path` hold; a ValueError when that is another number of layers than `towers` has."
     files = rank_files(path)
     tp, stages = (max(axis) + 1 for axis in zip(*files))
-    read = {rank: model_chunks(file) for rank, file in files.items()}
+    opened = {rank: model_chunks(file) for rank, file in files.items()}
+    read = {rank: chunks for rank, (chunks, _) in opened.items()}
     virtual = len(read[0, 0])
     if any(len(chunks) != virtual for chunks in read.values()): raise ValueError(f'{path} holds ranks with different numbers of virtual chunks: convert it again')
     chunks = [[read[t, p][v] for t in range(tp)] for v in range(virtual) for p in range(stages)]
@@ -250,15 +254,15 @@ def find_layout(path: Path, towers: tuple[Tower, ...]) -> Found:
         counts = [layer_count(tower, ranks[0]) for ranks in chunks]
         if sum(counts) != sum(tower.counts): raise ValueError(f'{path} holds {counts} {tower.name} layers, {sum(counts)} in all, but the model has {sum(tower.counts)}')
         laid.append(replace(tower, layers=tuple(tuple(counts[v * stages:][:stages]) for v in range(virtual))))
-    return Found(tuple(laid), tp, chunks)
+    return Found(tuple(laid), tp, chunks, tuple(sorted(set().union(*(beside for _, beside in opened.values())))))
 
-# %% ../../nbs/31_converters.folders.ipynb #bf5a0d97
+# %% ../../nbs/31_converters.folders.ipynb #09c4c63e
 def compare_names(path: Path, found: Found) -> None:
     "Returns when every rank holds exactly the tensors of its pieces; else a ValueError names the others."
     for k, (chunk, ranks) in enumerate(zip(pieces(found.towers), found.chunks)):
-        wanted = {piece.mm for piece in chunk}
+        wanted, copies = {piece.mm for piece in chunk}, {piece.mm for piece in chunk if piece.rule.copy}
         for t, held in enumerate(ranks):
-            wrong = {'missing': wanted - held.keys(), 'no rule takes': held.keys() - wanted}
+            wrong = {'missing': wanted - copies - held.keys(), 'no rule takes': held.keys() - wanted}
             if any(wrong.values()):
                 raise ValueError(f'{path} chunk {k} rank {t} does not fit the model: ' + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names))
 
@@ -271,7 +275,7 @@ def join(path: Path, piece: Piece, parts: list[Tensor]) -> Tensor:
     try: return piece.rule.split.join(parts)
     except (ValueError, RuntimeError) as error: raise ValueError(f'{path}: the parts of {piece.mm} do not fit together ({error})') from None
 
-# %% ../../nbs/31_converters.folders.ipynb #41fc50aa
+# %% ../../nbs/31_converters.folders.ipynb #87169cc7
 class MMFolder:
     "A MindSpeed-MM folder as a mapping from hub names to whole tensors; `towers` (in any layout) is the table, `found` the layout that was found."
     def __init__(self, path: str | Path, towers: tuple[Tower, ...]):
@@ -280,7 +284,7 @@ class MMFolder:
         compare_names(self.path, self.found)
         placed = [(k, piece) for k, chunk in enumerate(pieces(self.found.towers)) for piece in chunk]
         self.where = {h: (k, piece) for k, piece in placed if not piece.rule.copy for h in piece.hf}
-        self.copies = [(k, piece) for k, piece in placed if piece.rule.copy]
+        self.copies = [(k, piece) for k, piece in placed if piece.rule.copy and all(piece.mm in held for held in self.found.chunks[k])]
         self.names = set(self.where)
         self._latest: tuple = ()
 
