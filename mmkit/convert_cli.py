@@ -147,13 +147,12 @@ def convert_parser() -> Any:
             commands.add_subcommand(name, method, help=text)
     return parser
 
-# %% ../nbs/65_convert_cli.ipynb #7f3c90fb
+# %% ../nbs/65_convert_cli.ipynb #3e17b86d
 def qwen_config(hf_dir: str | Path) -> dict:
     "The parsed config.json of a Hugging Face folder; a ValueError names the flag."
     if not Path(hf_dir).is_dir(): raise ValueError(f'--cfg.hf_config.hf_dir {hf_dir} is not a folder: give a Hugging Face folder')
-    config = load_json(Path(hf_dir) / 'config.json')
-    if not isinstance(config, dict): raise ValueError(f'{hf_dir}/config.json holds a {type(config).__name__}: give the config of a Qwen2.5-VL model')
-    return config
+    from mmkit.converters.folders import load_config_json
+    return load_config_json(Path(hf_dir))
 
 
 def qwen_towers(config: dict, layout: Any, name: str) -> tuple:
@@ -201,7 +200,7 @@ class Flags:
 CFG_FLAGS = Flags('--cfg.source_path', '--cfg.target_path', '--cfg.hf_dir', f'--{TARGET}pp_layers', f'--{TARGET}tp_size')
 SCRIPT_FLAGS = Flags('--source_path', '--target_path', '--ckpt_path', '--pp_vpp_layers')
 
-# %% ../nbs/65_convert_cli.ipynb #94d43128
+# %% ../nbs/65_convert_cli.ipynb #f2ed2cd1
 WANTED = "give the transformer folder of a Wan2.1 model in diffusers' format"
 
 
@@ -214,11 +213,12 @@ def transformer_folder(path: str | Path, flag: str) -> Path:
     if not (path / 'config.json').is_file(): raise ValueError(f'{flag} {path} has no config.json: {WANTED}')
     config = load_json(path / 'config.json')
     if not isinstance(config, dict): raise ValueError(f'{path}/config.json holds a {type(config).__name__}: {WANTED}')
-    kind = config.get('_class_name') or next(iter(config.get('architectures') or ()), config.get('model_type')) or 'WanTransformer3DModel'
+    kinds = config.get('architectures')
+    kind = config.get('_class_name') or next(iter(kinds if isinstance(kinds, list) else ()), config.get('model_type')) or 'WanTransformer3DModel'
     if kind != 'WanTransformer3DModel': raise ValueError(f'{flag} {path} holds a {kind}: {WANTED}')
     return path
 
-# %% ../nbs/65_convert_cli.ipynb #70f7a4d1
+# %% ../nbs/65_convert_cli.ipynb #a51cfaa8
 LATEST = 'latest_checkpointed_iteration.txt'
 
 
@@ -230,7 +230,7 @@ def mm_source(path: Path, flag: str) -> Path:
     whole, name = path.absolute().parent, path.absolute().name
     if not re.fullmatch(r'release|iter_\d{7}', name): raise ValueError(f'{flag} {path} holds ranks but is not called release or iter_ and 7 digits: give the folder around it, as MindSpeed-MM wrote it')
     word = name.removeprefix('iter_').lstrip('0') or '0'
-    if (whole / LATEST).is_file() and (whole / LATEST).read_text().strip() == word: return whole
+    if (whole / LATEST).is_file() and (whole / LATEST).read_bytes()[:100].strip() == word.encode(): return whole
     raise ValueError(f'{flag} {path} is a part of a MindSpeed-MM folder: give {whole}, with {word} in its {LATEST}')
 
 

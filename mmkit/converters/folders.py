@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEW_PREFIXES', 'UNREAD', 'DTYPES', 'HARMLESS', 'LATEST', 'hub_name', 'ties_embeddings', 'open_safetensors',
-           'safetensors_index', 'open_shards', 'HFFolder', 'tied_copies', 'raw', 'TensorFile', 'SafetensorsWriter',
-           'Ignored', 'load_peer_file', 'rank_files', 'model_chunks', 'layer_count', 'Found', 'find_layout',
-           'compare_names', 'join', 'MMFolder', 'open_weights']
+           'safetensors_index', 'open_shards', 'load_config_json', 'HFFolder', 'tied_copies', 'raw', 'TensorFile',
+           'SafetensorsWriter', 'Ignored', 'load_peer_file', 'rank_files', 'model_chunks', 'layer_count', 'Found',
+           'find_layout', 'compare_names', 'join', 'MMFolder', 'open_weights']
 
-# %% ../../nbs/31_converters.folders.ipynb #6d6d687a
+# %% ../../nbs/31_converters.folders.ipynb #47141a8c
 import json
 import os
 import re
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .weights import Piece, Tower, pieces, some, whole
-from ..files import load_json
+from ..files import check_archive, inside, load_json
 
 # %% ../../nbs/31_converters.folders.ipynb #e00558f1
 NEW_PREFIXES = {'model.language_model.': 'model.', 'model.visual.': 'visual.'}
@@ -42,16 +42,18 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     text = config.get('text_config') or {}
     return bool(config.get('tie_word_embeddings', text.get('tie_word_embeddings', False)))
 
-# %% ../../nbs/31_converters.folders.ipynb #87226ef5
+# %% ../../nbs/31_converters.folders.ipynb #a2035310
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
           'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
 
 
 def open_safetensors(file: Path) -> Any:
     "The open safetensors file; a ValueError names it when it is missing or not whole."
-    if not file.is_file(): raise ValueError(f'{file} is missing: download it again')
-    try: return safe_open(file, 'pt')
-    except SafetensorError as error: raise ValueError(f'{file} is not a whole safetensors file ({error}): download it again') from None
+    if not inside(file.parent, file.name).is_file(): raise ValueError(f'{file} is missing: download it again')
+    try: opened = safe_open(file, 'pt')
+    except (SafetensorError, OSError) as error: raise ValueError(f'{file} is not a whole safetensors file ({error}): download it again') from None
+    if odd := [name for name in opened.keys() if opened.get_slice(name).get_dtype() not in DTYPES]: raise ValueError(f'{file} holds {some(odd)} in a number format that is not read here: give it as bfloat16')
+    return opened
 
 
 def safetensors_index(folder: Path) -> Path | None:
@@ -60,7 +62,7 @@ def safetensors_index(folder: Path) -> Path | None:
     if len(found) > 1: raise ValueError(f'{folder} has several indexes, {some(f.name for f in found)}: keep one')
     return found[0] if found else None
 
-# %% ../../nbs/31_converters.folders.ipynb #b6b1729c
+# %% ../../nbs/31_converters.folders.ipynb #1344520c
 def open_shards(folder: Path) -> dict[str, Any]:
     "The open weight files of a Hugging Face folder by name, with or without an index; a ValueError says what does not agree."
     index = safetensors_index(folder)
@@ -68,7 +70,7 @@ def open_shards(folder: Path) -> dict[str, Any]:
         files = sorted(f.name for f in folder.glob('*.safetensors'))
         if not files: raise ValueError(f'{folder} holds no .safetensors file: give a folder with weights in that format')
         return {name: open_safetensors(folder / name) for name in files}
-    places = load_json(index)
+    places = load_json(inside(folder, index.name), limit=100_000_000)
     places = places.get('weight_map') if isinstance(places, dict) else None
     if not isinstance(places, dict) or any(type(f) is not str or Path(f).name != f for f in places.values()):
         raise ValueError(f'{index} has no weight_map from tensors to file names: download it again')
@@ -78,13 +80,21 @@ def open_shards(folder: Path) -> dict[str, Any]:
         raise ValueError(f'{index} names tensors that are not there: {some(lost)}: download the folder again')
     return shards
 
-# %% ../../nbs/31_converters.folders.ipynb #bee3158f
+# %% ../../nbs/31_converters.folders.ipynb #ad66518e
+def load_config_json(folder: Path) -> dict:
+    "The parsed config.json of a Hugging Face folder; a ValueError when it or a part of it is no object."
+    config = load_json(inside(folder, 'config.json'), limit=10_000_000)
+    for part, value in (('it', config), *((part, config.get(part) or {}) for part in ('text_config', 'vision_config') if isinstance(config, dict))):
+        if not isinstance(value, dict): raise ValueError(f'{folder}/config.json holds a {type(value).__name__} where {part} should be an object: download it again')
+    return config
+
+
 class HFFolder:
     "A Hugging Face folder, one file or many, as a mapping from hub names to tensors; `copies` are another tensor's doubles, `unread` are left out."
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir(): raise ValueError(f'{path} is not a folder: give a Hugging Face model folder')
-        self.config: dict = load_json(self.path / 'config.json')
+        self.config: dict = load_config_json(self.path)
         self.shards = open_shards(self.path)
         every = [(hub_name(name), file, name) for file, shard in self.shards.items() for name in shard.keys()]
         self.unread, found = ([entry for entry in every if entry[0].endswith(UNREAD) == out] for out in (True, False))
@@ -163,7 +173,7 @@ class SafetensorsWriter(TensorFile):
         Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
         super().__init__(path, {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()})
 
-# %% ../../nbs/31_converters.folders.ipynb #62414db3
+# %% ../../nbs/31_converters.folders.ipynb #9bde4b61
 HARMLESS = ('argparse.', 'megatron.', 'mindspeed', 'numpy.', 'collections.', 'pathlib.', 'torch.')
 
 
@@ -180,36 +190,37 @@ def load_peer_file(path: Path) -> dict:
     "The content of a .pt file with its tensors mapped, not read; a ValueError names the file when that takes running code."
     if not path.is_file(): raise ValueError(f'{path} is missing: the checkpoint is not complete')
     advice = 'mmkit reads tensors only and runs no code from a checkpoint'
+    check_archive(path)
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if foreign := [name for name in asked if not name.startswith(HARMLESS)]: raise ValueError(f'{path} needs pickle for {some(foreign)}: {advice}')
         with torch.serialization.safe_globals([(type('Ignored', (Ignored,), {}), name) for name in asked]):
             content = torch.serialization.load(path, map_location='cpu', mmap=True, weights_only=True)     # torch.load itself, which device plug-ins may replace
     except ValueError: raise
-    except Exception as error: raise ValueError(f'{path} cannot be read without pickle ({str(error).splitlines()[0]}): {advice}') from None
+    except Exception as error: raise ValueError(f'{path} cannot be read without pickle ({(str(error).splitlines() or [type(error).__name__])[0][:200]}): {advice}') from None
     if not isinstance(content, dict): raise ValueError(f'{path} holds no dictionary of tensors: give a Megatron checkpoint')
     return content
 
-# %% ../../nbs/31_converters.folders.ipynb #969cd84a
+# %% ../../nbs/31_converters.folders.ipynb #8e9ef2bf
 LATEST = 'latest_checkpointed_iteration.txt'           # tells a MindSpeed-MM folder
 
 def rank_files(path: Path) -> dict[tuple[int, int], Path]:
     "The files of a MindSpeed-MM checkpoint by (tensor rank, pipeline rank); a ValueError says what is not complete."
     latest = path / LATEST
     if not latest.is_file(): raise ValueError(f'{latest} is missing: give a folder that mm-convert or MindSpeed-MM wrote')
-    word = latest.read_text().strip()
-    if word != 'release' and not word.isdigit(): raise ValueError(f'{latest} says {word[:40]!r} but only release or a number is allowed')
+    with open(inside(path, LATEST), 'rb') as file: word = file.read(100).decode(errors='replace').strip()
+    if word != 'release' and not re.fullmatch('[0-9]{1,9}', word): raise ValueError(f'{latest} says {word[:40]!r} but only release or a number is allowed')
     folder = path / (word if word == 'release' else f'iter_{int(word):07d}')
     names = sorted(f.name for f in folder.glob('mp_rank_*'))
     found = [re.fullmatch(r'mp_rank_(\d\d)(_\d{3})?', name) for name in names]
     if not names or None in found or len({bool(m[2]) for m in found}) > 1:
         raise ValueError(f'{folder} holds {some(names) or "no mp_rank folder"}: the folders of one layout are expected, mp_rank_TT or mp_rank_TT_PPP')
-    ranks = {(int(m[1]), int((m[2] or '_0')[1:])): folder / m[0] / 'model_optim_rng.pt' for m in found}
+    ranks = {(int(m[1]), int((m[2] or '_0')[1:])): inside(path, folder.relative_to(path) / m[0] / 'model_optim_rng.pt') for m in found}
     sizes = [max(axis) + 1 for axis in zip(*ranks)]
     if len(ranks) != sizes[0] * sizes[1]: raise ValueError(f'{folder} holds {len(ranks)} ranks, not the {sizes[0]} x {sizes[1]} that {names[-1]} asks for')
     return ranks
 
-# %% ../../nbs/31_converters.folders.ipynb #aec560b9
+# %% ../../nbs/31_converters.folders.ipynb #92612d53
 def model_chunks(file: Path) -> tuple[list[dict[str, Tensor]], set[str]]:
     "The tensors of each virtual chunk in a rank's file, and the names of what a training keeps beside them."
     content = load_peer_file(file)
@@ -219,6 +230,8 @@ def model_chunks(file: Path) -> tuple[list[dict[str, Tensor]], set[str]]:
     chunks = [{name: x for name, x in content[key].items() if not str(name).endswith('_extra_state')} for key in keys]
     if odd := [str(name) for chunk in chunks for name, x in chunk.items() if not isinstance(x, Tensor)]:
         raise ValueError(f'{file} needs pickle for {some(odd)}: mmkit reads tensors only')
+    if odd := [str(name) for chunk in chunks for name, x in chunk.items() if x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes()]:
+        raise ValueError(f'{file} holds less than the shapes of {some(odd)} say: copy it again')
     beside = {str(key) for key in content if key not in (*keys, 'checkpoint_version')} | {other.name for other in file.parent.iterdir() if other.name != file.name}
     return chunks, beside
 
