@@ -80,7 +80,7 @@ def open_shards(folder: Path) -> dict[str, Any]:
         raise ValueError(f'{index} names tensors that are not there: {some(lost)}: download the folder again')
     return shards
 
-# %% ../../nbs/31_converters.folders.ipynb #ad66518e
+# %% ../../nbs/31_converters.folders.ipynb #845825a8
 def load_config_json(folder: Path) -> dict:
     "The parsed config.json of a Hugging Face folder; a ValueError when it or a part of it is no object."
     config = load_json(inside(folder, 'config.json'), limit=10_000_000)
@@ -94,6 +94,8 @@ class HFFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir(): raise ValueError(f'{path} is not a folder: give a Hugging Face model folder')
+        for link in (f.relative_to(self.path) for f in self.path.rglob('*') if f.is_symlink()):     # now, not when a training saves what it copies from here
+            if not any(part.startswith('.') for part in link.parts): inside(self.path, link)
         self.config: dict = load_config_json(self.path)
         self.shards = open_shards(self.path)
         every = [(hub_name(name), file, name) for file, shard in self.shards.items() for name in shard.keys()]
