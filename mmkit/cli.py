@@ -158,21 +158,22 @@ FIRST_FILM = run_first_film, dict(help='make clips and a small model, train it o
     option('--run', 'new folder for everything (runs/first-film)', metavar='FOLDER'),
     *(option(f'--{name}', f'({default})', type=int, default=default) for name, default in (('ranks', 2), ('seed', 0), ('steps', 4500))))
 
-# %% ../nbs/69_cli.ipynb #4871cd46
+# %% ../nbs/69_cli.ipynb #f0592f1d
 MODES = {'convert_to_mm': 'hf_to_mm', 'convert_to_hf': 'mm_to_hf'}
 
 
 def convert_checkpoint(options: Namespace) -> Any:
     "Converts the weights of a Wan2.1 transformer; returns what was written."
-    return convert_wan(MODES[options.mode], options.source_path, options.target_path, options.ckpt_path, options.pp_vpp_layers, flags=SCRIPT_FLAGS)
+    return convert_wan(MODES[options.mode], options.source_path, options.target_path, options.ckpt_path, options.pp_vpp_layers, flags=SCRIPT_FLAGS, overwrite=options.overwrite)
 
 
 CONVERT_WAN = convert_checkpoint, dict(help='convert Wan2.1 weights, with the words of convert_ckpt.py'), (
     option('--source_path', 'folder to read: transformer or pipeline folder, or MindSpeed-MM folder', metavar='FOLDER', required=True),
-    option('--target_path', 'folder to write; it must be new or empty', metavar='FOLDER', required=True),
+    option('--target_path', 'folder to write; it must be new or empty, or see --overwrite', metavar='FOLDER', required=True),
     option('--mode', 'which way', choices=tuple(MODES), required=True),
     option('--ckpt_path', 'transformer or pipeline folder of the model, which convert_to_hf needs', metavar='FOLDER'),
-    option('--pp_vpp_layers', 'for convert_to_mm, layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk: [[7,8],[7,8]]', metavar='LAYERS', type=optional_layers))
+    option('--pp_vpp_layers', 'for convert_to_mm, layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk: [[7,8],[7,8]]', metavar='LAYERS', type=optional_layers),
+    option('--overwrite', 'let the new folder take the place of an earlier checkpoint', action='store_true'))
 
 # %% ../nbs/69_cli.ipynb #f480512c
 COMMANDS = {'first-run': FIRST_RUN, 'first-film': FIRST_FILM, 'plan': PLAN, 'train': TRAIN, 'chat': CHAT, 'film': FILM, 'llava-to-mllm': LLAVA_TO_MLLM,

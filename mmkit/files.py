@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'load_json', 'sync_folder', 'write_atomic', 'parse_line', 'drop_torn_line', 'Jsonl', 'read_end',
-           'copy_output', 'sha256', 'write_manifest', 'check_manifest']
+           'copy_output', 'sha256', 'write_manifest', 'check_manifest', 'inside', 'check_archive']
 
-# %% ../nbs/02_files.ipynb #cdcc6cf2
+# %% ../nbs/02_files.ipynb #6907273f
 import codecs
 import hashlib
 import json
 import os
+import re
 import secrets
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +171,30 @@ def check_manifest(folder: str | Path, contents: bool = True) -> list[str]:
         if contents and sha256(path) != wanted['sha256']:
             raise ValueError(f'{path} has other content than its manifest says: copy it again or use an older checkpoint')
     return list(files)
+
+# %% ../nbs/02_files.ipynb #13b6e921
+def inside(folder: str | Path, name: str | Path) -> Path:
+    "The path of a file in `folder`; a ValueError when it leads out, other than into the blobs of a Hugging Face cache."
+    path, whole = Path(folder) / name, Path(folder).resolve()
+    blobs = [parent.with_name('blobs') for parent in whole.parents if parent.name == 'snapshots']
+    if not any(path.resolve().is_relative_to(allowed) for allowed in (whole, *blobs)):
+        raise ValueError(f'{path} leads out of the folder: copy the file in')
+    return path
+
+# %% ../nbs/02_files.ipynb #7ea59c82
+def check_archive(path: str | Path, limit: int = 100_000_000) -> None:
+    "Returns when a .pt file is a zip archive of stored entries that lie in it side by side, with at most `limit` bytes of pickle; else a ValueError."
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive: entries = archive.infolist()
+    except Exception as error: raise ValueError(f'{path} is no whole zip archive ({" ".join(str(error).split())}): copy it again') from None
+    size, names = path.stat().st_size, [entry.filename for entry in entries]
+    parts = [re.split(r'[/\\\\]', name) for name in names]
+    wrong = {
+        'compressed entries': any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries),
+        'entries that lie outside of it': sum(entry.file_size for entry in entries) > size or any(entry.header_offset + entry.file_size > size for entry in entries),
+        'names that lead out of it': any('..' in part or not part[0] for part in parts),
+        'an entry twice': len(set(names)) < len(names),
+        'a program': any('code' in part or part[-1] == 'constants.pkl' for part in parts),
+        f'more than {limit} bytes of pickle': sum(entry.file_size for entry in entries if entry.filename.endswith('.pkl')) > limit}
+    if found := [what for what, is_so in wrong.items() if is_so]: raise ValueError(f'{path} has {found[0]}: give a file as torch.save writes it')

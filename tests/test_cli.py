@@ -30,6 +30,17 @@ mm-convert  Qwen2_5_VLConverter mm_to_hf \\
   --cfg.parallel_config.vit_pp_layers [3] \\
   --cfg.parallel_config.tp_size 1
 '''
+RESPLIT_QWEN = '''
+mm-convert Qwen2_5_VLConverter resplit \\
+  --cfg.source_dir "ckpt/mm_path/Qwen2.5-VL-3B-Instruct" \\
+  --cfg.target_dir "ckpt/mm_resplit_path/Qwen2.5-VL-3B-Instruct" \\
+  --cfg.source_parallel_config.llm_pp_layers [4] \\
+  --cfg.source_parallel_config.vit_pp_layers [3] \\
+  --cfg.source_parallel_config.tp_size 1 \\
+  --cfg.target_parallel_config.llm_pp_layers [1,3] \\
+  --cfg.target_parallel_config.vit_pp_layers [3,0] \\
+  --cfg.target_parallel_config.tp_size 2
+'''
 WEIGHTS = './weights/Wan-AI/Wan2.1-T2V-1.3B-Diffusers'
 CONVERT_TO_MM = f'mmkit convert-wan --source_path {WEIGHTS}/transformer/ --target_path ckpt/wan/ --mode convert_to_mm'
 CONVERT_TO_HF = f'mmkit convert-wan --source_path ckpt/wan/ --ckpt_path {WEIGHTS}/transformer/ --target_path ckpt/wan_hf/ --mode convert_to_hf'
@@ -267,7 +278,73 @@ def test_wans_fields_that_change_nothing_are_accepted(wan):
     check_peers('again', GOLDEN / 'wan2_1_t2v_pp2')
 
 
+def test_qwen_is_resplit_with_the_peers_words(work, capsys):
+    """A released model needs no config.json for it; this one, whose heads are not 128 wide, does."""
+    shutil.copytree(GOLDEN / 'qwen2_5_vl_tp1', 'ckpt/mm_path/Qwen2.5-VL-3B-Instruct')
+    assert 'give --cfg.hf_config.hf_dir' in inside(RESPLIT_QWEN, capsys, code=1)
+    config = ' --cfg.hf_config.hf_dir ckpt/hf_path/Qwen2.5-VL-3B-Instruct'
+    assert does(RESPLIT_QWEN.rstrip() + config) == 0
+    check_peers('ckpt/mm_resplit_path/Qwen2.5-VL-3B-Instruct', GOLDEN / 'qwen2_5_vl_tp2_pp2')
+    capsys.readouterr()
+    assert 'llm_pp_layers [5] adds up to 5' in inside(RESPLIT_QWEN.replace('[4]', '[5]').rstrip() + config, capsys, code=1)
+    assert '--cfg.target_parallel_config.ep_size 2 is not possible' in inside(RESPLIT_QWEN.rstrip() + config + ' --cfg.target_parallel_config.ep_size 2', capsys, code=1)
+
+
+def test_heads_that_are_128_wide_need_no_config(work):
+    from mmkit.converters.convert import hf_to_mm
+    from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
+    from mmkit.converters.weights import pieces
+    from safetensors.torch import save_file
+    for tied in (True, False):
+        config = dict(hidden_size=256, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=128, vocab_size=8, tie_word_embeddings=tied,
+                      vision_config=dict(depth=1, hidden_size=16, intermediate_size=20, num_heads=16, out_hidden_size=256))
+        hf = work / f'hf{tied}'
+        hf.mkdir()
+        save_file({h: torch.randn(shape) for chunk in pieces(qwen2_5_vl_towers(config)) for p in chunk for h, shape in zip(p.hf, p.rule.shapes)}, hf / 'model.safetensors')
+        (hf / 'config.json').write_text(json.dumps(config))
+        hf_to_mm(hf, f'mm{tied}', qwen2_5_vl_towers(config, [1, 0], [1, 1]), 2)
+        hf_to_mm(hf, f'wanted{tied}', qwen2_5_vl_towers(config), 1)
+        line = f'--cfg.source_dir mm{tied} --cfg.target_dir out{tied} --cfg.source_parallel_config.llm_pp_layers [1,1] --cfg.source_parallel_config.vit_pp_layers [1,0] --cfg.source_parallel_config.tp_size 2 --cfg.target_parallel_config.llm_pp_layers [2] --cfg.target_parallel_config.vit_pp_layers [1]'
+        assert does(f'mm-convert Qwen2_5_VLConverter resplit {line}') == 0
+        check_peers(f'out{tied}', work / f'wanted{tied}')
+
+
+def test_overwrite_replaces_an_earlier_conversion(work, capsys):
+    assert does(HF_TO_MM) == 0
+    capsys.readouterr()
+    assert 'Qwen2.5-VL-3B-Instruct already holds something' in inside(HF_TO_MM, capsys, code=1)
+    pp2 = HF_TO_MM.rstrip().replace('[[4]]', '[1,3]').replace('[[3]]', '[3,0]').replace('tp_size 1', 'tp_size 2')
+    assert does(pp2 + ' --overwrite true') == 0
+    check_peers('ckpt/mm_path/Qwen2.5-VL-3B-Instruct', GOLDEN / 'qwen2_5_vl_tp2_pp2')
+    capsys.readouterr()
+    assert 'is or holds the source' in inside(pp2.replace('ckpt/mm_path/Qwen2.5-VL-3B-Instruct', 'ckpt/hf_path') + ' --overwrite true', capsys, code=1)
+    assert sorted(f.name for f in (work / 'ckpt').iterdir()) == ['hf_path', 'mm_path'] and len(list((work / 'ckpt/mm_path').iterdir())) == 1
+
+
+def test_wan_is_overwritten_in_both_spellings(wan, capsys):
+    for line, flag in ((CONVERT_TO_MM, ' --overwrite'), (WAN_TO_MM, ' --overwrite true')):
+        if not Path('ckpt/wan').exists(): assert does(line) == 0
+        capsys.readouterr()
+        assert 'already holds something' in inside(line, capsys, code=1)
+        assert does(line + flag) == 0
+        check_peers('ckpt/wan', GOLDEN / 'wan2_1_t2v_pp1')
+
+
+def test_a_printed_config_is_one_that_is_understood(work, capsys):
+    for line in (HF_TO_MM, RESPLIT_QWEN, WAN_TO_MM):
+        assert does(line.rstrip() + ' --print_config') == 0
+        Path('printed.yaml').write_text(printed := capsys.readouterr().out)
+        assert does(' '.join(line.split()[:3]) + ' --config printed.yaml --print_config') == 0 and capsys.readouterr().out == printed
+
+
 def test_help_names_every_field(capsys):
+    from mmkit.convert_cli import METHODS
+    for converter, (_, methods) in METHODS.items():
+        for method, (_, fields, unused) in methods.items():
+            assert does(f'mm-convert {converter} {method} -h') == 0
+            shown = ' '.join(capsys.readouterr().out.split())
+            assert not re.search('<|object at|0x', shown), shown
+            for name, _, _, words in (*fields, *unused): assert f'--{name}' in shown and words in shown, name
     said = run('mm-convert Qwen2_5_VLConverter mm_to_hf -h').stdout
     for field in ('save_hf_dir', 'mm_dir', 'hf_config.hf_dir', 'parallel_config.llm_pp_layers', 'parallel_config.vit_pp_layers', 'parallel_config.tp_size'): assert f'--cfg.{field}' in said
     for line, words in (('mm-convert WanConverter resplit -h', ('source_path', 'target_path', 'hf_dir', 'pp_layers', 'tp_size', 'Wan')), ('mm-convert WanConverter -h', ('hf_to_mm', 'layerzero_to_mm', 'not possible')), ('mmkit convert-wan -h', ('--pp_vpp_layers', '--ckpt_path'))):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmkit.converters.convert import hf_to_mm, mm_to_hf
+from mmkit.converters.convert import hf_to_mm, mm_to_hf, resplit
 from mmkit.converters.folders import HFFolder, MMFolder, SafetensorsWriter, open_weights
 from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
 from mmkit.converters.weights import pieces
@@ -209,8 +209,68 @@ def test_the_file_of_a_training_is_read_without_its_settings(tmp_path):
         torch.save(content | torch.load(file, weights_only=True), file)
     (folder / 'release').rename(folder / 'iter_0000020')
     (folder / 'latest_checkpointed_iteration.txt').write_text('20\n')
+    (folder / 'iter_0000020' / 'mp_rank_00_000' / 'distrib_optim.pt').write_bytes(b'moments')
+    told = str(mm_to_hf(folder, HF, tmp_path / 'hf', towers_of('tp2_pp2'), 2)).splitlines()
+    assert told[0] == 'not carried over, since they are no weights: args, distrib_optim.pt, iteration, num_floating_point_operations_so_far, opt_param_scheduler, rng_state'
+    assert all(same(tensors_of(tmp_path / 'hf')[key], x) for key, x in tensors_of(HF).items())
+    resplit(folder, tmp_path / 'whole', towers_of('tp2_pp2'), 2, towers_of('tp1'), 1)
+    assert equal_folders(tmp_path / 'whole', GOLDEN / 'qwen2_5_vl_tp1')
+
+
+def content_of(folder):
+    "Every group of tensors in the rank files of a folder."
+    return {f'{file.parent.name} {group}': tensors for file in folder.rglob('*.pt') for group, tensors in torch.load(file, weights_only=True).items() if group.startswith('model')}
+
+def equal_folders(one, two):
+    one, two = content_of(one), content_of(two)
+    return one.keys() == two.keys() and all(one[k].keys() == two[k].keys() and all(same(one[k][name], x) for name, x in two[k].items()) for k in two)
+
+SPREAD = {**LAYOUTS, 'tp2_pp4': (2, [[1, 2, 0, 0]], [[0, 1, 2, 1]])}
+@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
+@pytest.mark.parametrize('source, target', [('tp1', 'tp2_pp2'), ('tp2_pp2', 'tp1'), ('tp2_pp2', 'tp1_pp2_vpp2'), ('tp1_pp2_vpp2', 'tp2_pp4'), ('tp2_pp4', 'tp1')])
+def test_a_resplit_equals_a_conversion(source, target, tied, tmp_path):
+    """The peer's own resplit forgets the tied output weight when it makes stages out of one; here a resplit is what a conversion would have written."""
+    hf = HF if tied else copy_of(HF, tmp_path / 'hf', tensors_of(HF) | {'lm_head.weight': torch.randn(320, 64).bfloat16()}, CONFIG | dict(tie_word_embeddings=False))
+    (tp, *old), (new_tp, *new) = SPREAD[source], SPREAD[target]
+    towers, wanted = (qwen2_5_vl_towers(HFFolder(hf).config, *layers) for layers in (old, new))
+    hf_to_mm(hf, tmp_path / 'source', towers, tp)
+    hf_to_mm(hf, tmp_path / 'wanted', wanted, new_tp)
+    resplit(GOLDEN / f'qwen2_5_vl_{source}' if tied and source in LAYOUTS else tmp_path / 'source', tmp_path / 'target', towers, tp, wanted, new_tp)
+    assert equal_folders(tmp_path / 'target', tmp_path / 'wanted')
+    if tied and target in LAYOUTS: assert equal_folders(tmp_path / 'target', GOLDEN / f'qwen2_5_vl_{target}')
+    refuses(tmp_path / 'more', lambda: resplit(tmp_path / 'source', tmp_path / 'more', wanted, new_tp, towers, tp), 'is laid out as')
+
+
+def test_stages_that_the_peers_resplit_left_without_their_output_weight_are_read(tmp_path):
+    folder = tmp_path / 'edited'
+    hf_to_mm(HF, folder, towers_of('tp2_pp2'), 2)
+    for rank in ('mp_rank_00_001', 'mp_rank_01_001'):
+        content = torch.load(file := folder / 'release' / rank / 'model_optim_rng.pt', weights_only=True)
+        del content['model']['text_decoder.output_layer.weight']
+        torch.save(content, file)
     mm_to_hf(folder, HF, tmp_path / 'hf', towers_of('tp2_pp2'), 2)
     assert all(same(tensors_of(tmp_path / 'hf')[key], x) for key, x in tensors_of(HF).items())
+    resplit(folder, tmp_path / 'whole', towers_of('tp2_pp2'), 2, towers_of('tp2_pp2'), 2)
+    assert equal_folders(tmp_path / 'whole', GOLDEN / 'qwen2_5_vl_tp2_pp2')
+
+
+@pytest.mark.parametrize('what, words', [
+    ('folder', ['and only checkpoints are overwritten']), ('source', ['is or holds the source']), ('around', ['is or holds the source']), ('conversion', [])])
+def test_only_an_earlier_conversion_is_overwritten_and_only_by_a_whole_one(what, words, tmp_path):
+    source, target = tmp_path / 'all' / 'hf', tmp_path / 'mm'
+    source.parent.mkdir()
+    copy_of(HF, source, tensors_of(HF))
+    if what == 'folder': target.mkdir(); (target / 'thesis.tex').write_text('x')
+    if what == 'conversion': hf_to_mm(source, target, towers_of('tp2_pp2'), 2)
+    target = {'source': source, 'around': source.parent}.get(what, target)
+    write = lambda tp=1: hf_to_mm(source, target, towers_of('tp1'), tp, overwrite=True)
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*')}
+    if words: refuses(target, write, *words)
+    else: refuses(target, lambda: write(4), 'which tp=4 does not divide')
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*')} == before
+    if not words:
+        write()
+        assert files_of(target) == files_of(GOLDEN / 'qwen2_5_vl_tp1') and sorted(f.name for f in tmp_path.iterdir()) == ['all', 'mm']
 
 
 class Attack:
@@ -238,7 +298,7 @@ SIZES = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num
              vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=1024))
 MEASURE = '''
 import sys, threading, time
-from mmkit.converters.convert import hf_to_mm, mm_to_hf
+from mmkit.converters.convert import hf_to_mm, mm_to_hf, resplit
 from mmkit.converters.folders import HFFolder
 from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
 from mmkit.converters.weights import check

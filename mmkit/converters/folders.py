@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEW_PREFIXES', 'UNREAD', 'DTYPES', 'HARMLESS', 'LATEST', 'hub_name', 'ties_embeddings', 'open_safetensors',
-           'safetensors_index', 'open_shards', 'HFFolder', 'tied_copies', 'raw', 'TensorFile', 'SafetensorsWriter',
-           'Ignored', 'load_peer_file', 'rank_files', 'model_chunks', 'layer_count', 'Found', 'find_layout',
-           'compare_names', 'join', 'MMFolder', 'open_weights']
+           'safetensors_index', 'open_shards', 'load_config_json', 'HFFolder', 'tied_copies', 'raw', 'TensorFile',
+           'SafetensorsWriter', 'Ignored', 'load_peer_file', 'rank_files', 'model_chunks', 'layer_count', 'Found',
+           'find_layout', 'compare_names', 'join', 'MMFolder', 'open_weights']
 
-# %% ../../nbs/31_converters.folders.ipynb #6d6d687a
+# %% ../../nbs/31_converters.folders.ipynb #47141a8c
 import json
 import os
 import re
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .weights import Piece, Tower, pieces, some, whole
-from ..files import load_json
+from ..files import check_archive, inside, load_json
 
 # %% ../../nbs/31_converters.folders.ipynb #e00558f1
 NEW_PREFIXES = {'model.language_model.': 'model.', 'model.visual.': 'visual.'}
@@ -42,16 +42,18 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     text = config.get('text_config') or {}
     return bool(config.get('tie_word_embeddings', text.get('tie_word_embeddings', False)))
 
-# %% ../../nbs/31_converters.folders.ipynb #87226ef5
+# %% ../../nbs/31_converters.folders.ipynb #a2035310
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
           'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
 
 
 def open_safetensors(file: Path) -> Any:
     "The open safetensors file; a ValueError names it when it is missing or not whole."
-    if not file.is_file(): raise ValueError(f'{file} is missing: download it again')
-    try: return safe_open(file, 'pt')
-    except SafetensorError as error: raise ValueError(f'{file} is not a whole safetensors file ({error}): download it again') from None
+    if not inside(file.parent, file.name).is_file(): raise ValueError(f'{file} is missing: download it again')
+    try: opened = safe_open(file, 'pt')
+    except (SafetensorError, OSError) as error: raise ValueError(f'{file} is not a whole safetensors file ({error}): download it again') from None
+    if odd := [name for name in opened.keys() if opened.get_slice(name).get_dtype() not in DTYPES]: raise ValueError(f'{file} holds {some(odd)} in a number format that is not read here: give it as bfloat16')
+    return opened
 
 
 def safetensors_index(folder: Path) -> Path | None:
@@ -60,7 +62,7 @@ def safetensors_index(folder: Path) -> Path | None:
     if len(found) > 1: raise ValueError(f'{folder} has several indexes, {some(f.name for f in found)}: keep one')
     return found[0] if found else None
 
-# %% ../../nbs/31_converters.folders.ipynb #b6b1729c
+# %% ../../nbs/31_converters.folders.ipynb #1344520c
 def open_shards(folder: Path) -> dict[str, Any]:
     "The open weight files of a Hugging Face folder by name, with or without an index; a ValueError says what does not agree."
     index = safetensors_index(folder)
@@ -68,7 +70,7 @@ def open_shards(folder: Path) -> dict[str, Any]:
         files = sorted(f.name for f in folder.glob('*.safetensors'))
         if not files: raise ValueError(f'{folder} holds no .safetensors file: give a folder with weights in that format')
         return {name: open_safetensors(folder / name) for name in files}
-    places = load_json(index)
+    places = load_json(inside(folder, index.name), limit=100_000_000)
     places = places.get('weight_map') if isinstance(places, dict) else None
     if not isinstance(places, dict) or any(type(f) is not str or Path(f).name != f for f in places.values()):
         raise ValueError(f'{index} has no weight_map from tensors to file names: download it again')
@@ -78,13 +80,23 @@ def open_shards(folder: Path) -> dict[str, Any]:
         raise ValueError(f'{index} names tensors that are not there: {some(lost)}: download the folder again')
     return shards
 
-# %% ../../nbs/31_converters.folders.ipynb #bee3158f
+# %% ../../nbs/31_converters.folders.ipynb #845825a8
+def load_config_json(folder: Path) -> dict:
+    "The parsed config.json of a Hugging Face folder; a ValueError when it or a part of it is no object."
+    config = load_json(inside(folder, 'config.json'), limit=10_000_000)
+    for part, value in (('it', config), *((part, config.get(part) or {}) for part in ('text_config', 'vision_config') if isinstance(config, dict))):
+        if not isinstance(value, dict): raise ValueError(f'{folder}/config.json holds a {type(value).__name__} where {part} should be an object: download it again')
+    return config
+
+
 class HFFolder:
     "A Hugging Face folder, one file or many, as a mapping from hub names to tensors; `copies` are another tensor's doubles, `unread` are left out."
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir(): raise ValueError(f'{path} is not a folder: give a Hugging Face model folder')
-        self.config: dict = load_json(self.path / 'config.json')
+        for link in (f.relative_to(self.path) for f in self.path.rglob('*') if f.is_symlink()):     # now, not when a training saves what it copies from here
+            if not any(part.startswith('.') for part in link.parts): inside(self.path, link)
+        self.config: dict = load_config_json(self.path)
         self.shards = open_shards(self.path)
         every = [(hub_name(name), file, name) for file, shard in self.shards.items() for name in shard.keys()]
         self.unread, found = ([entry for entry in every if entry[0].endswith(UNREAD) == out] for out in (True, False))
@@ -163,7 +175,7 @@ class SafetensorsWriter(TensorFile):
         Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
         super().__init__(path, {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()})
 
-# %% ../../nbs/31_converters.folders.ipynb #62414db3
+# %% ../../nbs/31_converters.folders.ipynb #9bde4b61
 HARMLESS = ('argparse.', 'megatron.', 'mindspeed', 'numpy.', 'collections.', 'pathlib.', 'torch.')
 
 
@@ -180,45 +192,50 @@ def load_peer_file(path: Path) -> dict:
     "The content of a .pt file with its tensors mapped, not read; a ValueError names the file when that takes running code."
     if not path.is_file(): raise ValueError(f'{path} is missing: the checkpoint is not complete')
     advice = 'mmkit reads tensors only and runs no code from a checkpoint'
+    check_archive(path)
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if foreign := [name for name in asked if not name.startswith(HARMLESS)]: raise ValueError(f'{path} needs pickle for {some(foreign)}: {advice}')
         with torch.serialization.safe_globals([(type('Ignored', (Ignored,), {}), name) for name in asked]):
             content = torch.serialization.load(path, map_location='cpu', mmap=True, weights_only=True)     # torch.load itself, which device plug-ins may replace
     except ValueError: raise
-    except Exception as error: raise ValueError(f'{path} cannot be read without pickle ({str(error).splitlines()[0]}): {advice}') from None
+    except Exception as error: raise ValueError(f'{path} cannot be read without pickle ({(str(error).splitlines() or [type(error).__name__])[0][:200]}): {advice}') from None
     if not isinstance(content, dict): raise ValueError(f'{path} holds no dictionary of tensors: give a Megatron checkpoint')
     return content
 
-# %% ../../nbs/31_converters.folders.ipynb #969cd84a
+# %% ../../nbs/31_converters.folders.ipynb #8e9ef2bf
 LATEST = 'latest_checkpointed_iteration.txt'           # tells a MindSpeed-MM folder
 
 def rank_files(path: Path) -> dict[tuple[int, int], Path]:
     "The files of a MindSpeed-MM checkpoint by (tensor rank, pipeline rank); a ValueError says what is not complete."
     latest = path / LATEST
     if not latest.is_file(): raise ValueError(f'{latest} is missing: give a folder that mm-convert or MindSpeed-MM wrote')
-    word = latest.read_text().strip()
-    if word != 'release' and not word.isdigit(): raise ValueError(f'{latest} says {word[:40]!r} but only release or a number is allowed')
+    with open(inside(path, LATEST), 'rb') as file: word = file.read(100).decode(errors='replace').strip()
+    if word != 'release' and not re.fullmatch('[0-9]{1,9}', word): raise ValueError(f'{latest} says {word[:40]!r} but only release or a number is allowed')
     folder = path / (word if word == 'release' else f'iter_{int(word):07d}')
     names = sorted(f.name for f in folder.glob('mp_rank_*'))
     found = [re.fullmatch(r'mp_rank_(\d\d)(_\d{3})?', name) for name in names]
     if not names or None in found or len({bool(m[2]) for m in found}) > 1:
         raise ValueError(f'{folder} holds {some(names) or "no mp_rank folder"}: the folders of one layout are expected, mp_rank_TT or mp_rank_TT_PPP')
-    ranks = {(int(m[1]), int((m[2] or '_0')[1:])): folder / m[0] / 'model_optim_rng.pt' for m in found}
+    ranks = {(int(m[1]), int((m[2] or '_0')[1:])): inside(path, folder.relative_to(path) / m[0] / 'model_optim_rng.pt') for m in found}
     sizes = [max(axis) + 1 for axis in zip(*ranks)]
     if len(ranks) != sizes[0] * sizes[1]: raise ValueError(f'{folder} holds {len(ranks)} ranks, not the {sizes[0]} x {sizes[1]} that {names[-1]} asks for')
     return ranks
 
-# %% ../../nbs/31_converters.folders.ipynb #dce8e65f
-def model_chunks(file: Path) -> list[dict[str, Tensor]]:
-    "The tensors of each virtual chunk in a rank's file."
+# %% ../../nbs/31_converters.folders.ipynb #92612d53
+def model_chunks(file: Path) -> tuple[list[dict[str, Tensor]], set[str]]:
+    "The tensors of each virtual chunk in a rank's file, and the names of what a training keeps beside them."
     content = load_peer_file(file)
     keys = ['model'] if 'model' in content else [f'model{v}' for v in range(len(content)) if f'model{v}' in content]
     if not keys: raise ValueError(f'{file} holds {some(map(str, content))} but no model')
-    chunks = [{name: x for name, x in content[key].items() if not name.endswith('_extra_state')} for key in keys]
-    if odd := [name for chunk in chunks for name, x in chunk.items() if not isinstance(x, Tensor)]:
+    if flat := [key for key in keys if not isinstance(content[key], dict)]: raise ValueError(f'{file} holds no dictionary of tensors in {some(flat)}: give a Megatron checkpoint')
+    chunks = [{name: x for name, x in content[key].items() if not str(name).endswith('_extra_state')} for key in keys]
+    if odd := [str(name) for chunk in chunks for name, x in chunk.items() if not isinstance(x, Tensor)]:
         raise ValueError(f'{file} needs pickle for {some(odd)}: mmkit reads tensors only')
-    return chunks
+    if odd := [str(name) for chunk in chunks for name, x in chunk.items() if x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes()]:
+        raise ValueError(f'{file} holds less than the shapes of {some(odd)} say: copy it again')
+    beside = {str(key) for key in content if key not in (*keys, 'checkpoint_version')} | {other.name for other in file.parent.iterdir() if other.name != file.name}
+    return chunks, beside
 
 
 def layer_count(tower: Tower, held: Mapping[str, Any]) -> int:
@@ -228,20 +245,22 @@ def layer_count(tower: Tower, held: Mapping[str, Any]) -> int:
     while any(mm.format(i=count) in held for mm in patterns): count += 1
     return count
 
-# %% ../../nbs/31_converters.folders.ipynb #5c35b1bc
+# %% ../../nbs/31_converters.folders.ipynb #303b0585
 @dataclass(frozen=True)
 class Found:
     "The layout of a MindSpeed-MM folder and its tensors: `chunks[k][t]` is what tensor rank t holds of pipeline chunk k."
     towers: tuple[Tower, ...]
     tp: int
     chunks: list[list[dict[str, Tensor]]]
+    beside: tuple[str, ...] = ()        # what a training keeps beside the weights, which no conversion carries over
 
 
 def find_layout(path: Path, towers: tuple[Tower, ...]) -> Found:
     "What the files at `path` hold; a ValueError when that is another number of layers than `towers` has."
     files = rank_files(path)
     tp, stages = (max(axis) + 1 for axis in zip(*files))
-    read = {rank: model_chunks(file) for rank, file in files.items()}
+    opened = {rank: model_chunks(file) for rank, file in files.items()}
+    read = {rank: chunks for rank, (chunks, _) in opened.items()}
     virtual = len(read[0, 0])
     if any(len(chunks) != virtual for chunks in read.values()): raise ValueError(f'{path} holds ranks with different numbers of virtual chunks: convert it again')
     chunks = [[read[t, p][v] for t in range(tp)] for v in range(virtual) for p in range(stages)]
@@ -250,15 +269,15 @@ def find_layout(path: Path, towers: tuple[Tower, ...]) -> Found:
         counts = [layer_count(tower, ranks[0]) for ranks in chunks]
         if sum(counts) != sum(tower.counts): raise ValueError(f'{path} holds {counts} {tower.name} layers, {sum(counts)} in all, but the model has {sum(tower.counts)}')
         laid.append(replace(tower, layers=tuple(tuple(counts[v * stages:][:stages]) for v in range(virtual))))
-    return Found(tuple(laid), tp, chunks)
+    return Found(tuple(laid), tp, chunks, tuple(sorted(set().union(*(beside for _, beside in opened.values())))))
 
-# %% ../../nbs/31_converters.folders.ipynb #bf5a0d97
+# %% ../../nbs/31_converters.folders.ipynb #09c4c63e
 def compare_names(path: Path, found: Found) -> None:
     "Returns when every rank holds exactly the tensors of its pieces; else a ValueError names the others."
     for k, (chunk, ranks) in enumerate(zip(pieces(found.towers), found.chunks)):
-        wanted = {piece.mm for piece in chunk}
+        wanted, copies = {piece.mm for piece in chunk}, {piece.mm for piece in chunk if piece.rule.copy}
         for t, held in enumerate(ranks):
-            wrong = {'missing': wanted - held.keys(), 'no rule takes': held.keys() - wanted}
+            wrong = {'missing': wanted - copies - held.keys(), 'no rule takes': held.keys() - wanted}
             if any(wrong.values()):
                 raise ValueError(f'{path} chunk {k} rank {t} does not fit the model: ' + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names))
 
@@ -271,7 +290,7 @@ def join(path: Path, piece: Piece, parts: list[Tensor]) -> Tensor:
     try: return piece.rule.split.join(parts)
     except (ValueError, RuntimeError) as error: raise ValueError(f'{path}: the parts of {piece.mm} do not fit together ({error})') from None
 
-# %% ../../nbs/31_converters.folders.ipynb #41fc50aa
+# %% ../../nbs/31_converters.folders.ipynb #87169cc7
 class MMFolder:
     "A MindSpeed-MM folder as a mapping from hub names to whole tensors; `towers` (in any layout) is the table, `found` the layout that was found."
     def __init__(self, path: str | Path, towers: tuple[Tower, ...]):
@@ -280,7 +299,7 @@ class MMFolder:
         compare_names(self.path, self.found)
         placed = [(k, piece) for k, chunk in enumerate(pieces(self.found.towers)) for piece in chunk]
         self.where = {h: (k, piece) for k, piece in placed if not piece.rule.copy for h in piece.hf}
-        self.copies = [(k, piece) for k, piece in placed if piece.rule.copy]
+        self.copies = [(k, piece) for k, piece in placed if piece.rule.copy and all(piece.mm in held for held in self.found.chunks[k])]
         self.names = set(self.where)
         self._latest: tuple = ()
 

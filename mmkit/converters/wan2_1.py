@@ -11,7 +11,7 @@ from typing import Any
 
 from .weights import Rule, Split, Tower, dim0, dim1, rows, rule, whole
 
-# %% ../../nbs/34_converters.wan2_1.ipynb #270d1762
+# %% ../../nbs/34_converters.wan2_1.ipynb #3ec76e7b
 NEEDED = ('num_layers', 'num_attention_heads', 'attention_head_dim', 'ffn_dim', 'in_channels', 'out_channels', 'text_dim', 'freq_dim')
 
 
@@ -19,7 +19,11 @@ def wan_sizes(config: Mapping[str, Any]) -> dict:
     "The sizes in a parsed config.json of a Wan2.1 transformer, with its `width`; a ValueError names what is not there."
     if absent := [name for name in NEEDED if type(config.get(name)) is not int]:
         raise ValueError(f'config.json has no {", ".join(absent)}: give the config of the transformer folder of a Wan2.1 model')
-    if len(patch := config.get('patch_size') or ()) != 3: raise ValueError(f'config.json has patch_size {patch}: three numbers are needed, frames, rows and columns')
+    if odd := [name for name in NEEDED if not 0 < config[name] <= (1000 if name == 'num_layers' else 1 << 24)]: raise ValueError(f'config.json has {odd[0]} {config[odd[0]]}, which no Wan2.1 has: download it again')
+    patch = config.get('patch_size')
+    if not isinstance(patch, (list, tuple)) or len(patch) != 3 or any(type(n) is not int or not 0 < n < 1000 for n in patch): raise ValueError(f'config.json has patch_size {patch}: three numbers are needed, frames, rows and columns')
+    for name in ('image_dim', 'pos_embed_seq_len'):
+        if type(size := config.get(name) or 1) is not int or not 0 < size <= 1 << 24: raise ValueError(f'config.json has {name} {size!r:.40}, which no Wan2.1 has: download it again')
     return {**config, 'width': config['num_attention_heads'] * config['attention_head_dim']}
 
 # %% ../../nbs/34_converters.wan2_1.ipynb #e3f7cc61

@@ -7,12 +7,13 @@ __all__ = ['Encoders', 'key_of', 'tensor_path', 'write_tensors', 'read_tensors',
            'Extraction', 'ahead', 'keep_clip', 'keep_nothing', 'extract_features', 'pt_tensors', 'read_pt',
            'own_entries', 'peer_entries', 'Features', 'OnlineFeatures', 'pad_text', 'collate_features']
 
-# %% ../../nbs/47_datasets.features.ipynb #bd991d94
+# %% ../../nbs/47_datasets.features.ipynb #18fa52ae
 import fcntl
 import hashlib
 import json
 import os
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from .llava import Dropped
 from .media import MediaError
 from .order import size_table
 from .video import ClipReport, Facts, VideoClips, plan_take
-from ..files import Jsonl, load_json, parse_line, sha256, write_atomic
+from ..files import Jsonl, check_archive, load_json, parse_line, sha256, write_atomic
 
 # %% ../../nbs/47_datasets.features.ipynb #876f9826
 class Encoders(Protocol):
@@ -206,18 +207,21 @@ def extract_features(clips: VideoClips, encoders: Encoders, folder: str | Path, 
         watch(line)
     return Extraction(done['clips'], done['captions'], done['found'], time.monotonic() - begun, ClipReport(len(share) - len(dropped), tuple(dropped), tuple(remarks)))
 
-# %% ../../nbs/47_datasets.features.ipynb #f6e4ac91
+# %% ../../nbs/47_datasets.features.ipynb #82d144ff
 def pt_tensors(path: Path) -> dict[str, Any]:
     "What one of the peer's .pt files holds."
-    try: return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except RuntimeError: return torch.load(path, map_location='cpu', weights_only=True)      # an older file format cannot be mapped
+    if not zipfile.is_zipfile(path): return torch.load(path, map_location='cpu', weights_only=True)      # an older file format cannot be mapped
+    check_archive(path)
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
 
 
 def read_pt(path: Path) -> dict[str, Tensor]:
     "latents (c f h w), text (L d) without padding, and for i2v first and image, of one of the peer's files."
     try: held = pt_tensors(path)
-    except Exception as error: raise ValueError(f'{path} cannot be read as tensors only: {str(error).splitlines()[0][:160]}') from None
+    except Exception as error: raise ValueError(f'{path} cannot be read as tensors only: {(str(error).splitlines() or [type(error).__name__])[0][:160]}') from None
     require(isinstance(held, dict) and {'video', 'prompt_ids', 'prompt_mask'} <= set(held), f'{path} lacks video, prompt_ids or prompt_mask: it is no feature file of a Wan clip')
+    flat = [name for name, x in held.items() if isinstance(x, Tensor) and (x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes())]
+    require(not flat and all(isinstance(held[name], Tensor) for name in ('video', 'prompt_ids', 'prompt_mask')), f'{path} holds less than its shapes say: extract it again')
     last = lambda tensor, dims: tensor.reshape(tensor.shape[-dims:])
     found = dict(latents=last(held['video'], 4), text=last(held['prompt_ids'], 2)[:int(held['prompt_mask'].sum())])
     for name, theirs, dims in (('first', 'i2v_vae_feature', 4), ('image', 'i2v_clip_feature', 2)):
