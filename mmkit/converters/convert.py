@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'new_folder', 'zip_places', 'PeerWriter', 'Written', 'progress', 'left_out', 'write_stage', 'hf_to_mm',
            'copy_rest', 'write_like', 'write_index', 'compare_layout', 'drifted', 'other_dtypes', 'mm_to_hf']
 
-# %% ../../nbs/32_converters.convert.ipynb #e95db7ee
+# %% ../../nbs/32_converters.convert.ipynb #fb43ec07
 import json
 import os
 import secrets
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .folders import LATEST, HFFolder, MMFolder, SafetensorsWriter, TensorFile, open_weights, raw
 from .weights import Piece, Tower, check, pieces, shards, some
-from ..files import sync_folder
+from ..files import OURS, sync_folder
 
 # %% ../../nbs/32_converters.convert.ipynb #aa578b79
 @contextmanager
@@ -125,16 +125,16 @@ def hf_to_mm(hf_dir: str | Path, mm_dir: str | Path, towers: tuple[Tower, ...], 
         for path in [folder, *folder.rglob('*')]: path.chmod(0o750 if path.is_dir() else 0o640)
     return Written(Path(mm_dir), tp * stages, tp * len(placed), size, tuple(left_out(hf)))
 
-# %% ../../nbs/32_converters.convert.ipynb #adb3398c
+# %% ../../nbs/32_converters.convert.ipynb #a1f61bae
 WEIGHTS = ('.safetensors', '.index.json', '.bin', '.pt', '.pth', '.ckpt', '.gguf', '.h5', '.msgpack')
 
 
 def copy_rest(source: Path, target: Path) -> list[str]:
-    "Copies all of a folder but weights, hidden files and the mark of a MindSpeed-MM folder; returns the names of weight files that were left out."
+    "Copies all of a folder but weights, hidden files, the mark of a MindSpeed-MM folder and what a checkpoint of a run holds beside its model; returns the names of weight files that were left out."
     left = []
     for file in sorted(f for f in source.rglob('*') if f.is_file()):
         name = file.relative_to(source)
-        if any(part.startswith('.') for part in name.parts) or file.name == LATEST: continue
+        if any(part.startswith('.') for part in name.parts) or file.name == LATEST or name.parts[0] in OURS: continue
         if file.name.endswith(WEIGHTS): left.append(name.as_posix())
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,11 @@
 __all__ = ['shuffled', 'check_order', 'Order', 'draw_cell', 'draw_order', 'ordered_batches', 'size_name', 'size_table', 'filled',
            'turn_at', 'SizeOrder', 'micro_batches', 'close_loader', 'stream']
 
-# %% ../../nbs/45_datasets.order.ipynb #93a7510c
+# %% ../../nbs/45_datasets.order.ipynb #2cadeab5
 import gc
+import hashlib
 import itertools
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +38,7 @@ def check_order(order: 'Order') -> None:
     each = micro * ranks
     require(whole % each == 0, f'global_batch={whole} is no multiple of micro_batch x dp_size = {micro} x {ranks}: use {max(whole // each, 1) * each}, or {(whole // each + 1) * each}')
 
-# %% ../../nbs/45_datasets.order.ipynb #be9b44ef
+# %% ../../nbs/45_datasets.order.ipynb #7991c5da
 @dataclass(frozen=True, kw_only=True)
 class Order:
     "Steps of micro-batches of sample numbers for one data-parallel rank; iterable without end."
@@ -69,6 +71,11 @@ class Order:
     def step(self, step: int) -> list[list[int]]:
         "This rank's micro-batches of a step."
         return np.reshape(self.samples(step), (self.accumulation, self.dp_size, self.micro_batch))[:, self.dp_rank].tolist()
+
+    def ledger(self, samples: Any) -> dict[str, Any]:
+        "What decides which samples a step holds, however they are spread; `samples` names them, as JSON."
+        named = hashlib.sha256(json.dumps(samples, default=str).encode()).hexdigest()
+        return dict(seed=self.seed, global_batch=self.global_batch, shuffle=self.shuffle, count=self.count, samples=named)
 
     def __iter__(self) -> Iterator[list[list[int]]]: return map(self.step, itertools.count(self.first_step))
 

@@ -53,7 +53,7 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     batch['tokens'] = torch.tensor(sum(len(sample['input_ids']) for sample in samples))
     return batch
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #7aed8a25
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #4abd3c01
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
@@ -74,6 +74,7 @@ class QwenTask:
         dataset = Conversations(data, self.like.path, self.places)
         if mesh.first and dataset.report.dropped: print(dataset.report, flush=True)
         order = ordered_batches(len(dataset), loop.global_batch, loop.micro_batch, mesh.dp.rank, mesh.dp.size, self.config.seed, first_step, data.shuffle)
+        self.ledger = order.ledger([[Path(file).name, Path(file).stat().st_size] for file in data.files])
         collate = partial(pack, multiple=mesh.layout.row_multiple, pad=dataset.encoder.pad)
         with closing(stream(dataset, order, collate, data.workers)) as steps:
             for step in steps: yield [to_device(batch, mesh.at) for batch in step]

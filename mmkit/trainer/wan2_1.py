@@ -68,7 +68,7 @@ def read_prompts(file: str | Path) -> list[dict]:
         require(isinstance(one, dict) and isinstance(one.get('prompt'), str), f'{file}: number {number} is {one!r:.60}, neither a text nor an object with "prompt"')
     return prompts
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #888fde71
+# %% ../../nbs/53_trainer.wan2_1.ipynb #2ca2fcd5
 def transformer_of(folder: str | Path) -> Path:
     "The transformer of a pipeline folder, or the folder itself."
     inner = Path(folder) / 'transformer'
@@ -79,6 +79,8 @@ def noisy_batches(task: 'WanTask', dataset: Features | OnlineFeatures, mesh: Mes
     config, dp, film, micro_batch = task.config, mesh.dp, task.config.film, task.config.loop.micro_batch
     order = SizeOrder(sizes=tuple(dataset.sizes), global_batch=config.loop.global_batch, micro_batch=micro_batch, dp_rank=dp.rank, dp_size=dp.size,
         seed=config.seed, first_step=first_step, shuffle=film.shuffle)
+    names = [entry['name'] for entry in dataset.entries] if film.features else [dataset.clips.listed[number].name for number in dataset.clips.kept]
+    task.ledger = order.ledger([names, order.sizes])
     nothing, workers = dataset.nothing if film.caption_dropout else None, film.workers if film.features else 0       # encoders stay in one process
     with closing(stream(dataset, order, partial(collate_features, length=text_room(task.root)), workers)) as steps:
         for step, batches in enumerate(steps, first_step):
