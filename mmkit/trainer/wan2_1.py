@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['places', 'noised', 'by_tenth', 'read_prompts', 'transformer_of', 'noisy_batches', 'film_samples', 'WanTask']
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #ba0e1adb
+# %% ../../nbs/53_trainer.wan2_1.ipynb #ece2ac81
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from ..values import require
 from ..converters.folders import HFFolder, open_weights
 from ..converters.wan2_1 import wan2_1_towers
 from ..datasets.features import Features, OnlineFeatures, collate_features, pad_text
-from ..datasets.order import SizeOrder, stream
+from ..datasets.order import SizeOrder, ledger, stream
 from ..datasets.video import VideoClips
 from ..files import load_json, write_atomic
 from ..models.codecs import Codecs, open_codecs, text_room
@@ -68,7 +68,7 @@ def read_prompts(file: str | Path) -> list[dict]:
         require(isinstance(one, dict) and isinstance(one.get('prompt'), str), f'{file}: number {number} is {one!r:.60}, neither a text nor an object with "prompt"')
     return prompts
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #2ca2fcd5
+# %% ../../nbs/53_trainer.wan2_1.ipynb #d18db08d
 def transformer_of(folder: str | Path) -> Path:
     "The transformer of a pipeline folder, or the folder itself."
     inner = Path(folder) / 'transformer'
@@ -80,7 +80,7 @@ def noisy_batches(task: 'WanTask', dataset: Features | OnlineFeatures, mesh: Mes
     order = SizeOrder(sizes=tuple(dataset.sizes), global_batch=config.loop.global_batch, micro_batch=micro_batch, dp_rank=dp.rank, dp_size=dp.size,
         seed=config.seed, first_step=first_step, shuffle=film.shuffle)
     names = [entry['name'] for entry in dataset.entries] if film.features else [dataset.clips.listed[number].name for number in dataset.clips.kept]
-    task.ledger = order.ledger([names, order.sizes])
+    task.ledger = ledger(order, [names, order.sizes])
     nothing, workers = dataset.nothing if film.caption_dropout else None, film.workers if film.features else 0       # encoders stay in one process
     with closing(stream(dataset, order, partial(collate_features, length=text_room(task.root)), workers)) as steps:
         for step, batches in enumerate(steps, first_step):

@@ -126,7 +126,7 @@ def describe(like: HFFolder, folder: Path, layout: dict[str, tuple[torch.dtype, 
     settings = with_dtype(like.config, str(dtype).removeprefix('torch.'))
     (folder / 'config.json').write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding='utf-8')
 
-# %% ../../nbs/50_trainer.weights.ipynb #2c70a728
+# %% ../../nbs/50_trainer.weights.ipynb #6e3e2447
 def told(mesh: Mesh, call: Callable[[], Any]) -> Any:
     "On every rank, what the call gives on rank 0; so is its ValueError or OSError."
     answer = [None, None]
@@ -145,6 +145,7 @@ def shared_folder(target: Path, size: int, mesh: Mesh) -> Iterator[Path]:
         dist.barrier()
     dist.barrier()
 
+# %% ../../nbs/50_trainer.weights.ipynb #dffe4375
 def complete(folder: Path, root: Path, like: HFFolder, layout: dict[str, tuple[torch.dtype, tuple]], written: Mapping[str, dict], mesh: Mesh) -> None:
     "Adds everything else of `root`, what describes the weights, and a manifest with the entries of what all ranks have written."
     every, inside = [None] * mesh.place.world, Path(like.path).relative_to(root)
