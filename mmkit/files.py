@@ -72,12 +72,12 @@ def drop_torn_line(path: Path) -> None:
     content = path.read_bytes() if path.exists() else b''
     if content and not content.endswith(b'\n'): os.truncate(path, content.rfind(b'\n') + 1)
 
-# %% ../nbs/02_files.ipynb #4c4028ea
+# %% ../nbs/02_files.ipynb #baee9e08
 class Jsonl:
     "A file of one JSON object per line, written by one process and read by many."
 
     def __init__(self, path: str | Path):
-        self.path, self._clean, self._seen = Path(path), False, 0
+        self.path, self._clean, self._seen, self._file = Path(path), False, 0, None
 
     def append(self, record: dict) -> None:
         "Adds `record` as one line, visible to readers when the call returns."
@@ -92,13 +92,16 @@ class Jsonl:
         return [parse_line(line, f'{self.path} line {number}') for number, line in enumerate(lines, 1) if line.strip()]
 
     def keep(self, wanted: Callable[[dict], bool]) -> None:
-        "Drops the records that are not wanted, and a torn line."
-        if self.path.exists(): write_atomic(self.path, ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in self.read() if wanted(record)))
+        "Drops the records that are not wanted; readers of new ones begin again."
+        records = self.read()
+        if not all(map(wanted, records)): write_atomic(self.path, ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records if wanted(record)))
 
     def new(self) -> list[dict]:
         "The complete records added since the last call, without reading the earlier ones again."
         if not self.path.exists(): return []
         with open(self.path, 'rb') as file:
+            if self._file not in (None, found := os.fstat(file.fileno()).st_ino): self._seen = 0
+            self._file = found
             file.seek(self._seen)
             *lines, torn = file.read().split(b'\n')
             self._seen = file.tell() - len(torn)

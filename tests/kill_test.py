@@ -78,14 +78,17 @@ def until(condition, processes, seconds=90):
         time.sleep(0.001)
 
 def partial(run): return list((run / 'checkpoints').glob('.*.partial'))
+def newest(run): return max((run / 'checkpoints').glob('step-*'), default=None)
 def lines(run): return (run / 'metrics.jsonl').read_bytes().count(b'\n') if (run / 'metrics.jsonl').exists() else 0
 
 def kill_once(run, draw, saving, fresh):
     "Starts the run and kills it at a random moment, a save if asked for; returns whether it was one (a folder is left half written)."
-    processes = start(run)
+    left, processes = set(partial(run)), start(run)
     try:
         if saving:
-            left = set(partial(run))
+            for _ in range(draw.randrange(3)):
+                before = newest(run)
+                until(lambda: newest(run) != before, processes)
             until(lambda: set(partial(run)) - left, processes)
             time.sleep(draw.random() * 0.04)
         elif fresh: time.sleep(draw.random() * 8)
@@ -94,7 +97,7 @@ def kill_once(run, draw, saving, fresh):
             until(lambda: lines(run) != before, processes)
             time.sleep(draw.random())
     finally: end(processes)
-    return bool(partial(run))
+    return bool(set(partial(run)) - left)
 
 def finished(run):
     "Runs to the end, whatever was there before."
