@@ -208,15 +208,17 @@ class Film:
         require(0 <= self.caption_dropout <= 1, f'film.caption_dropout={self.caption_dropout} is a share between 0 and 1')
         require(self.workers >= 0, f'film.workers must be 0 or more, not {self.workers}')
 
-# %% ../nbs/01_config.ipynb #5dddc0a8
+# %% ../nbs/01_config.ipynb #5bbe0e60
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    "Steps, batch sizes in samples, the meaning of the loss, how often (in steps, 0 is never) to save and to sample, and the decay of the weights' moving average."
+    "Steps, batch sizes in samples, the meaning of the loss, how often (in steps or minutes, 0 is never) to save, what and how many to keep, how often to sample, and the decay of the weights' moving average."
     steps: int = 10
     global_batch: int = 8
     micro_batch: int = 1
     loss: Literal['token', 'sample', 'micro_batch'] = 'token'
     save_every: int = 0
+    save_minutes: float = 0.0
+    save_optimizer: bool = True
     keep: int = 0
     sample_every: int = 0
     samples: str | None = None
@@ -225,6 +227,7 @@ class Loop:
 
     def __post_init__(self):
         for name in ('steps', 'global_batch', 'micro_batch'): require(getattr(self, name) >= 1, f'loop.{name} must be at least 1, not {getattr(self, name)}')
+        for name in ('save_every', 'save_minutes', 'keep', 'sample_every'): require(getattr(self, name) >= 0, f'loop.{name}={getattr(self, name)} must not be negative')
         require(not self.sample_every or self.samples is not None, 'loop.sample_every needs loop.samples, a JSON file of conversations to answer or of prompts to film')
         require(0 <= self.average < 1, f'loop.average={self.average} must lie between 0 (none) and below 1, for example 0.999')
         require(self.global_batch % self.micro_batch == 0, f'loop.global_batch={self.global_batch} is not a multiple of loop.micro_batch={self.micro_batch}')
@@ -235,7 +238,7 @@ class Loop:
         require(self.global_batch % each == 0, f'loop.global_batch={self.global_batch} is not a multiple of micro_batch x copies = {self.micro_batch} x {copies}')
         return self.global_batch // each
 
-# %% ../nbs/01_config.ipynb #2aadfa54
+# %% ../nbs/01_config.ipynb #e56143be
 @dataclass(frozen=True, kw_only=True)
 class Config:
     "All that a run needs to know."
@@ -251,9 +254,11 @@ class Config:
     device: str | None = None
     dtype: Literal['float32', 'bfloat16'] | None = None
     seed: int = 42
+    resume: int | str = 'latest'
 
     def __post_init__(self):
         require(self.optim.warmup < self.loop.steps, f'optim.warmup={self.optim.warmup} must be smaller than loop.steps={self.loop.steps}')
+        require(self.resume != '' and (isinstance(self.resume, str) or self.resume > 0), f'resume={self.resume!r} is none of latest, weights-only, the number of a step, or the folder of a checkpoint')
         require(len(set(self.freeze)) < 3, 'freeze names every part of the model; leave at least one of vision, merger, text to train')
         require(self.task != 'wan2_1' or self.film.features or self.film.source, 'wan2_1 needs film.features (a folder that extract-features made) or film.source (a list or folder of clips)')
         require(self.task != 'wan2_1' or not self.freeze, f'freeze={list(self.freeze)} names parts of qwen2_5_vl; wan2_1 is trained whole, leave it out')

@@ -42,7 +42,7 @@ def read_tuple(kind: Any, value: Any, where: str) -> tuple:
     require(len(value) == len(kinds), f'{where} needs {len(kinds)} values, not {value!r}')
     return tuple(read(k, item, where) for k, item in zip(kinds, value))
 
-# %% ../nbs/00_values.ipynb #16ec0a64
+# %% ../nbs/00_values.ipynb #0a3ac18a
 def read(kind: Any, value: Any, where: str = '') -> Any:
     "`value`, parsed JSON, as a value of type `kind`. Raises ValueError in one line naming the place and the valid choices."
     if is_dataclass(kind): return read_dataclass(kind, value, where)
@@ -52,7 +52,8 @@ def read(kind: Any, value: Any, where: str = '') -> Any:
         return {name: read(get_args(kind)[1], item, f'{where}.{name}') for name, item in value.items()}
     if get_origin(kind) in (Union, types.UnionType):
         if value is None and type(None) in get_args(kind): return None
-        return read(next(k for k in get_args(kind) if k is not type(None)), value, where)
+        kinds = [k for k in get_args(kind) if k is not type(None)]
+        return read(next((k for k in kinds if get_origin(k) is None and isinstance(value, k)), kinds[0]), value, where)
     if get_origin(kind) is Literal:
         require(value in get_args(kind), f'{where}={value!r} is not one of {list(get_args(kind))}')
         return value

@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'put_in_place', 'new_folder', 'may_write', 'zip_places', '
            'write_stage', 'write_mm', 'hf_to_mm', 'copy_rest', 'write_like', 'write_index', 'compare_layout', 'drifted',
            'other_dtypes', 'mm_to_hf', 'resplit']
 
-# %% ../../nbs/32_converters.convert.ipynb #39a15938
+# %% ../../nbs/32_converters.convert.ipynb #390f9b6e
 import json
 import os
 import secrets
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .folders import LATEST, HFFolder, MMFolder, SafetensorsWriter, TensorFile, open_weights, raw
 from .weights import Piece, Tower, check, pieces, shards, some
-from ..files import inside, sync_folder
+from ..files import OURS, inside, sync_folder
 
 # %% ../../nbs/32_converters.convert.ipynb #89cf047c
 def put_in_place(temporary: Path, target: Path, held: bool) -> None:
@@ -157,16 +157,16 @@ def hf_to_mm(hf_dir: str | Path, mm_dir: str | Path, towers: tuple[Tower, ...], 
     "What was written: the weights of a Hugging Face folder as a MindSpeed-MM folder, laid out as `towers` and `tp` say."
     return write_mm(open_weights(hf_dir, towers), mm_dir, towers, tp, overwrite, 'hf_to_mm')
 
-# %% ../../nbs/32_converters.convert.ipynb #bebc9b5f
+# %% ../../nbs/32_converters.convert.ipynb #7c0d62cc
 WEIGHTS = ('.safetensors', '.index.json', '.bin', '.pt', '.pth', '.ckpt', '.gguf', '.h5', '.msgpack')
 
 
 def copy_rest(source: Path, target: Path) -> list[str]:
-    "Copies all of a folder but weights, hidden files and the mark of a MindSpeed-MM folder; returns the names of weight files that were left out."
+    "Copies all of a folder but weights, hidden files, the mark of a MindSpeed-MM folder and what a checkpoint of a run holds beside its model; returns the names of weight files that were left out."
     left = []
     for file in sorted(f for f in source.rglob('*') if f.is_file()):
         name = file.relative_to(source)
-        if any(part.startswith('.') for part in name.parts) or file.name == LATEST: continue
+        if any(part.startswith('.') for part in name.parts) or file.name == LATEST or name.parts[0] in OURS: continue
         inside(source, name)
         if file.name.endswith(WEIGHTS): left.append(name.as_posix())
         else:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights_of', 'positions', 'to_device', 'pack', 'QwenTask', 'answer', 'examine']
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #2cfeb858
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #87f86402
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -20,7 +20,7 @@ from ..config import Config, Data
 from ..converters.folders import HFFolder, open_weights
 from ..converters.qwen2_5_vl import qwen2_5_vl_towers
 from ..datasets.conversation import Conversations, collate_conversations, encode_prompt, find_media, open_encoder
-from ..datasets.order import ordered_batches, stream
+from ..datasets.order import ledger, ordered_batches, stream
 from ..datasets.turns import read_raw, to_record
 from ..files import write_atomic
 from ..models.generate import Pick, generate, likeliest
@@ -55,7 +55,7 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     batch['tokens'] = torch.tensor(sum(len(sample['input_ids']) for sample in samples))
     return batch
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #7aed8a25
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #9140cda7
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
@@ -72,10 +72,10 @@ class QwenTask:
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
         "For every step, this rank's packed micro-batches; their lengths are multiples of `layout.row_multiple`."
-        data, loop = self.config.data, self.config.loop
-        dataset = Conversations(data, self.like.path, self.places)
+        data, loop, dataset = self.config.data, self.config.loop, Conversations(self.config.data, self.like.path, self.places)
         if mesh.first and dataset.report.dropped: print(dataset.report, flush=True)
         order = ordered_batches(len(dataset), loop.global_batch, loop.micro_batch, mesh.dp.rank, mesh.dp.size, self.config.seed, first_step, data.shuffle)
+        self.ledger = ledger(order, [[Path(file).name, Path(file).stat().st_size] for file in data.files])
         collate = partial(pack, multiple=mesh.layout.row_multiple, pad=dataset.encoder.pad)
         with closing(stream(dataset, order, collate, data.workers)) as steps:
             for step in steps: yield [to_device(batch, mesh.at) for batch in step]

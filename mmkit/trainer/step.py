@@ -80,13 +80,18 @@ def train_step(step: int, wrapped: Sequence[nn.Module], optimizer: Any, schedule
     seconds, half = time.perf_counter() - start, len(rest) // 2
     return Record(step, loss, lr, float(grad_norm), seconds, int(tokens), tokens / seconds, of_all_ranks(mesh.device.peak_memory(), mesh), time.time(), means(rest[:half], rest[half:]))
 
-# %% ../../nbs/55_trainer.step.ipynb #7e66523d
+# %% ../../nbs/55_trainer.step.ipynb #e5a43ead
 class Average:
     "An exponential moving average of the trained parameters of this rank's stages; with decay 0 it keeps nothing and changes nothing."
     def __init__(self, model: Sequence[nn.Module], decay: float):
         self.decay, self.steps = decay, 0
         self.live = [p for chunk in model for p in chunk.parameters() if p.requires_grad] if decay else []
         self.kept = [own_part(p.detach()).float().clone() for p in self.live]
+        self.places = dict(zip(self.live, self.kept))
+
+    def of(self, parameter: nn.Parameter) -> torch.Tensor:
+        "What is kept of a trained parameter, or of this rank's share of it."
+        return self.places[parameter]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TASKS', 'Task']
 
-# %% ../../nbs/54_trainer.task.ipynb #90bad6b1
+# %% ../../nbs/54_trainer.task.ipynb #98568ac0
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from ..parallel.mesh import Mesh
 from .qwen2_5_vl import QwenTask
 from .wan2_1 import WanTask
 
-# %% ../../nbs/54_trainer.task.ipynb #e0d36fe1
+# %% ../../nbs/54_trainer.task.ipynb #676e95e2
 class Task(Protocol):
     "What the trainer must know about a model."
     towers: tuple[Tower, ...]                    # the table of its tensors
     source: HFFolder | MMFolder                  # where its weights come from
     like: HFFolder                               # the folder that saved weights look like
+    ledger: dict[str, Any]                       # what decides which samples a step holds; known once `batches` has begun
     root: Path                                   # that folder, or the pipeline folder of which it is a part
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['places', 'noised', 'by_tenth', 'read_prompts', 'noisy_batches', 'film_samples', 'WanTask']
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #ba0e1adb
+# %% ../../nbs/53_trainer.wan2_1.ipynb #5ff190c1
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from ..values import require
 from ..converters.folders import HFFolder, open_weights
 from ..converters.wan2_1 import wan2_1_towers
 from ..datasets.features import Features, OnlineFeatures, collate_features, pad_text
-from ..datasets.order import SizeOrder, stream
+from ..datasets.order import SizeOrder, ledger, stream
 from ..datasets.video import VideoClips
 from ..files import load_json, write_atomic
 from ..models.codecs import Codecs, open_codecs, text_room
@@ -70,12 +70,14 @@ def read_prompts(file: str | Path) -> list[dict]:
         require(isinstance(one, dict) and isinstance(one.get('prompt'), str), f'{file}: number {number} is {one!r:.60}, neither a text nor an object with "prompt"')
     return prompts
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #e3e368fd
+# %% ../../nbs/53_trainer.wan2_1.ipynb #6114513a
 def noisy_batches(task: 'WanTask', dataset: Features | OnlineFeatures, mesh: Mesh, first_step: int) -> Iterator[list[dict]]:
     "For every step, this rank's micro-batches of noisy clips on its device; `tokens` are the patches of the clips."
     config, dp, film, micro_batch = task.config, mesh.dp, task.config.film, task.config.loop.micro_batch
     order = SizeOrder(sizes=tuple(dataset.sizes), global_batch=config.loop.global_batch, micro_batch=micro_batch, dp_rank=dp.rank, dp_size=dp.size,
         seed=config.seed, first_step=first_step, shuffle=film.shuffle)
+    names = [entry['name'] for entry in dataset.entries] if film.features else [dataset.clips.listed[number].name for number in dataset.clips.kept]
+    task.ledger = ledger(order, [names, order.sizes])
     nothing, workers = dataset.nothing if film.caption_dropout else None, film.workers if film.features else 0       # encoders stay in one process
     with closing(stream(dataset, order, partial(collate_features, length=text_room(task.root)), workers)) as steps:
         for step, batches in enumerate(steps, first_step):

@@ -1,0 +1,148 @@
+"""Two ranks are killed at random moments, many of them while they save, and started again until the run is over: losses and final files are those of a run that nobody killed, to the last bit.
+
+`python tests/kill_test.py --kills 50` does it for both models; test_resume.py with two kills each."""
+import json, random, socket, subprocess, sys, time
+from argparse import ArgumentParser
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+
+from mmkit.config import Clips, Config, Data, Film, Loop, Optim, Sampling
+from mmkit.datasets.features import extract_features
+from mmkit.datasets.video import VideoClips
+from mmkit.models.codecs import open_codecs
+from mmkit.ranks import child_environment
+from mmkit.toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
+from mmkit.toyfilm import film_clips, tiny_wan, write_exact
+from mmkit.values import dumps
+
+CLIPS = Clips(num_frames=9, max_height=48, max_width=48)
+
+def write_film(folder, count=6):
+    "A tiny pipeline and the features of a few clips of two lengths."
+    records = []
+    for number, (frames, caption) in enumerate(zip(*film_clips())):
+        if number == count: break
+        write_exact(folder / f'{number}.mp4', frames[:5] if number % 3 == 0 else frames)
+        records.append(dict(path=f'{number}.mp4', cap=caption))
+    (folder / 'films.json').write_text(json.dumps(records))
+    tiny_wan(folder / 'film', layers=2, ffn=96, room=24, random_all=True, seed=3)
+    extract_features(VideoClips(folder / 'films.json', CLIPS), open_codecs(folder / 'film', image=False), folder / 'features', progress=False)
+
+def film_config(folder, optim, loop, **more):
+    "Training on them."
+    film = Film(features=str(folder / 'features'), clips=CLIPS, caption_dropout=0.3, sampling=Sampling(num_frames=9, height=48, width=48, steps=3), workers=0)
+    return Config(task='wan2_1', weights=str(folder / 'film'), film=film, optim=optim, loop=loop, device='cpu', **more)
+
+
+# Kills
+
+def text_config(folder, optim, loop, **more):
+    "Training on a few conversations, with a frozen part and tied weights."
+    data = Data(files=(str(folder / 'data/llava_instruct_150k.json'),), media_dir=str(folder / 'data/COCO2017/train2017'), workers=0)
+    return Config(weights=str(folder / 'text'), data=data, freeze=('merger',), optim=optim, loop=loop, device='cpu', **more)
+
+def write_text(folder):
+    "A tiny model and the conversations."
+    _, file = llava_toy(folder / 'data', emoji_names(4), count=10, size=56)
+    tiny_qwen2_5_vl(folder / 'text', conversation_texts(file), hidden=128, layers=2, random_all=True)
+
+def config_of(folder, model, steps):
+    "Two ranks that share the optimizer's state; the film's weights have an average."
+    optim, loop = Optim(lr=1e-3, warmup=2), Loop(steps=steps, global_batch=4, micro_batch=2, save_every=2, keep=2, average=0.9 * (model == 'film'))
+    return (text_config if model == 'text' else film_config)(folder, optim, loop)
+
+def start(run, ranks=2):
+    "The processes of a launch of the loop in a run folder."
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    where = lambda rank: dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank))
+    with open(run / 'log.txt', 'ab') as log:
+        return [subprocess.Popen([sys.executable, '-m', 'mmkit.trainer.loop', str(run)], env=child_environment(where(rank)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True) for rank in range(ranks)]
+
+def end(processes):
+    "SIGKILL for all ranks and all they started."
+    family = [other for process in processes if process.poll() is None for other in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True))]
+    for process in family:
+        try: process.kill()
+        except psutil.NoSuchProcess: pass
+    for process in processes: process.wait()
+
+def until(condition, processes, seconds=90):
+    "Waits for a condition, or for the end of a rank."
+    deadline = time.monotonic() + seconds
+    while not condition() and all(process.poll() is None for process in processes):
+        if time.monotonic() > deadline: raise TimeoutError('waited in vain')
+        time.sleep(0.001)
+
+def partial(run): return list((run / 'checkpoints').glob('.*.partial'))
+def newest(run): return max((run / 'checkpoints').glob('step-*'), default=None)
+def lines(run): return (run / 'metrics.jsonl').read_bytes().count(b'\n') if (run / 'metrics.jsonl').exists() else 0
+
+def kill_once(run, draw, saving, fresh):
+    "Starts the run and kills it at a random moment, a save if asked for; returns whether it was one (a folder is left half written)."
+    left, processes = set(partial(run)), start(run)
+    try:
+        if saving:
+            for _ in range(draw.randrange(3)):
+                before = newest(run)
+                until(lambda: newest(run) != before, processes)
+            until(lambda: set(partial(run)) - left, processes)
+            time.sleep(draw.random() * 0.04)
+        elif fresh: time.sleep(draw.random() * 8)
+        else:
+            before = lines(run)
+            until(lambda: lines(run) != before, processes)
+            time.sleep(draw.random())
+    finally: end(processes)
+    return bool(set(partial(run)) - left)
+
+def finished(run):
+    "Runs to the end, whatever was there before."
+    processes = start(run)
+    try:
+        for process in processes: assert process.wait(300) == 0, (run / 'log.txt').read_text()[-3000:]
+    finally: end(processes)
+    return run
+
+def trail(run, steps):
+    "Losses and norms of all steps, and every file of the last checkpoint."
+    records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    last = run / 'checkpoints' / f'step-{steps:07d}'
+    return [[record[name] for name in ('step', 'loss', 'grad_norm', 'lr')] for record in records], {path.relative_to(last).as_posix(): path.read_bytes() for path in last.rglob('*') if path.is_file()}
+
+def killed(folder, model, kills, saves, steps, seed=0, say=lambda words: None):
+    "Runs a model with kills and without; returns (kills during a save, problems)."
+    config, draw = config_of(folder, model, steps), random.Random(seed)
+    whole, broken = (folder / f'{model}-{name}' for name in ('whole', 'killed'))
+    for run in (whole, broken):
+        run.mkdir()
+        (run / 'config.json').write_text(dumps(config))
+    finished(whole)
+    wanted = [True] * saves + [False] * (kills - saves)
+    draw.shuffle(wanted)
+    hits = 0
+    for number, saving in enumerate(wanted, 1):
+        hits += kill_once(broken, draw, saving, number % 4 == 0)
+        say(f'{model}: kill {number} of {kills}, after {lines(broken)} steps, {hits} of them during a save')
+    (losses, files), (mine, others) = trail(whole, steps), trail(finished(broken), steps)
+    problems = [f'step {a[0]}: {a} and {b}' for a, b in zip(losses, mine) if a != b] + [f'{len(losses)} and {len(mine)} records'] * (len(losses) != len(mine))
+    return hits, problems + [name for name in files.keys() | others.keys() if files.get(name) != others.get(name)]
+
+def main():
+    "All of it, with one line for each kill."
+    words = ArgumentParser()
+    words.add_argument('--kills', type=int, default=50)
+    words.add_argument('--models', nargs='+', default=['text', 'film'])
+    kills, models = vars(words.parse_args()).values()
+    for model in models:
+        with TemporaryDirectory(prefix='kill-') as folder:
+            folder = Path(folder)
+            write_text(folder) if model == 'text' else write_film(folder)
+            hits, problems = killed(folder, model, kills, kills * 3 // 5, 3 * kills, say=lambda words: print(words, flush=True))
+            print(f'{model}: {kills} kills, {hits} during a save; {problems[:5] or "the same losses and files to the last bit"}', flush=True)
+            if problems: sys.exit(1)
+
+if __name__ == '__main__': main()
