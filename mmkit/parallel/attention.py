@@ -97,7 +97,7 @@ def ulysses(axis: Axis, inner: Attend) -> Attend:
         return Exchange.apply(inner(*(Exchange.apply(x, axis, True) for x in (q, k, v))), axis, False)
     return across if axis.size > 1 else inner
 
-# %% ../../nbs/12_parallel.attention.ipynb #39dba3cd
+# %% ../../nbs/12_parallel.attention.ipynb #d4918c47
 def tile_scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     "Scores (b g r a c) in float32 of queries (b a g·r d) and keys (b c g d); -inf where `mask` (a c) is False."
     scores = torch.einsum('bagrd,bcgd->bgrac', q.unflatten(2, (k.shape[2], -1)), k).float() * q.shape[-1]**-0.5
@@ -115,7 +115,7 @@ def add_tile(mixed: Tensor, total: Tensor, q: Tensor, k: Tensor, v: Tensor, mask
 
 def tile_gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, total: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of a tile's q, k, v in float32 for that of the result (b a g r d), with total and inner products (b g r a) of whole rows."
-    weights = torch.exp(tile_scores(q, k, mask) - total[..., None])
+    weights = torch.exp(tile_scores(q, k.to(q.dtype), mask) - total[..., None])             # k travels in float32; its scores are those of the forward pass
     pull = weights * (torch.einsum('bagrd,bcgd->bgrac', gradient, v.float()) - inner[..., None]) * q.shape[-1]**-0.5
     dq = torch.einsum('bgrac,bcgd->bagrd', pull, k.float()).flatten(2, 3)
     return dq, torch.einsum('bgrac,bagrd->bcgd', pull, q.float().unflatten(2, (k.shape[2], -1))), torch.einsum('bgrac,bagrd->bcgd', weights, gradient)
