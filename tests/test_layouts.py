@@ -20,11 +20,9 @@ SIZES = dict(hidden=128, layers=4, heads=4, kv_heads=2, ffn=256, vision_hidden=1
 TIED, FROZEN = ['weights=TIED', 'loop.samples=TALKS'], ['freeze=["vision", "merger"]', 'loop.samples=TALKS']
 ROWS = {                                        # title: (ranks, what differs from the first row, which row has the same answer)
     'tp 1, one by one': (1, [], None),
-    'micro-batches of 2': (1, ['loop.micro_batch=2'], 'tp 1, one by one'),
     'micro-batches of 4': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
     'micro-batches of 8': (1, ['loop.micro_batch=8'], 'tp 1, one by one'),
     'recompute': (1, ['layout.recompute=full', 'loop.micro_batch=4'], 'tp 1, one by one'),
-    'zero1 on one rank': (1, ['layout.data=zero1', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'tp 2': (2, ['layout.tp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'tp 2, sequence parallel': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'tp 2, sequence parallel, recompute, zero1': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full', 'layout.data=zero1', 'loop.micro_batch=8'], 'tp 1, one by one'),
