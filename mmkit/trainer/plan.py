@@ -187,14 +187,14 @@ def place_of(held: Sequence[Stage], everywhere: Stages, towers: dict[str, Tower]
     sent = count * (sum(part.sent for part in parts) + between) + shared_bytes(parts, layout, copies, size, count)
     return Place(tuple(held), round(sum(part.cost.weights + part.cost.exact for part in parts)), memory, count * sum(part.flops for part in parts), sent)
 
-# %% ../../nbs/54_trainer.plan.ipynb #6af43bd1
+# %% ../../nbs/54_trainer.plan.ipynb #1aa8dcee
 def amount(number: float, unit: str) -> str:
     "A number with the prefix that makes it short: 1024 to the next for bytes, 1000 for all else."
     base, small = (1024, ' KMGTP') if unit == 'B' else (1000, ' kMGTPE')
     power = min(int(math.log(number, base) + 1e-9), len(small) - 1) if number >= 1 else 0
     return f'{number / base**power:.{0 if power == 0 else 2 if number / base**power < 100 else 0}f} {small[power].strip()}{unit}'.rstrip()
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     "What a run needs: its stages, the micro-batch it was counted for, how many of them a step has, and every place of the pipeline."
     stages: Stages
@@ -210,7 +210,7 @@ class Plan:
                 for k, place in enumerate(self.places)]
         return [['place', 'layers', 'parameters', *kinds, 'memory', 'a step', 'sends', 'waits'], *rows]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         table = self.table()
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ['  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table]
