@@ -6,7 +6,7 @@
 __all__ = ['CLIPS', 'film_job', 'sample_films', 'film_sheet', 'judged', 'film_with_diffusers', 'FilmResult', 'examine_films',
            'first_film']
 
-# %% ../nbs/64_first_film.ipynb #ee15681d
+# %% ../nbs/64_first_film.ipynb #b85b8682
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +19,8 @@ import torch
 
 from .config import Clips, Config, Film, Sampling
 from .extraction import extract
-from .models.codecs import decode_video, encode_video, open_vae, text_room
+from .models.codecs import decode_video, encode_video, open_vae
+from .models.shapes import text_room
 from .run import Run, launch, make_folder
 from .show import plot_losses
 from .toy import contact_sheet

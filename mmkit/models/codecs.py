@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Tiles', 'find_part', 'load_whole', 'open_vae', 'statistics', 'to_range', 'encode_pixels', 'encode_video',
-           'decode_video', 'write_video', 'TextEncoder', 'open_text_encoder', 'text_room', 'clean_caption',
-           'encode_text', 'ImageEncoder', 'open_image_encoder', 'encode_image', 'encode_first_frame', 'read_pieces',
-           'fingerprint', 'Codecs', 'open_codecs']
+           'decode_video', 'write_video', 'TextEncoder', 'open_text_encoder', 'clean_caption', 'encode_text',
+           'ImageEncoder', 'open_image_encoder', 'encode_image', 'encode_first_frame', 'read_pieces', 'fingerprint',
+           'Codecs', 'open_codecs']
 
 # %% ../../nbs/26_models.codecs.ipynb #4c32d542
 import hashlib
@@ -118,7 +118,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, crf: int 
         file.mux(stream.encode())
     return Path(path)
 
-# %% ../../nbs/26_models.codecs.ipynb #6c5f6d1c
+# %% ../../nbs/26_models.codecs.ipynb #441f5ba3
 @dataclass(frozen=True)
 class TextEncoder:
     "UMT5 with its tokenizer."
@@ -132,12 +132,6 @@ def open_text_encoder(folder: str | Path, dtype: torch.dtype = torch.float32, de
     path = find_part(folder, 'text_encoder')
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / 'tokenizer', local_files_only=True)
     return TextEncoder(tokenizer, load_whole(UMT5EncoderModel, path, dtype=dtype).to(device, dtype))
-
-
-def text_room(folder: str | Path) -> int:
-    "How many tokens of a caption the model of a pipeline folder sees: 512, or fewer where its tokenizer says so."
-    path = Path(folder) / 'tokenizer' / 'tokenizer_config.json'
-    return min(512, int(load_json(path).get('model_max_length') or 512)) if path.is_file() else 512
 
 
 def clean_caption(caption: str) -> str:

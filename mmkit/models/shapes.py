@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'VisionShape', 'vision_costs', 'check_text', 'TextShape', 'text_costs', 'QwenShape', 'WanShape', 'check_wan',
-           'transformer_of', 'shape_of']
+           'rows_of', 'transformer_of', 'text_room', 'shape_of']
 
-# %% ../../nbs/20_models.shapes.ipynb #4bd3a629
+# %% ../../nbs/20_models.shapes.ipynb #c491dea4
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, Layout
 from ..files import load_json
 from ..values import require
-from ..parallel.stages import check_cut, stages
+from ..parallel.stages import Rows, check_cut, layer_rows, stages
 
 # %% ../../nbs/20_models.shapes.ipynb #e373596c
 @dataclass(frozen=True)
@@ -179,13 +179,22 @@ def check_wan(config: dict) -> None:
     wanted = config['num_attention_heads'] * config['attention_head_dim'] if config.get('image_dim') else None
     require(config.get('added_kv_proj_dim') == wanted, f'config.json: added_kv_proj_dim={config.get("added_kv_proj_dim")} must be {wanted} with image_dim={config.get("image_dim")}')
 
-# %% ../../nbs/20_models.shapes.ipynb #fc0ae4e4
+# %% ../../nbs/20_models.shapes.ipynb #09439cbb
 SHAPES = {'qwen2_5_vl': QwenShape, 'wan2_1': WanShape}
+
+def rows_of(shape: QwenShape | WanShape, layout: Layout) -> dict[str, Rows]:
+    "Rows of layers for each tower of a model, as the layout gives them or balanced."
+    return layer_rows(shape.costs, layout)
 
 def transformer_of(folder: str | Path) -> Path:
     "The transformer of a pipeline folder, or the folder itself."
     inner = Path(folder) / 'transformer'
     return inner if (inner / 'config.json').is_file() else Path(folder)
+
+def text_room(folder: str | Path) -> int:
+    "How many tokens of a caption the model of a pipeline folder sees: 512, or fewer where its tokenizer says so."
+    path = Path(folder) / 'tokenizer' / 'tokenizer_config.json'
+    return min(512, int(load_json(path).get('model_max_length') or 512)) if path.is_file() else 512
 
 def shape_of(config: Config) -> QwenShape | WanShape:
     "The shape of the model that a configuration trains."

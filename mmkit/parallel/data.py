@@ -20,7 +20,7 @@ from .engine import megatron
 from .fsdp import Sharded, every_part, own_part
 from .mesh import Axis, Mesh, axis, grid
 
-# %% ../../nbs/16_parallel.data.ipynb #41b077ef
+# %% ../../nbs/16_parallel.data.ipynb #5f601ecc
 class Trained(nn.Module):
     "A model, or a stage of one, as Megatron's schedules want it; `learns_before` says whether anything in front of it is trained."
     def __init__(self, module: nn.Module, config: Any, learns_before: bool = False):
@@ -30,6 +30,10 @@ class Trained(nn.Module):
         self.share_embeddings_and_output_weights, self.pre_process = False, True         # tied weights are summed here, not by Megatron: text need not begin on its first rank
 
     def set_input_tensor(self, tensor: list[Tensor | None]) -> None: self.received, = tensor
+
+    def named_parameters(self, *args, **options) -> Iterator[tuple[str, nn.Parameter]]:
+        "Tied weights last: Megatron fills its buffers from the back and gives them a bucket of their own, which would overlap the one before it where that ends off a multiple of 128."
+        yield from sorted(super().named_parameters(*args, **options), key=lambda named: getattr(named[1], 'shared_embedding', False))
 
     def forward(self, *inputs, **options):
         x = self.received

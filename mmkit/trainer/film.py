@@ -6,7 +6,7 @@
 __all__ = ['Clip', 'Films', 'open_shape', 'sampling_of', 'latent_size', 'to_frame', 'Studio', 'check_request', 'shared',
            'encode_new', 'hear', 'look', 'film_latents', 'new_files', 'make_films', 'open_film', 'film']
 
-# %% ../../nbs/51_trainer.film.ipynb #d4a77868
+# %% ../../nbs/51_trainer.film.ipynb #0ac2cfae
 import html
 import re
 import warnings
@@ -32,12 +32,12 @@ from ..datasets.media import read_picture
 from ..datasets.video import film_html
 from ..device import pick_device
 from ..files import load_json, write_atomic
-from ..models.codecs import Tiles, clean_caption, decode_video, encode_first_frame, encode_image, encode_text, find_part, open_image_encoder, open_text_encoder, open_vae, text_room, write_video
+from ..models.codecs import Tiles, clean_caption, decode_video, encode_first_frame, encode_image, encode_text, find_part, open_image_encoder, open_text_encoder, open_vae, write_video
 from ..models.denoise import as_one, make_latents, starting_noise
-from ..models.wan2_1 import Wan2_1, WanShape, grid_of
+from ..models.shapes import WanShape, rows_of, text_room
+from ..models.wan2_1 import Wan2_1, grid_of
 from ..parallel.mesh import Mesh, open_mesh
 from ..parallel.pipeline import build_stages
-from ..parallel.stages import layer_rows
 from .weights import load_weights
 
 # %% ../../nbs/51_trainer.film.ipynb #e96ad553
@@ -112,7 +112,7 @@ def to_frame(image: Any, height: int, width: int) -> np.ndarray:
     require(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, f'a picture of {image.dtype} {image.shape}: give a path, a PIL image or uint8 (h, w, 3)')
     return cover(image, height, width)
 
-# %% ../../nbs/51_trainer.film.ipynb #d1ee774b
+# %% ../../nbs/51_trainer.film.ipynb #ce41b8d8
 @dataclass(frozen=True, eq=False)
 class Studio:
     "A pipeline folder that makes clips, with the transformer of the folder or one that is `given`. What is read stays, so do the vectors of captions (`heard`)."
@@ -135,7 +135,7 @@ class Studio:
     def model(self) -> Sequence[Wan2_1]:
         "The stages of the transformer that this rank holds, with its part of the weights."
         if self.given is not None: return self.given
-        source, rows = HFFolder(self.folder / 'transformer'), layer_rows(self.shape.costs, self.mesh.layout)
+        source, rows = HFFolder(self.folder / 'transformer'), rows_of(self.shape, self.mesh.layout)
         model = build_stages(Wan2_1, self.shape, self.mesh, self.dtype)
         load_weights(model, source, wan2_1_towers(source.config, rows['wan']), self.mesh)
         return [chunk.eval().requires_grad_(False) for chunk in model]

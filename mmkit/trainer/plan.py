@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'check_files', 'check_config', 'fullest_talks', 'largest_siz
            'in_flight', 'standing', 'passing', 'shared_bytes', 'handed_on', 'Place', 'place_of', 'amount', 'Plan',
            'plan']
 
-# %% ../../nbs/54_trainer.plan.ipynb #c95d3550
+# %% ../../nbs/54_trainer.plan.ipynb #2f05f211
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from ..config import Config, Layout
 from ..device import pick_device
 from ..files import Jsonl, load_json
 from ..models.costs import Cost, Films, Talks, Tower, gathers, qwen_costs, reduces, wan_costs
-from ..models.shapes import QwenShape, WanShape, shape_of, transformer_of
+from ..models.shapes import QwenShape, WanShape, shape_of, text_room, transformer_of
 from ..parallel.stages import Stage, Stages, stages
 from ..values import require
 
@@ -40,7 +40,7 @@ def check_config(config: Config, ranks: int | None) -> int:
     require(device.name == 'cpu' or ranks <= device.count(), f'ranks={ranks} and this machine has {device.count()} {device.name} devices: use at most {device.count()} ranks')
     return ranks
 
-# %% ../../nbs/54_trainer.plan.ipynb #78613bc5
+# %% ../../nbs/54_trainer.plan.ipynb #e3f8625d
 def fullest_talks(config: Config, shape: QwenShape) -> Talks:
     "What a micro-batch of conversations holds at most."
     vision, length, count = shape.vision, config.data.max_length, config.loop.micro_batch
@@ -63,10 +63,8 @@ def largest_size(config: Config) -> tuple[int, int, int]:
 
 def fullest_films(config: Config, shape: WanShape) -> Films:
     "What a micro-batch of clips holds at most."
-    file = Path(config.processor or config.weights) / 'tokenizer' / 'tokenizer_config.json'
-    words = min(512, int(load_json(file).get('model_max_length') or 512)) if file.is_file() else 512
     latents = tuple(size // patch * patch for size, patch in zip(largest_size(config), shape.patch))
-    return Films(config.loop.micro_batch, latents, words, 257 if shape.image_width else 0)                 # CLIP's 16 x 16 patches, and one for the whole
+    return Films(config.loop.micro_batch, latents, text_room(config.processor or config.weights), 257 if shape.image_width else 0)                 # CLIP's 16 x 16 patches, and one for the whole
 
 # %% ../../nbs/54_trainer.plan.ipynb #449208d9
 PARTS = {'vision': ('vision', 'merger'), 'text': ('text', 'text'), 'wan': ('wan', 'wan')}           # of the layers of a tower, and of what comes behind them

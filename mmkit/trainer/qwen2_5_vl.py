@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights_of', 'positions', 'to_device', 'pack', 'QwenTask', 'answer', 'examine']
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #87f86402
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #a7a23518
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -25,10 +25,9 @@ from ..datasets.turns import read_raw, to_record
 from ..files import write_atomic
 from ..models.generate import Pick, generate, likeliest
 from ..models.qwen2_5_vl import Qwen2_5_VL, freeze, position_ids
-from ..models.shapes import QwenShape, shape_of
+from ..models.shapes import QwenShape, rows_of, shape_of
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import build_stages
-from ..parallel.stages import layer_rows
 
 # %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #1a4b8a35
 def weights_of(labels: Tensor, samples: Tensor, meaning: str) -> tuple[Tensor, Tensor]:
@@ -55,13 +54,13 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     batch['tokens'] = torch.tensor(sum(len(sample['input_ids']) for sample in samples))
     return batch
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #9140cda7
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #eec1bc75
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
         self.config, self.like = config, HFFolder(config.processor or config.weights)
         self.shape = shape_of(config)
-        self.towers = qwen2_5_vl_towers(self.like.config, *layer_rows(self.shape.costs, config.layout).values())
+        self.towers = qwen2_5_vl_towers(self.like.config, *rows_of(self.shape, config.layout).values())
         self.source = open_weights(config.weights, self.towers)
         self.root, self.places = self.like.path, partial(positions, self.shape)
 

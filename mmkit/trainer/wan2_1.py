@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['places', 'noised', 'by_tenth', 'read_prompts', 'noisy_batches', 'film_samples', 'WanTask']
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #5ff190c1
+# %% ../../nbs/53_trainer.wan2_1.ipynb #dc95db22
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -26,13 +26,12 @@ from ..datasets.features import Features, OnlineFeatures, collate_features, pad_
 from ..datasets.order import SizeOrder, ledger, stream
 from ..datasets.video import VideoClips
 from ..files import load_json, write_atomic
-from ..models.codecs import Codecs, open_codecs, text_room
+from ..models.codecs import Codecs, open_codecs
 from ..models.flow import TIMES, add_noise, dice, flow_noise, flow_times, velocity_losses
-from ..models.shapes import shape_of, transformer_of
+from ..models.shapes import rows_of, shape_of, text_room, transformer_of
 from ..models.wan2_1 import Wan2_1
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import build_stages
-from ..parallel.stages import layer_rows
 from .film import Studio
 
 # %% ../../nbs/53_trainer.wan2_1.ipynb #0ca85790
@@ -96,14 +95,14 @@ def film_samples(task: 'WanTask', model: Sequence[nn.Module], mesh: Mesh, file: 
     videos = [path.relative_to(file.parent).as_posix() for path in sorted(file.with_suffix('').glob('*.mp4'))]
     write_atomic(file, json.dumps([{**one, 'video': video} for one, video in zip(asked, videos, strict=True)], ensure_ascii=False, indent=1))
 
-# %% ../../nbs/53_trainer.wan2_1.ipynb #1831d516
+# %% ../../nbs/53_trainer.wan2_1.ipynb #e0dfd851
 class WanTask:
     "Training Wan2.1 on clips with captions."
     def __init__(self, config: Config):
         self.config, self.root, self.studio = config, Path(config.processor or config.weights), None
         self.like = HFFolder(transformer_of(self.root))
         self.shape = shape_of(config)
-        self.towers = wan2_1_towers(self.like.config, layer_rows(self.shape.costs, config.layout)['wan'])
+        self.towers = wan2_1_towers(self.like.config, rows_of(self.shape, config.layout)['wan'])
         self.source = open_weights(transformer_of(config.weights), self.towers)
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]: return build_stages(Wan2_1, self.shape, mesh, dtype)
