@@ -208,10 +208,10 @@ class Film:
         require(0 <= self.caption_dropout <= 1, f'film.caption_dropout={self.caption_dropout} is a share between 0 and 1')
         require(self.workers >= 0, f'film.workers must be 0 or more, not {self.workers}')
 
-# %% ../nbs/01_config.ipynb #5bbe0e60
+# %% ../nbs/01_config.ipynb #23d6ab87
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    "Steps, batch sizes in samples, the meaning of the loss, how often (in steps or minutes, 0 is never) to save, what and how many to keep, how often to sample, and the decay of the weights' moving average."
+    "Steps, batch sizes in samples, the meaning of the loss, how often (in steps or minutes, 0 is never) to save, what, whether training waits for it, and how many to keep, how often to sample, and the decay of the weights' moving average."
     steps: int = 10
     global_batch: int = 8
     micro_batch: int = 1
@@ -219,6 +219,7 @@ class Loop:
     save_every: int = 0
     save_minutes: float = 0.0
     save_optimizer: bool = True
+    save_in_background: bool = False
     keep: int = 0
     sample_every: int = 0
     samples: str | None = None

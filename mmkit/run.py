@@ -75,11 +75,12 @@ def run_torchrun(folder: Path, arguments: list[str]) -> str:
         return 'failed'
     return 'done'
 
-# %% ../nbs/60_run.ipynb #d496565a
+# %% ../nbs/60_run.ipynb #0ef09e6c
 def main_of_agent() -> None:
     "The process between notebook and ranks; the command line is its parent's process id (0: follow nobody), the run folder, the number of ranks, the target and its arguments."
     parent, folder, ranks, *command = sys.argv[1:]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '86400')          # torchrun would kill ranks that save for more than 30 s; who stops a run has a limit of his own
     if int(parent): follow_parent(int(parent), partial(os.kill, os.getpid(), signal.SIGTERM))
     rank = ['-c', 'from mmkit.run import main_of_rank; main_of_rank()', str(os.getpid()), folder, *command]
     end = 'failed'
@@ -218,12 +219,12 @@ def raise_failure(folder: Path) -> None:
         raise RunFailed(folder, **load_json(folder / 'failure.json'))
     raise RunFailed(folder, None, 1, read_end(folder / 'log' / 'torchrun.txt', 3000).strip() or 'it ended without a word (killed?)')
 
-# %% ../nbs/60_run.ipynb #f46d030c
+# %% ../nbs/60_run.ipynb #707e9891
 class Run(RunFolder):
     "A started run. `Run(folder)` opens one again that is going on or has ended."
 
-    def stop(self, grace: float = 5) -> None:
-        "Ends every process of the run; those still there after `grace` seconds are killed."
+    def stop(self, grace: float = 60) -> None:
+        "Ends every process of the run once it has saved its last step; those still there after `grace` seconds are killed: give more where saving takes longer."
         if agent := agent_process(self.folder): stop_processes(agent, grace, self.folder / 'log' / 'end.json')
 
     def wait(self, timeout: float | None = None, watch: Callable[[], None] = lambda: None, every: float = 0.2) -> 'Run':

@@ -4,6 +4,9 @@ import psutil, pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')           # two cores, several ranks: one thread each; the ranks inherit it
 
+def pytest_addoption(parser):
+    parser.addoption('--steps', type=int, default=0, help='train so many steps under every layout (test_layouts.py, test_film_layouts.py); by default as many as show a difference')
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     "In CI a skipped test is a failed one, and its reason says what is missing."

@@ -49,8 +49,8 @@ def write_text(folder):
     tiny_qwen2_5_vl(folder / 'text', conversation_texts(file), hidden=128, layers=2, random_all=True)
 
 def config_of(folder, model, steps):
-    "Two ranks that share the optimizer's state; the film's weights have an average."
-    optim, loop = Optim(lr=1e-3, warmup=2), Loop(steps=steps, global_batch=4, micro_batch=2, save_every=2, keep=2, average=0.9 * (model == 'film'))
+    "Two ranks that share the optimizer's state; the film's weights have an average, the text's are saved in the background."
+    optim, loop = Optim(lr=1e-3, warmup=2), Loop(steps=steps, global_batch=4, micro_batch=2, save_every=2, keep=2, average=0.9 * (model == 'film'), save_in_background=model == 'text')
     return (text_config if model == 'text' else film_config)(folder, optim, loop)
 
 def start(run, ranks=2):

@@ -51,7 +51,7 @@ LAYOUTS = {                                     # title: ranks, what differs fro
 }
 BITS = ['pp 2', 'pp 2, two turns, two empty stages']             # first gradients equal to the last bit
 BOTH = ['tp 1, one by one', 'micro-batches of 8', 'from files', 'tp 2, sequence parallel, recompute, zero1', 'dp 2, ddp', 'cp 2, Ulysses', 'cp 2, ring, recompute', 'dp 2, fsdp, recompute, average', 'tp 2, sequence parallel, pp 2, recompute', *BITS]
-ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items() if model == 't2v' or title in BOTH}
+ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
 FIRST = next(iter(LAYOUTS))
 
 def write_clips(folder):
@@ -66,30 +66,39 @@ def write_clips(folder):
     for model, more in (('t2v', {}), ('i2v', dict(image=str(folder / 'heart.png')))):
         (folder / f'prompts-{model}.json').write_text(json.dumps([dict(prompt=prompt, **more) for prompt in PROMPTS]))
 
+def steps_of(folder):
+    "How many steps every row is trained."
+    return int((folder / 'steps').read_text()) or STEPS
+
+def rows_of(folder):
+    "The rows that are tried: with `--steps` all, otherwise those of the model that continues pictures only where it differs."
+    return {title: row for title, row in ROWS.items() if int((folder / 'steps').read_text()) or row[1] == 't2v' or title.removeprefix('i2v: ') in BOTH}
+
 def config_of(folder, title):
     "The configuration of a row."
     _, model, words = ROWS[title]
     film = Film(features=str(folder / f'features-{model}'), clips=CLIPS, caption_dropout=0.3, sampling=SAMPLING, workers=0)
     plain = Config(task='wan2_1', weights=str(folder / model), film=film, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant'),
-        loop=Loop(steps=STEPS, global_batch=GLOBAL), dtype='float32')
+        loop=Loop(steps=steps_of(folder), global_batch=GLOBAL), dtype='float32')
     return override(plain, [word.replace('SOURCE', str(folder / 'data.json')).replace('PROMPTS', str(folder / f'prompts-{model}.json')) for word in words])
 
 @pytest.fixture(scope='module')
-def house(tmp_path_factory):
+def house(tmp_path_factory, request):
     "Two models, their features, and what all rows gave on one, two and four ranks."
     folder = tmp_path_factory.mktemp('films')
+    (folder / 'steps').write_text(str(request.config.getoption('steps')))
     write_clips(folder)
     for model in ('t2v', 'i2v'):
         tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, room=24, random_all=True, seed=3)
         extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
     found = {}
-    for ranks in sorted({row[0] for row in ROWS.values()}): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 800)
+    for ranks in sorted({row[0] for row in rows_of(folder).values()}): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 800)
     return folder, found
 
 def train(folder):
     "What every row of this world gave; its first gradients lie beside as files."
     folder, found = Path(folder), {}
-    for title in (title for title, row in ROWS.items() if row[0] == place().world):
+    for title in (title for title, row in rows_of(folder).items() if row[0] == place().world):
         config = config_of(folder, title)
         with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
             if config.layout.overlap: parity.small_buckets()
@@ -125,20 +134,20 @@ def far(mine, theirs): return max(abs(a - b) / abs(b) for a, b in zip(mine, thei
 def test_the_steps_hold_what_they_should(house):
     for model in ('t2v', 'i2v'):
         one, two = house[1][f'{model}: {FIRST}'], house[1][f'{model}: dp 2, ddp']
-        assert len(set(one['tokens'])) == 2 and len(one['losses']) == STEPS and one['losses'][-1] < one['losses'][0]        # steps of both lengths
+        assert len(set(one['tokens'])) == 2 and len(one['losses']) == steps_of(house[0]) and one['losses'][-1] < one['losses'][0]        # steps of both lengths
         assert len(set(one['sigmas'])) == GLOBAL and len(two['sigmas']) == GLOBAL // 2 and set(two['sigmas']) < set(one['sigmas'])     # each copy draws its own part
         assert all(len(parts) == 10 and any(part is not None for part in parts) for parts in one['parts'])
 
 def test_layouts_never_change_the_answer(house, capsys):
     folder, found = house
     rows = []
-    for title, (ranks, model, _) in ROWS.items():
+    for title, (ranks, model, _) in rows_of(folder).items():
         like = f'{model}: {FIRST}'
         if title == like: continue
         gradient, name = parity.furthest(*(load_file(folder / f'{row}.safetensors') for row in (title, like)))
         rows.append([title, ranks, far(found[title]['losses'], found[like]['losses']), far(found[title]['norms'], found[like]['norms']), gradient, name])
     text = parity.table(['layout', 'ranks', 'losses', 'norms', 'first gradients', 'furthest gradient'], rows)
-    with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one clip at a time, {STEPS} steps of AdamW, fp32\n\n{text}\n')
+    with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one clip at a time, {steps_of(folder)} steps of AdamW, fp32\n\n{text}\n')
     assert all(max(row[2], row[4]) <= parity.LIMIT for row in rows), text
 
 def test_a_pipeline_adds_in_the_same_order(house):
@@ -155,11 +164,11 @@ def test_kept_features_train_bit_for_bit_as_files_do(house):
 
 def test_what_is_saved_opens_in_diffusers(house):
     from diffusers import WanTransformer3DModel
-    for title, (_, model, _) in ROWS.items():
-        saved = house[0] / 'runs' / title.replace(' ', '-') / 'checkpoints' / f'step-{STEPS:07d}'
+    for title, (_, model, _) in rows_of(house[0]).items():
+        saved = house[0] / 'runs' / title.replace(' ', '-') / 'checkpoints' / f'step-{steps_of(house[0]):07d}'
         opened, report = WanTransformer3DModel.from_pretrained(saved / 'transformer', output_loading_info=True)
         assert not report['missing_keys'] and not report['unexpected_keys'] and (saved / 'model_index.json').is_file() and (saved / 'vae' / 'config.json').is_file()
-        like = load_file(house[0] / 'runs' / f'{model}: {FIRST}'.replace(' ', '-') / 'checkpoints' / f'step-{STEPS:07d}' / 'transformer' / 'diffusion_pytorch_model.safetensors')
+        like = load_file(house[0] / 'runs' / f'{model}: {FIRST}'.replace(' ', '-') / 'checkpoints' / f'step-{steps_of(house[0]):07d}' / 'transformer' / 'diffusion_pytorch_model.safetensors')
         apart = max((value - like[name]).abs().mean().item() for name, value in opened.state_dict().items())
         assert (apart > 1e-4) if 'average' in title else (apart < 3e-5), (title, apart)
 
@@ -167,14 +176,15 @@ def test_samples_are_what_the_saved_weights_make(house):
     """The averaged ones, filmed by two copies in turn; the second clip too, whose noise must be that of its number.
 
     Other sizes of a batch round otherwise, and a number that lies between two grey levels may fall to either side: so films are compared by mean grey levels."""
-    for title, (_, model, words) in ROWS.items():
+    last = steps_of(house[0])
+    for title, (_, model, words) in rows_of(house[0]).items():
         if 'loop.samples=PROMPTS' not in words: continue
         run = house[0] / 'runs' / title.replace(' ', '-')
         asked = json.loads((house[0] / f'prompts-{model}.json').read_text())
         sampled = {int(path.stem[5:]): json.loads(path.read_text()) for path in sorted((run / 'samples').glob('step-*.json'))}
-        assert list(sampled) == [5, STEPS] and all([{key: one[key] for key in one if key != 'video'} for one in found] == asked for found in sampled.values())
-        made = film(run / 'checkpoints' / f'step-{STEPS:07d}', PROMPTS, images=[one['image'] for one in asked] if model == 'i2v' else None, sampling=SAMPLING, device='cpu', progress=False)
-        shown = [frames_of((run / 'samples' / one['video']).read_bytes()) for one in sampled[STEPS]]
+        assert list(sampled) == sorted({*range(5, last, 5), last}) and all([{key: one[key] for key in one if key != 'video'} for one in found] == asked for found in sampled.values())
+        made = film(run / 'checkpoints' / f'step-{last:07d}', PROMPTS, images=[one['image'] for one in asked] if model == 'i2v' else None, sampling=SAMPLING, device='cpu', progress=False)
+        shown = [frames_of((run / 'samples' / one['video']).read_bytes()) for one in sampled[last]]
         apart = [[np.abs(frames - frames_of(one.video)).mean() for one in made] for frames in shown]
         assert all(row[number] < 0.5 and row[number] < min(row[:number] + row[number + 1:]) / 10 for number, row in enumerate(apart)), (title, apart)
 

@@ -1,4 +1,4 @@
-"""Training gives the same losses, norms and first gradients however the model and the batch are laid out: twenty steps in the main layouts, five in the others.
+"""Training gives the same losses, norms and first gradients however the model and the batch are laid out: twenty steps of one with everything and five of the others, or `--steps 20` of all.
 
 Every step holds pictures of several sizes, clips and plain text. Each layout is compared with one rank that takes the samples one by one."""
 import json, random, shutil
@@ -65,7 +65,7 @@ ROWS = {                                        # title: (ranks, what differs fr
     'frozen, pp 2, both ranks see': (2, [*FROZEN, 'layout.pp=2', 'layout.data=zero1', 'layout.layers={"vision": [[3, 1]], "text": [[0, 4]]}'], 'frozen'),
 }
 CONTROL = 'every weight moved by its last bit'           # not a layout: how far rounding alone goes in twenty steps, shown beside the others
-LONG = ['tp 1, one by one', CONTROL, 'micro-batches of 8', 'tp 2, sequence parallel, recompute, zero1', 'dp 2, zero1, overlap', 'cp 2, Ulysses', 'cp 2, ring, recompute, overlap', 'dp 2, fsdp', 'pp 2, two turns', 'tp 2, sequence parallel, pp 2']
+LONG = ['tp 1, one by one', CONTROL, 'tp 2, sequence parallel, pp 2']
 BITS = ['pp 2', 'pp 2, uneven', 'pp 2, two turns', 'pp 4, an empty stage', 'frozen, pp 2, nothing to train on the first rank', 'frozen, pp 2, both ranks see']      # first gradients equal to the last bit
 
 def talk(*said, images=(), videos=()):
@@ -86,18 +86,23 @@ def write_data(folder):
     (folder / 'talks.json').write_text(json.dumps(records))
     return [message['content'] for record in records for message in record['messages']]
 
+def steps_of(folder, title):
+    "How many steps a row is trained."
+    return int((folder / 'steps').read_text()) or (STEPS if title in LONG else SHORT)
+
 def config_of(folder, title):
     "The configuration of a row."
     data = Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, video_max_pixels=8000, workers=0)
-    loop = Loop(steps=STEPS if title in LONG else SHORT, global_batch=GLOBAL, save_every=SHORT * (ROWS[title][2] is None))
+    loop = Loop(steps=steps_of(folder, title), global_batch=GLOBAL, save_every=SHORT * (ROWS[title][2] is None))
     plain = Config(weights=str(folder / 'tiny'), data=data, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant', eps=1e-8, clip=1.0), loop=loop, dtype='float32')
     words = [word.replace('TIED', str(folder / 'tied')).replace('TALKS', str(folder / 'talks.json')) for word in ROWS[title][1]]
     return override(plain, words + [f'weights={folder / "moved"}'] * (title == CONTROL))
 
 @pytest.fixture(scope='module')
-def house(tmp_path_factory):
+def house(tmp_path_factory, request):
     "Tiny models, conversations, and what all rows gave on one, two and four ranks."
     folder = tmp_path_factory.mktemp('layouts')
+    (folder / 'steps').write_text(str(request.config.getoption('steps')))
     texts = write_data(folder)
     for name in ('tiny', 'tied'): tiny_qwen2_5_vl(folder / name, texts, random_all=True, tied=name == 'tied', seed=3, **SIZES | (SMALL if name == 'tied' else {}))
     shutil.copytree(folder / 'tiny', folder / 'moved')
@@ -137,19 +142,19 @@ def far(mine, theirs, what):
 def test_the_batches_hold_everything_and_the_model_learns(house):
     found = house[1]['tp 1, one by one']
     assert len(found['held']) == GLOBAL and [] in found['held'] and [1] in found['held'] and [1, 1] in found['held'] and max(map(max, filter(None, found['held']))) > 1, found['held']
-    assert len(found['losses']) == STEPS and found['losses'][-1] < 0.5 * found['losses'][0] and sum(norm > 1 for norm in found['norms']) > STEPS / 2
+    assert len(found['losses']) >= STEPS and found['losses'][-1] < 0.5 * found['losses'][0] and sum(norm > 1 for norm in found['norms']) > STEPS / 2
     first = [house[1][title]['losses'][0] for title in ('tp 1, one by one', 'loss by sample', 'loss by micro-batch of 2')]
     assert all(abs(a - b) / b > 1e-4 for a, b in zip(first, first[1:]))
 
 def test_layouts_never_change_the_answer(house, capsys):
     folder, found = house
-    rows = []
+    rows, steps = [], sorted({steps_of(folder, title) for title in ROWS})
     for title, (ranks, _, like) in ROWS.items():
         if like is None: continue
         gradient, name = parity.furthest(*(load_file(folder / f'{row}.safetensors') for row in (title, like)))
         rows.append([title, ranks, far(found[title], found[like], 'losses'), far(found[title], found[like], 'norms'), gradient, name])
     text = parity.table(['layout', 'ranks', 'losses', 'norms', 'first gradients', 'furthest gradient'], rows)
-    with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one sample at a time, {STEPS} or {SHORT} steps of AdamW, fp32\n\n{text}\n')
+    with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one sample at a time, {" or ".join(map(str, steps))} steps of AdamW, fp32\n\n{text}\n')
     assert all(max(row[2], row[4]) <= parity.LIMIT for row in rows if row[0] != CONTROL), text
 
 def test_a_pipeline_adds_in_the_same_order(house):
@@ -158,7 +163,7 @@ def test_a_pipeline_adds_in_the_same_order(house):
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), title
 
 def test_a_pipeline_answers_as_one_process(house):
-    said = lambda title: (house[0] / 'runs' / title.replace(' ', '-') / 'samples' / 'step-0000005.json').read_text()
+    said = lambda title: (house[0] / 'runs' / title.replace(' ', '-') / 'samples' / f'step-{steps_of(house[0], title):07d}.json').read_text()
     for title, (_, words, like) in ROWS.items():
         if like and 'loop.samples=TALKS' in words: assert said(title) == said(like) and len(json.loads(said(title))) == 4, title
 

@@ -34,12 +34,12 @@ LAYOUTS = {                                     # title: ranks, the layout
 CHAIN = ['tp 2', 'pp 2', 'dp 2, zero1', 'dp 2, fsdp']           # what is taken up from one rank and by one rank anyway, each also by the next
 FILMS = ['one rank', 'dp 2, zero1', 'dp 2, fsdp']
 SAVED = 2                                       # the step of the checkpoints
-MODELS = ('text', 'film')
+MODELS = ('text', 'film', 'film in float32')
 
 def config_of(folder, model, title):
-    "Conversations in float32 with a frozen part and tied weights; films in bfloat16, where formats mix, with averaged weights."
+    "Conversations in float32 with a frozen part and tied weights; films in bfloat16, where formats mix, with averaged weights; and in float32."
     optim, loop = Optim(lr=1e-3, warmup=1, clip=1.0), Loop(steps=3, global_batch=4, save_every=SAVED, average=0.9 * (model == 'film'))
-    plain = kill_test.text_config(folder, optim, loop) if model == 'text' else kill_test.film_config(folder, optim, loop, dtype='bfloat16')
+    plain = kill_test.text_config(folder, optim, loop) if model == 'text' else kill_test.film_config(folder, optim, loop, dtype='bfloat16' if model == 'film' else 'float32')
     return override(plain, LAYOUTS[title][1])
 
 def place_of(folder, model, title): return folder / 'runs' / f'{model}: {title}'.replace(' ', '-')
@@ -112,23 +112,33 @@ def judged(folder, found):
         model, (source, _) = title.split(': ', 1)[0], title.split(': ', 1)[1].split(' -> ')
         like = found[f'{model}: {source} -> one rank'][1]
         rows.append([title, len(bad), abs(loss - like) / like])
-        good = good and not bad and all(same.values()) and rate == records[model][SAVED]['lr'] and rows[-1][2] <= (1e-6 if model == 'text' else 1e-2)
+        good = good and not bad and all(same.values()) and rate == records[model][SAVED]['lr'] and rows[-1][2] <= (1e-2 if model == 'film' else 1e-6)
     return parity.table(['checkpoint -> layout', 'tensors that differ', 'loss of the next step'], rows), good
 
 def test_every_layout_takes_up_every_checkpoint(house, capsys):
     found = matrix(house)
     text, good = judged(house, found)
     with capsys.disabled(): print(f'\n\n{text}\n')
-    assert good and len(found) == 13 + 3 + 5, text
+    assert good and len(found) == 16 + 5 + 5, text
 
-def live_logits(folder, title, ids):
-    "Of the model in training, as it begins from a checkpoint."
-    config = override(config_of(folder, 'text', 'one rank'), [f'resume={checkpoint_of(folder, "text", title)}'])
-    with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
-        training, _ = begin(config, TASKS[config.task](config), mesh, folder / 'live')
-        model, places = training.model[0], torch.arange(len(ids)).expand(3, -1)
-        tower, attends = model.text_decoder, [row_attention([len(ids)], True, mesh)] * len(model.stage.layers['text'])
-        with torch.no_grad(): return whole_logits(model, tower(tower.embed(ids), places, attends), mesh)
+def answers_of(model, mesh, ids):
+    "Logits (s v) of our text tower for token ids (s)."
+    tower, places, attends = model.text_decoder, torch.arange(len(ids)).expand(3, -1), [row_attention([len(ids)], True, mesh)] * len(model.stage.layers['text'])
+    return whole_logits(model, tower(tower.embed(ids), places, attends), mesh)
+
+def live(folder, name, title, answer):
+    "What the model in training answers, as it begins from a checkpoint of one layout: `answer(model, mesh, task)`."
+    config = override(config_of(folder, name, 'one rank'), [f'resume={checkpoint_of(folder, name, title)}'])
+    with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh, torch.no_grad():
+        task = TASKS[config.task](config)
+        training, _ = begin(config, task, mesh, folder / 'live')
+        return answer(training.model[0], mesh, task)
+
+def velocity(model, mesh, task):
+    "(noisy clips, times, text, what our model says) of the first micro-batch."
+    batch = next(task.batches(mesh))[0]
+    given = batch['noisy'], batch['time'], batch['text']
+    return *given, model(*given)
 
 def test_a_checkpoint_opens_in_transformers_and_diffusers_and_answers_as_the_live_model(house):
     from diffusers import WanTransformer3DModel
@@ -136,11 +146,16 @@ def test_a_checkpoint_opens_in_transformers_and_diffusers_and_answers_as_the_liv
     ids = torch.arange(12) + 20
     for title in sources(house, 'text'):
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint_of(house, 'text', title), output_loading_info=True)
-        theirs, mine = model(input_ids=ids[None]).logits[0].detach(), live_logits(house, title, ids)
+        theirs = model(input_ids=ids[None]).logits[0].detach()
+        mine = live(house, 'text', title, lambda model, mesh, task: answers_of(model, mesh, ids))
         assert not report['missing_keys'] and not report['unexpected_keys'] and parity.apart(mine.reshape(theirs.shape), theirs) < 1e-5, title
-    for title in sources(house, 'film'):
-        _, report = WanTransformer3DModel.from_pretrained(checkpoint_of(house, 'film', title) / 'transformer', output_loading_info=True)
-        assert not report['missing_keys'] and not report['unexpected_keys'], title
+    for name in ('film', 'film in float32'):
+        for title in sources(house, name):
+            model, report = WanTransformer3DModel.from_pretrained(checkpoint_of(house, name, title) / 'transformer', output_loading_info=True)
+            assert not report['missing_keys'] and not report['unexpected_keys'], (name, title)
+            if name == 'film': continue             # its weights are averages
+            *given, mine = live(house, name, title, velocity)
+            assert parity.apart(mine, model(*given, return_dict=False)[0].detach()) < 1e-5, title
 
 # Damage
 
@@ -174,7 +189,7 @@ DAMAGE = [(flip, ANY), (truncate, ANY), (delete, ANY), (swap, ANY), (header, SAF
 def test_damage_is_found_before_use_and_the_checkpoint_before_is_taken(house, tmp_path):
     "Of any file; a manifest that is damaged itself is named, or the file that it no longer describes."
     draw, cases = random.Random(0), 0
-    for model in MODELS:
+    for model in MODELS[:2]:
         source, run = place_of(house, model, 'one rank') / 'checkpoints', tmp_path / model / 'checkpoints'
         whole = shutil.copytree(source / 'step-0000003', tmp_path / f'{model}-whole')
         inner = whole / 'transformer' if model == 'film' else whole
@@ -198,7 +213,7 @@ def test_damage_is_found_before_use_and_the_checkpoint_before_is_taken(house, tm
 
 # Kills
 
-@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('model', MODELS[:2])
 def test_a_killed_run_ends_as_one_that_was_not(house, tmp_path, model):
     for name in ('data', 'text', 'film', 'features'): (tmp_path / name).symlink_to(house / name)
     hits, problems = kill_test.killed(tmp_path, model, kills=2, saves=1, steps=6)

@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['Training', 'kinds', 'whole', 'fill_kind', 'Asked', 'whole_kind', 'state_files', 'describe_state', 'checkpoints',
-           'remove', 'drop_old', 'save', 'latest', 'set_aside', 'find_start', 'compare_ledger', 'open_states',
-           'load_states', 'restore', 'weights_in']
+           'remove', 'drop_old', 'has_room', 'Saving', 'Saver', 'save', 'latest', 'set_aside', 'find_start',
+           'compare_ledger', 'open_states', 'load_states', 'restore', 'weights_in']
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #37a8f151
+# %% ../../nbs/56_trainer.checkpoint.ipynb #dcaf1456
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import Config
+from ..converters.convert import behind
 from ..converters.folders import HFFolder, hub_name, open_safetensors
 from ..converters.weights import pieces
 from ..files import STATE, TRAINING, check_manifest, load_json, sync_folder, write_atomic
@@ -97,7 +101,7 @@ def describe_state(training: Training, task: Task, mesh: Mesh, config: Config, s
     return dict(step=step, samples=step * config.loop.global_batch, ledger=task.ledger, frozen=list(config.freeze), optimizer=config.loop.save_optimizer,
         adam_steps=int(steps), average_steps=training.average.steps if training.average.decay else 0, layout=asdict(config.layout), ranks=mesh.place.world, versions=versions)
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #0450496d
+# %% ../../nbs/56_trainer.checkpoint.ipynb #029e7024
 def checkpoints(run: str | Path) -> list[Path]:
     "The saved steps of a run, oldest first."
     return sorted(Path(run, 'checkpoints').glob('step-' + '[0-9]' * 7))
@@ -113,22 +117,70 @@ def drop_old(run: Path, keep: int, newest: Path) -> None:
     check_manifest(newest, contents=False)
     for folder in checkpoints(run)[:-keep] if keep else (): remove(folder)
 
+# %% ../../nbs/56_trainer.checkpoint.ipynb #d1422ba9
+def has_room(size: int, mesh: Mesh, report: Callable[[str], None] = print) -> bool:
+    "Whether copies of `size` bytes, spread over the ranks, leave a fifth of the machine's free memory; `report` gets a sentence if not."
+    needed, free = size * min(mesh.place.world, mesh.device.count()) // mesh.place.world, psutil.virtual_memory().available
+    if needed <= 0.8 * free: return True
+    report(f'training waits for this checkpoint: copies of it need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free')
+    return False
+
+# %% ../../nbs/56_trainer.checkpoint.ipynb #c417724a
+class Saving:
+    "Step `step` on its way to `checkpoints/step-0000100` of a run; all ranks begin it together, and when each is `ready`, or before, end it together."
+    def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int, background: bool = False):
+        self.target, self.task, self.mesh, self.keep = Path(run, 'checkpoints', f'step-{step:07d}'), task, mesh, config.loop.keep
+        self.layout, state = layout_of(training.model, task.towers, mesh, task.like), describe_state(training, task, mesh, config, step)
+        weights = weight_files(task.like, self.layout, Path(task.like.path).relative_to(task.root))
+        states = state_files(training, task, mesh) if config.loop.save_optimizer else {}
+        size = sum(map(bytes_of, (weights, *states.values())))
+        if mesh.first:
+            for left in self.target.parent.glob('.*.partial'): shutil.rmtree(left)
+        background = background and told(mesh, lambda: has_room(size, mesh))
+        self.room, self.pen, self.written = ExitStack(), ExitStack(), {}
+        self.folder = self.room.enter_context(shared_folder(self.target, size, mesh))
+        later = self.pen.enter_context(behind(math.inf if background else 1))
+        put = partial(write_tensors, folder=self.folder, mesh=mesh, later=later, written=self.written, copies=background)
+        with training.average.used(): put(whole_weights(training.model, task.towers, mesh), weights)
+        for number, (kind, files) in enumerate(states.items(), 1):
+            if files: put(whole_kind(training, task, mesh, kind), files, first=number)
+        if mesh.first: write_atomic(self.folder / STATE, json.dumps(state, indent=1))
+        self.last = later(len, ())
+
+    @property
+    def ready(self) -> bool: return self.last.done()                    # this rank's files are written
+
+    def end(self) -> Path:
+        "The checkpoint, once all ranks have written their files; raises what writing raised. Older ones go as `loop.keep` says."
+        with self.room.pop_all():
+            self.pen.close()
+            complete(self.folder, Path(self.task.root), self.task.like, self.layout, self.written, self.mesh)
+        told(self.mesh, lambda: drop_old(self.target.parents[1], self.keep, self.target))
+        return self.target
+
+# %% ../../nbs/56_trainer.checkpoint.ipynb #4ff6221e
+class Saver:
+    "Saves steps of a run, one after the other; all ranks call it."
+    def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path):
+        self.begin, self.background, self.saving = partial(Saving, training, task, mesh, config, run), config.loop.save_in_background, None
+
+    @property
+    def busy(self) -> bool: return self.saving is not None and not self.saving.ready
+
+    def end(self) -> Path | None:
+        "Waits for what is on its way."
+        saving, self.saving = self.saving, None
+        return saving and saving.end()
+
+    def save(self, step: int, wait: bool = False) -> None:
+        "Begins to save a step, and with `wait`, or where nothing is saved in the background, ends it."
+        self.end()
+        self.saving = self.begin(step, self.background and not wait)
+        if wait or not self.background: self.end()
+
 def save(training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int) -> Path:
     "Saves a step as `checkpoints/step-0000100` of the run; all ranks call it."
-    target, like, root = Path(run, 'checkpoints', f'step-{step:07d}'), task.like, Path(task.root)
-    layout, state = layout_of(training.model, task.towers, mesh, like), describe_state(training, task, mesh, config, step)
-    weights = weight_files(like, layout, Path(like.path).relative_to(root))
-    states = state_files(training, task, mesh) if config.loop.save_optimizer else {}
-    if mesh.first:
-        for left in target.parent.glob('.*.partial'): shutil.rmtree(left)
-    with shared_folder(target, sum(map(bytes_of, (weights, *states.values()))), mesh) as folder:
-        with training.average.used(): written = write_tensors(whole_weights(training.model, task.towers, mesh), weights, folder, mesh)
-        for number, (kind, files) in enumerate(states.items(), 1):
-            if files: written |= write_tensors(whole_kind(training, task, mesh, kind), files, folder, mesh, number)
-        if mesh.first: write_atomic(folder / STATE, json.dumps(state, indent=1))
-        complete(folder, root, like, layout, written, mesh)
-    told(mesh, lambda: drop_old(Path(run), config.loop.keep, target))
-    return target
+    return Saving(training, task, mesh, config, run, step).end()
 
 # %% ../../nbs/56_trainer.checkpoint.ipynb #b7e36fb7
 def latest(run: str | Path, report: Callable[[str], None] = print) -> Path:

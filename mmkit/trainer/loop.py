@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build', 'begin', 'due', 'after_step', 'neighbour_died', 'asked_to_stop', 'wishes', 'fit', 'main']
 
-# %% ../../nbs/57_trainer.loop.ipynb #4df54c29
+# %% ../../nbs/57_trainer.loop.ipynb #55412c78
 import os
 import signal
 import sys
@@ -33,7 +33,7 @@ from ..parallel.layers import engine_config
 from ..parallel.mesh import Mesh, open_mesh
 from ..parallel.moments import Moments
 from ..ranks import leave
-from .checkpoint import Training, compare_ledger, find_start, restore, save, weights_in
+from .checkpoint import Saver, Training, compare_ledger, find_start, restore, weights_in
 from .step import Average, Record, peer_line, train_step
 from .task import TASKS, Task
 from .weights import load_weights, told
@@ -62,13 +62,13 @@ def begin(config: Config, task: Task, mesh: Mesh, folder: Path) -> tuple[Trainin
         if start: at_once(f'goes on from {start} with step {state["step"] + 1}')
     return training, state
 
-# %% ../../nbs/57_trainer.loop.ipynb #b2219b82
+# %% ../../nbs/57_trainer.loop.ipynb #aa6dadd9
 def due(every: int, step: int, last: bool = False) -> bool:
     "Whether something that happens every so many steps (0: never) happens after this one."
     return last or bool(every) and step % every == 0
 
 def after_step(record: Record, config: Config, task: Task, mesh: Mesh, training: Training, folder: Path, now: bool = False) -> bool:
-    "Takes a step's weights into the average and writes what is due into the run folder, a checkpoint also when one is asked for `now`; returns whether it saved."
+    "Takes a step's weights into the average and writes what is due into the run folder; returns whether a checkpoint is due, as it also is when one is asked for `now`."
     loop, step = config.loop, record.step
     if mesh.first:
         Jsonl(folder / 'metrics.jsonl').append(asdict(record))
@@ -78,7 +78,6 @@ def after_step(record: Record, config: Config, task: Task, mesh: Mesh, training:
     training.average.update()
     if sampled:
         with training.average.used(), gathered(*training.model): task.sample(training.model, mesh, folder / 'samples' / f'step-{step:07d}.json')
-    if saved: save(training, task, mesh, config, folder, step)
     return saved
 
 # %% ../../nbs/57_trainer.loop.ipynb #23d5ce86
@@ -118,7 +117,7 @@ def wishes(mesh: Mesh, *own: bool) -> list[bool]:
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return [bool(one) for one in found.tolist()]
 
-# %% ../../nbs/57_trainer.loop.ipynb #9c05de3a
+# %% ../../nbs/57_trainer.loop.ipynb #c70c6ba9
 def fit(config: Config, folder: str | Path) -> list[Record]:
     "Trains as `config` says and writes into the run folder, going on from a checkpoint if there is one; every rank calls it and gets the records of the steps it made."
     folder, records = Path(folder), []
@@ -126,14 +125,17 @@ def fit(config: Config, folder: str | Path) -> list[Record]:
         config.check(mesh.place.world)
         task = TASKS[config.task](config)
         training, state = begin(config, task, mesh, folder)
-        done, saved = state['step'], time.monotonic()
+        done, saved, saver = state['step'], time.monotonic(), Saver(training, task, mesh, config, folder)
         with closing(task.batches(mesh, done)) as steps:
             for step, batches in enumerate(islice(steps, max(config.loop.steps - done, 0)), done + 1):
                 if step == done + 1 and done: compare_ledger(state, task, config, print if mesh.first else lambda words: None)
                 records.append(train_step(step, training.wrapped, training.optimizer, training.schedule, task, mesh, batches))
                 late = mesh.first and 0 < 60 * config.loop.save_minutes < time.monotonic() - saved
-                stop, late = wishes(mesh, bool(asked), late)
-                if after_step(records[-1], config, task, mesh, training, folder, stop or late): saved = time.monotonic()
+                stop, late, busy = wishes(mesh, bool(asked), late, saver.busy)
+                if not busy: saver.end()
+                if after_step(records[-1], config, task, mesh, training, folder, stop or late):
+                    saver.save(step, wait=stop or step == config.loop.steps)
+                    saved = time.monotonic()
                 if stop: break
     return records
 

@@ -7,7 +7,7 @@ __all__ = ['Files', 'load_weights', 'joined', 'whole_tensors', 'whole_weights', 
            'bytes_of', 'write_tensors', 'link_parts', 'known_entry', 'describe', 'told', 'shared_folder', 'complete',
            'save_weights']
 
-# %% ../../nbs/50_trainer.weights.ipynb #61c4c794
+# %% ../../nbs/50_trainer.weights.ipynb #9b29d89d
 import json
 import os
 from collections import defaultdict
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..converters.convert import copy_rest, new_folder, write_index
+from ..converters.convert import Later, behind, copy_rest, new_folder, write_index
 from ..converters.folders import HFFolder, MMFolder, SafetensorsWriter
 from ..converters.weights import Tower, check, pieces, whole
 from ..files import entry, sync_folder, write_manifest
@@ -78,7 +78,7 @@ def layout_of(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh,
     dtypes = {hub: dtype for each in told for hub, dtype in each.items()}
     return {hub: (dtypes[like.copies.get(hub, hub)], like.shape(hub)) for hub in like.places}
 
-# %% ../../nbs/50_trainer.weights.ipynb #04701910
+# %% ../../nbs/50_trainer.weights.ipynb #fda7ac29
 Files = dict[str, dict[str, tuple[str, torch.dtype, tuple[int, ...]]]]          # what is to be written: by file and own name, the hub's name, dtype and shape
 
 def weight_files(like: HFFolder, layout: Mapping[str, tuple[torch.dtype, tuple]], inside: Path) -> Files:
@@ -91,18 +91,19 @@ def bytes_of(files: Files) -> int:
     "How many bytes of tensors the files hold."
     return sum(torch.Size(shape).numel() * dtype.itemsize for file in files.values() for _, dtype, shape in file.values())
 
-def write_tensors(tensors: Iterable[tuple[str, Tensor]], files: Files, folder: Path, mesh: Mesh, first: int = 0) -> dict[str, dict]:
-    "Writes the tensors that the files want, rank number `first` the first file; every rank is given all tensors and returns what a manifest says of the files that it wrote."
-    mine = list(files)[(mesh.place.rank - first) % mesh.place.world::mesh.place.world]
-    with ExitStack() as stack:
-        wanted = defaultdict(list)
-        for file in mine:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            writer = stack.enter_context(SafetensorsWriter(folder / file, {own: tuple(place) for own, (_, *place) in files[file].items()}))
-            for own, (hub, *_) in files[file].items(): wanted[hub].append((writer, own))
-        for name, x in tensors:
-            for writer, own in wanted[name]: writer.write(own, x)
-    return {file: entry(folder / file) for file in mine}
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], files: Files, folder: Path, mesh: Mesh, later: Later, written: dict[str, dict], first: int = 0, copies: bool = False) -> None:
+    "Leaves it to `later` to write the tensors that the files want, rank number `first` the first file, and to put what a manifest says of them into `written`; every rank is given all tensors. `copies` are wanted when they may change meanwhile."
+    def close(file: str, writer: SafetensorsWriter):
+        writer.close()
+        written[file] = entry(folder / file)
+    writers, wanted = {}, defaultdict(list)
+    for file in list(files)[(mesh.place.rank - first) % mesh.place.world::mesh.place.world]:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        writers[file] = SafetensorsWriter(folder / file, {own: tuple(place) for own, (_, *place) in files[file].items()})
+        for own, (hub, *_) in files[file].items(): wanted[hub].append((writers[file], own))
+    for name, x in tensors:
+        for writer, own in wanted[name]: later(writer.write, own, x.detach().to('cpu', copy=copies))
+    for file, writer in writers.items(): later(close, file, writer)
 
 # %% ../../nbs/50_trainer.weights.ipynb #24bae079
 def link_parts(root: Path, inside: Path, names: list[str], folder: Path) -> list[str]:
@@ -145,7 +146,7 @@ def shared_folder(target: Path, size: int, mesh: Mesh) -> Iterator[Path]:
         dist.barrier()
     dist.barrier()
 
-# %% ../../nbs/50_trainer.weights.ipynb #dffe4375
+# %% ../../nbs/50_trainer.weights.ipynb #75d896a5
 def complete(folder: Path, root: Path, like: HFFolder, layout: dict[str, tuple[torch.dtype, tuple]], written: Mapping[str, dict], mesh: Mesh) -> None:
     "Adds everything else of `root`, what describes the weights, and a manifest with the entries of what all ranks have written."
     every, inside = [None] * mesh.place.world, Path(like.path).relative_to(root)
@@ -165,4 +166,6 @@ def save_weights(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Me
     layout, root = layout_of(model, towers, mesh, like), Path(root or like.path)
     files = weight_files(like, layout, Path(like.path).relative_to(root))
     with shared_folder(target, bytes_of(files), mesh) as folder:
-        complete(folder, root, like, layout, write_tensors(whole_weights(model, towers, mesh), files, folder, mesh), mesh)
+        written = {}
+        with behind() as later: write_tensors(whole_weights(model, towers, mesh), files, folder, mesh, later, written)
+        complete(folder, root, like, layout, written, mesh)
