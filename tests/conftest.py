@@ -1,8 +1,9 @@
 """For every test: one thread per process, no process left behind, and no test skipped in silence."""
-import os
+import os, signal
 import psutil, pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')           # two cores, several ranks: one thread each; the ranks inherit it
+signal.signal(signal.SIGINT, signal.default_int_handler)            # pytest-xdist makes its workers, and all they start, deaf to Ctrl-C
 
 def pytest_addoption(parser):
     parser.addoption('--steps', type=int, default=0, help='train so many steps under every layout (test_layouts.py, test_film_layouts.py); by default as many as show a difference')
