@@ -4,27 +4,30 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'put_in_place', 'new_folder', 'may_write', 'zip_places', 'PeerWriter', 'Written', 'progress', 'left_out',
-           'write_stage', 'write_mm', 'hf_to_mm', 'copy_rest', 'write_like', 'write_index', 'compare_layout', 'drifted',
-           'other_dtypes', 'mm_to_hf', 'resplit']
+           'write_parts', 'write_stage', 'write_mm', 'hf_to_mm', 'copy_rest', 'write_like', 'write_index',
+           'compare_layout', 'drifted', 'other_dtypes', 'mm_to_hf', 'resplit']
 
-# %% ../../nbs/32_converters.convert.ipynb #390f9b6e
+# %% ../../nbs/32_converters.convert.ipynb #4a54fd60
 import json
 import os
 import secrets
 import shutil
 import struct
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .folders import LATEST, HFFolder, MMFolder, SafetensorsWriter, TensorFile, open_weights, raw
+from .folders import LATEST, HFFolder, MMFolder, open_weights
 from .weights import Piece, Tower, check, pieces, shards, some
+from .writing import SafetensorsWriter, TensorFile, behind, raw, touch
 from ..files import OURS, inside, sync_folder
 
 # %% ../../nbs/32_converters.convert.ipynb #89cf047c
@@ -97,7 +100,7 @@ class PeerWriter(TensorFile):
             places[key] = (start, x.dtype, tuple(x.shape))
         super().__init__(path, places, checksums)
 
-# %% ../../nbs/32_converters.convert.ipynb #e081cc3d
+# %% ../../nbs/32_converters.convert.ipynb #aa9b688c
 @dataclass(frozen=True)
 class Written:
     "What a conversion wrote: where, how much, and what a reader should know."
@@ -113,8 +116,9 @@ class Written:
 
 
 def progress(size: int, title: str) -> tqdm:
-    "A progress bar over `size` bytes."
-    return tqdm(total=size, desc=title, unit='B', unit_scale=True, mininterval=0.5)
+    "A progress bar over `size` bytes, in GB and GB/s; nothing where neither a terminal nor a notebook shows it."
+    form = '{desc} {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GB, {rate_noinv_fmt}, {elapsed}<{remaining}'
+    return tqdm(total=size, desc=title, unit=' GB', unit_scale=1e-9, bar_format=form, mininterval=0.5, disable=not sys.stderr.isatty() and 'ipykernel' not in sys.modules)
 
 # %% ../../nbs/32_converters.convert.ipynb #2fd3b9bd
 def left_out(hf: HFFolder | MMFolder) -> list[str]:
@@ -122,18 +126,25 @@ def left_out(hf: HFFolder | MMFolder) -> list[str]:
     if isinstance(hf, MMFolder): return [f'not carried over, since they are no weights: {some(hf.found.beside, 12)}'] if hf.found.beside else []
     return [f'left out, since no model reads them: {some(hub for hub, _, _ in hf.unread)}'] if hf.unread else []
 
-# %% ../../nbs/32_converters.convert.ipynb #dbd813cb
+# %% ../../nbs/32_converters.convert.ipynb #d17b269a
+def write_parts(writers: Sequence[TensorFile], name: Any, parts: Sequence[Tensor], bar: tqdm) -> None:
+    "Puts one part into each file, under the same name."
+    for writer, part in zip(writers, parts):
+        writer.write(name, part)
+        bar.update(part.nbytes)
+
+
 def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int, rank_folder: str, versioned: bool, bar: tqdm) -> None:
     "Writes the files of all tensor ranks of one pipeline stage; `rank_folder` has a place for the rank."
     groups = {'model' if len(chunks) == 1 else f'model{v}': chunk for v, chunk in enumerate(chunks)}
     layout = {group: {p.mm: shards(p, hf, tp)[0] for p in chunk} for group, chunk in groups.items()}
-    writers = [PeerWriter(release / rank_folder.format(rank) / 'model_optim_rng.pt', layout, versioned or len(chunks) > 1) for rank in range(tp)]
-    for group, piece in ((group, piece) for group, chunk in groups.items() for piece in chunk):
-        full = piece.rule.pack.pack(*(hf[h] for h in piece.hf))
-        for writer, part in zip(writers, piece.rule.split.cut(full, tp)):
-            writer.write((group, piece.mm), part)
-            bar.update(part.nbytes)
-    for writer in writers: writer.close()
+    with ExitStack() as stack:
+        files = [release / rank_folder.format(rank) / 'model_optim_rng.pt' for rank in range(tp)]
+        writers = [stack.enter_context(PeerWriter(file, layout, versioned or len(chunks) > 1)) for file in files]
+        later = stack.enter_context(behind())
+        for group, piece in ((group, piece) for group, chunk in groups.items() for piece in chunk):
+            full = touch(piece.rule.pack.pack(*(hf[h] for h in piece.hf)))
+            later(write_parts, writers, (group, piece.mm), piece.rule.split.cut(full, tp), bar)
 
 # %% ../../nbs/32_converters.convert.ipynb #cdb0cf94
 def write_mm(hf: HFFolder | MMFolder, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int, overwrite: bool, title: str) -> Written:
@@ -174,7 +185,7 @@ def copy_rest(source: Path, target: Path) -> list[str]:
             shutil.copyfile(file, target / name)
     return left
 
-# %% ../../nbs/32_converters.convert.ipynb #b0051fea
+# %% ../../nbs/32_converters.convert.ipynb #d9c05a87
 def write_like(hf: HFFolder, folder: Path, source: HFFolder | MMFolder, bar: tqdm) -> None:
     "Fills `folder` with the tensors of `source`, under the names and in the files of `hf`."
     rank = {name: k for k, name in enumerate(source.where)} if isinstance(source, MMFolder) else {}
@@ -182,11 +193,9 @@ def write_like(hf: HFFolder, folder: Path, source: HFFolder | MMFolder, bar: tqd
         names = {hub: own for hub, (place, own) in hf.places.items() if place == file}
         taken = {hub: hf.copies.get(hub, hub) for hub in names}
         layout = {names[hub]: (source.dtype(name), source.shape(name)) for hub, name in taken.items()}
-        with SafetensorsWriter(folder / file, layout, shard.metadata()) as writer:
+        with SafetensorsWriter(folder / file, layout, shard.metadata()) as writer, behind() as later:
             for hub in sorted(names, key=lambda hub: rank.get(taken[hub], 0)):     # tensors that are packed together, one after the other
-                x = source[taken[hub]]
-                writer.write(names[hub], x)
-                bar.update(x.nbytes)
+                later(write_parts, [writer], names[hub], [touch(source[taken[hub]])], bar)
 
 
 def write_index(hf: HFFolder, folder: Path, size: int) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['whole', 'dim0', 'dim1', 'pairs', 'same', 'stack', 'Rows', 'Split', 'equal_parts', 'halves', 'Pack', 'grouped_qkv',
-           'fused_qkv', 'Rule', 'rule', 'rows', 'Tower', 'Piece', 'owners', 'pieces', 'shards', 'misfits', 'some',
-           'check']
+           'fused_qkv', 'Rule', 'rule', 'rows', 'Tower', 'Piece', 'owners', 'pieces', 'unfilled', 'shards', 'misfits',
+           'some', 'check']
 
 # %% ../../nbs/30_converters.weights.ipynb #1e7a7864
 from collections import Counter
@@ -59,7 +59,7 @@ class Pack:
 same = Pack('same', lambda x: x, lambda x: (x,))
 stack = Pack('stack', lambda *xs: torch.cat(xs), lambda x: tuple(x.chunk(2)))
 
-# %% ../../nbs/30_converters.weights.ipynb #5646bdfc
+# %% ../../nbs/30_converters.weights.ipynb #5acde76e
 def grouped_qkv(groups: int, ratio: int) -> Pack:
     "q, k, v as `groups` groups of rows, each with `ratio` query heads, one key head and one value head."
     def pack(*qkv: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ def grouped_qkv(groups: int, ratio: int) -> Pack:
 
 def fused_qkv(heads: int) -> Pack:
     "One tensor with all q, then all k, then all v, as one group of rows for each head."
-    grouped = grouped_qkv(heads, 1)
-    return Pack(f'fused_qkv({heads})', lambda x: grouped.pack(*x.chunk(3)), lambda x: (torch.cat(grouped.unpack(x)),), heads)
+    turned = lambda x, one, two: x.unflatten(0, (one, two, -1)).transpose(0, 1).flatten(0, 2)
+    return Pack(f'fused_qkv({heads})', lambda x: turned(x, 3, heads), lambda x: (turned(x, heads, 3),), heads)
 
 # %% ../../nbs/30_converters.weights.ipynb #108711e7
 @dataclass(frozen=True)
@@ -163,15 +163,22 @@ def pieces(towers: tuple[Tower, ...]) -> list[list[Piece]]:
             start += n
     return out
 
-# %% ../../nbs/30_converters.weights.ipynb #a44f448f
+# %% ../../nbs/30_converters.weights.ipynb #25dd6f6f
+def unfilled(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    "A tensor of that shape with the memory of one number."
+    return torch.empty((), dtype=dtype).expand(*shape)
+
+
 def shards(piece: Piece, source: Any, tp: int) -> list[Tensor]:
-    "What each of `tp` ranks gets of this piece, as meta tensors; raises a ValueError when it cannot be packed or cut."
+    "What each of `tp` ranks gets of this piece, without content; raises a ValueError when it cannot be packed or cut."
     dtypes = {source.dtype(h) for h in piece.hf}
     if len(dtypes) > 1: raise ValueError(f'its sources have different dtypes {sorted(map(str, dtypes))}')
     groups = piece.rule.pack.groups
     if piece.rule.split is not whole and groups % tp: raise ValueError(f'dim 0 holds {groups} groups of heads, which tp={tp} does not divide')
-    full = piece.rule.pack.pack(*(torch.empty(source.shape(h), dtype=source.dtype(h), device='meta') for h in piece.hf))
-    return piece.rule.split.cut(full, tp)
+    shapes = [tuple(source.shape(h)) for h in piece.hf]
+    if len({shape[1:] for shape in shapes}) > 1: raise ValueError(f'its sources have different columns, {shapes}')
+    column = piece.rule.pack.pack(*(torch.empty(shape[:1]) for shape in shapes))
+    return piece.rule.split.cut(unfilled((*column.shape, *shapes[0][1:]), dtypes.pop()), tp)
 
 
 def misfits(chunks: list[list[Piece]], source: Any, tp: int) -> tuple[list[str], list[str]]:
