@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'put_in_place', 'new_folder', 'may_write', 'zip_places', 'PeerWriter', 'Written', 'progress', 'left_out',
-           'write_parts', 'write_stage', 'write_mm', 'hf_to_mm', 'copy_rest', 'write_like', 'write_index',
+           'write_runs', 'write_stage', 'write_mm', 'hf_to_mm', 'copy_rest', 'write_like', 'write_index',
            'compare_layout', 'drifted', 'other_dtypes', 'mm_to_hf', 'resplit']
 
-# %% ../../nbs/32_converters.convert.ipynb #4a54fd60
+# %% ../../nbs/32_converters.convert.ipynb #026a5472
 import json
 import os
 import secrets
@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .folders import LATEST, HFFolder, MMFolder, open_weights
-from .weights import Piece, Tower, check, pieces, shards, some
+from .weights import Piece, Runs, Tower, check, cut_rows, pieces, shards, some
 from .writing import SafetensorsWriter, TensorFile, behind, raw, touch
 from ..files import OURS, inside, sync_folder
 
@@ -126,12 +126,12 @@ def left_out(hf: HFFolder | MMFolder) -> list[str]:
     if isinstance(hf, MMFolder): return [f'not carried over, since they are no weights: {some(hf.found.beside, 12)}'] if hf.found.beside else []
     return [f'left out, since no model reads them: {some(hub for hub, _, _ in hf.unread)}'] if hf.unread else []
 
-# %% ../../nbs/32_converters.convert.ipynb #d17b269a
-def write_parts(writers: Sequence[TensorFile], name: Any, parts: Sequence[Tensor], bar: tqdm) -> None:
-    "Puts one part into each file, under the same name."
-    for writer, part in zip(writers, parts):
-        writer.write(name, part)
-        bar.update(part.nbytes)
+# %% ../../nbs/32_converters.convert.ipynb #37feff00
+def write_runs(writers: Sequence[TensorFile], name: Any, each: Sequence[Runs], bar: tqdm) -> None:
+    "Puts one tensor, given as runs of rows, into each file, under the same name."
+    for writer, runs in zip(writers, each):
+        writer.write(name, *runs)
+        bar.update(sum(x.nbytes for x in runs))
 
 
 def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int, rank_folder: str, versioned: bool, bar: tqdm) -> None:
@@ -143,8 +143,9 @@ def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int,
         writers = [stack.enter_context(PeerWriter(file, layout, versioned or len(chunks) > 1)) for file in files]
         later = stack.enter_context(behind())
         for group, piece in ((group, piece) for group, chunk in groups.items() for piece in chunk):
-            full = touch(piece.rule.pack.pack(*(hf[h] for h in piece.hf)))
-            later(write_parts, writers, (group, piece.mm), piece.rule.split.cut(full, tp), bar)
+            each = cut_rows(piece.rule, [hf[h] for h in piece.hf], tp)
+            for runs in each: touch(runs)
+            later(write_runs, writers, (group, piece.mm), each, bar)
 
 # %% ../../nbs/32_converters.convert.ipynb #cdb0cf94
 def write_mm(hf: HFFolder | MMFolder, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int, overwrite: bool, title: str) -> Written:
@@ -185,17 +186,19 @@ def copy_rest(source: Path, target: Path) -> list[str]:
             shutil.copyfile(file, target / name)
     return left
 
-# %% ../../nbs/32_converters.convert.ipynb #d9c05a87
-def write_like(hf: HFFolder, folder: Path, source: HFFolder | MMFolder, bar: tqdm) -> None:
+# %% ../../nbs/32_converters.convert.ipynb #bd28e0d0
+def write_like(hf: HFFolder, folder: Path, source: MMFolder, bar: tqdm) -> None:
     "Fills `folder` with the tensors of `source`, under the names and in the files of `hf`."
-    rank = {name: k for k, name in enumerate(source.where)} if isinstance(source, MMFolder) else {}
+    rank = {name: k for k, name in enumerate(source.where)}
     for file, shard in hf.shards.items():
         names = {hub: own for hub, (place, own) in hf.places.items() if place == file}
         taken = {hub: hf.copies.get(hub, hub) for hub in names}
         layout = {names[hub]: (source.dtype(name), source.shape(name)) for hub, name in taken.items()}
         with SafetensorsWriter(folder / file, layout, shard.metadata()) as writer, behind() as later:
-            for hub in sorted(names, key=lambda hub: rank.get(taken[hub], 0)):     # tensors that are packed together, one after the other
-                later(write_parts, [writer], names[hub], [touch(source[taken[hub]])], bar)
+            for hub in sorted(names, key=lambda hub: rank[taken[hub]]):     # tensors that are packed together, one after the other
+                runs = source.runs(taken[hub])
+                touch(runs)
+                later(write_runs, [writer], names[hub], [runs], bar)
 
 
 def write_index(hf: HFFolder, folder: Path, size: int) -> None:

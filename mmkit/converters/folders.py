@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NEW_PREFIXES', 'UNREAD', 'HARMLESS', 'LATEST', 'hub_name', 'ties_embeddings', 'open_safetensors', 'safetensors_index',
            'open_shards', 'load_config_json', 'HFFolder', 'tied_copies', 'Ignored', 'load_mapped', 'load_peer_file',
-           'rank_files', 'model_chunks', 'layer_count', 'Found', 'find_layout', 'compare_names', 'joined', 'join',
+           'rank_files', 'model_chunks', 'layer_count', 'Found', 'find_layout', 'compare_names', 'joined', 'unpack',
            'MMFolder', 'open_weights']
 
-# %% ../../nbs/31_converters.folders.ipynb #d429f8b3
+# %% ../../nbs/31_converters.folders.ipynb #3ea27e9c
 import json
 import mmap
 import os
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .weights import Piece, Tower, pieces, some, unfilled, whole
+from .weights import Piece, Runs, Tower, join_rows, pieces, some, unfilled, whole
 from .writing import DTYPES, SafetensorsWriter, raw
 from ..files import check_archive, inside, load_json
 
@@ -228,7 +228,7 @@ def find_layout(path: Path, towers: tuple[Tower, ...]) -> Found:
         laid.append(replace(tower, layers=tuple(tuple(counts[v * stages:][:stages]) for v in range(virtual))))
     return Found(tuple(laid), tp, chunks, tuple(sorted(set().union(*(beside for _, beside in opened.values())))))
 
-# %% ../../nbs/31_converters.folders.ipynb #4d534489
+# %% ../../nbs/31_converters.folders.ipynb #3e684662
 def compare_names(path: Path, found: Found) -> None:
     "Returns when every rank holds exactly the tensors of its pieces; else a ValueError names the others."
     for k, (chunk, ranks) in enumerate(zip(pieces(found.towers), found.chunks)):
@@ -247,15 +247,17 @@ def joined(piece: Piece, parts: list[Tensor]) -> Tensor:
     return unfilled([along.shape[d] if d == dim else n for d, n in enumerate(shapes[0])], parts[0].dtype)
 
 
-def join(path: Path, piece: Piece, parts: list[Tensor], filled: bool = True) -> Tensor:
-    "One target tensor as it was before the split; a ValueError when ranks that hold it whole disagree. Without content unless `filled`."
+def unpack(path: Path, piece: Piece, parts: list[Tensor], filled: bool) -> list[Runs]:
+    "The source tensors of a piece, from what the ranks hold; a ValueError when ranks that hold it whole disagree. Without content unless `filled`."
     if piece.rule.split is whole and filled and not all(torch.equal(raw(x), raw(parts[0])) for x in parts[1:]):
         raise ValueError(f'{path}: the ranks hold different {piece.mm} ({some(piece.hf)})')
     if len({x.dtype for x in parts}) > 1: raise ValueError(f'{path}: the ranks hold {piece.mm} in different dtypes')
-    try: return piece.rule.split.join(parts) if filled else joined(piece, parts)
+    try: whole_one = joined(piece, parts)
     except (ValueError, RuntimeError) as error: raise ValueError(f'{path}: the parts of {piece.mm} do not fit together ({error})') from None
+    if filled: return join_rows(piece.rule, parts)
+    return [[x] for x in piece.rule.pack.unpack(whole_one)]
 
-# %% ../../nbs/31_converters.folders.ipynb #8dcf9782
+# %% ../../nbs/31_converters.folders.ipynb #3bdc4498
 class MMFolder:
     "A MindSpeed-MM folder as a mapping from hub names to whole tensors; `towers` (in any layout) is the table, `found` the layout that was found."
     def __init__(self, path: str | Path, towers: tuple[Tower, ...]):
@@ -268,21 +270,27 @@ class MMFolder:
         self.names = set(self.where)
         self._latest: tuple = ()
 
-    def whole(self, chunk: int, piece: Piece, filled: bool = True) -> Tensor:
-        "One target tensor, joined over the tensor ranks; without content unless `filled`."
-        return join(self.path, piece, [held[piece.mm] for held in self.found.chunks[chunk]], filled)
+    def parts(self, chunk: int, piece: Piece) -> list[Tensor]:
+        "What the tensor ranks hold of one target tensor."
+        return [held[piece.mm] for held in self.found.chunks[chunk]]
 
-    def _sources(self, name: str, filled: bool) -> Tensor:
+    def _sources(self, name: str, filled: bool) -> Runs:
         chunk, piece = self.where[name]
         if self._latest[:2] != (piece, filled):
             self._latest = ()           # before the next one takes its memory
-            try: self._latest = (piece, filled, piece.rule.pack.unpack(self.whole(chunk, piece, filled)))
+            try: self._latest = (piece, filled, unpack(self.path, piece, self.parts(chunk, piece), filled))
             except RuntimeError as error: raise ValueError(f'{self.path}: {piece.mm} has the wrong shape for {some(piece.hf)} ({error})') from None
         return self._latest[2][piece.hf.index(name)]
 
-    def __getitem__(self, name: str) -> Tensor: return self._sources(name, filled=True)
+    def runs(self, name: str) -> Runs:
+        "A tensor as runs of rows, copied only where the ranks' rows are mixed."
+        return self._sources(name, filled=True)
 
-    def shape(self, name: str) -> tuple[int, ...]: return tuple(self._sources(name, filled=False).shape)
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.runs(name)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def shape(self, name: str) -> tuple[int, ...]: return tuple(self._sources(name, filled=False)[0].shape)
 
     def dtype(self, name: str) -> torch.dtype: return self.found.chunks[self.where[name][0]][0][self.where[name][1].mm].dtype
 

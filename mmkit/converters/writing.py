@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DTYPES', 'raw', 'runs', 'write_at', 'Flusher', 'TensorFile', 'SafetensorsWriter', 'touch', 'behind']
 
-# %% ../../nbs/30_converters.writing.ipynb #3039bd36
+# %% ../../nbs/30_converters.writing.ipynb #b033647a
 import json
 import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +67,7 @@ class Flusher:
         under_way, self.under_way = self.under_way, None
         if under_way: under_way.result()
 
-# %% ../../nbs/30_converters.writing.ipynb #353a5801
+# %% ../../nbs/30_converters.writing.ipynb #f0e26767
 class TensorFile:
     "A file in which every tensor has its place from the start: `places` maps a name to offset, dtype and shape, `checksums` to where its CRC-32 goes."
     def __init__(self, path: str | Path, places: Mapping[Any, tuple[int, torch.dtype, tuple[int, ...]]], checksums: Mapping[Any, tuple[int, ...]] = {}):
@@ -75,19 +75,20 @@ class TensorFile:
         self.left, self.file = set(places), open(path, 'r+b', buffering=0)
         self.flusher = Flusher(self.file.fileno())
 
-    def write(self, name: Any, x: Tensor) -> None:
-        "Puts a tensor in its place, once."
+    def write(self, name: Any, *parts: Tensor) -> None:
+        "Puts a tensor in its place, once; it is given whole, or as parts that lie below one another."
         if name not in self.left: raise ValueError(f'{self.path} {"already holds" if name in self.places else "has no place for"} {name}')
         offset, dtype, shape = self.places[name]
-        if (x.dtype, tuple(x.shape)) != (dtype, tuple(shape)): raise ValueError(f'{name} is {x.dtype} {tuple(x.shape)} but {self.path} has a place for {dtype} {tuple(shape)}')
+        found = (sum(map(len, parts)), *parts[0].shape[1:]) if len(parts) > 1 else tuple(parts[0].shape)
+        if {x.dtype for x in parts} != {dtype} or found != tuple(shape) or len({x.shape[1:] for x in parts}) > 1: raise ValueError(f'{name} is {parts[0].dtype} {found} but {self.path} has a place for {dtype} {tuple(shape)}')
         file, checksum, places = self.file.fileno(), 0, self.checksums.get(name, ())
-        for data in runs(x):
+        for data in (data for x in parts for data in runs(x)):
             if places: checksum = zlib.crc32(data, checksum)
             write_at(file, data, offset)
             offset += len(data)
         for place in places: write_at(file, struct.pack('<I', checksum), place)
         self.left.discard(name)
-        self.flusher.add(x.nbytes)
+        self.flusher.add(sum(x.nbytes for x in parts))
 
     def close(self) -> None:
         "Returns when the file is on the disk; raises when a tensor was never written."
@@ -117,11 +118,11 @@ class SafetensorsWriter(TensorFile):
         Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
         super().__init__(path, {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()})
 
-# %% ../../nbs/30_converters.writing.ipynb #c2e2f6ab
-def touch(x: Tensor) -> Tensor:
-    "The same tensor, after its file has been read as far as it is needed."
-    if x.is_contiguous(): raw(x)[::mmap.PAGESIZE].sum()
-    return x
+# %% ../../nbs/30_converters.writing.ipynb #96e6c41c
+def touch(parts: Iterable[Tensor]) -> None:
+    "Returns when the files of mapped tensors have been read as far as they are needed."
+    for x in parts:
+        if x.is_contiguous(): raw(x)[::mmap.PAGESIZE].sum()
 
 
 @contextmanager
