@@ -6,7 +6,7 @@ A folder with the real shapes of the model is made first. Then, every round in o
 (tp2 pp2; Wan pp2), back again, and both ways by load and save. Every turn begins with a synced disk and with its source
 out of the page cache (--warm: in it) and ends with a sync; its time is that of the whole command, with the start of Python.
 Memory is RssAnon of /proc/PID/status, every 10 ms, above what the process has when everything is imported: page cache and
-mapped files do not count, copies of tensors do. --sparse writes no data into the source, so that huge ones fit.
+mapped files do not count, copies of tensors do. --sparse writes no data into the source, so that huge ones fit (no cp then).
 """
 import argparse
 import json
@@ -141,7 +141,7 @@ def child(kind, words):
     if kind == 'mm-convert': sys.exit(mmkit.cli.mm_convert(words))
     {'naive-to-mm': naive_to_mm, 'naive-to-hf': naive_to_hf}[kind](*map(Path, words))
 
-def commands(config, work, naive):
+def commands(config, work, naive, copied):
     "(name, command, what it reads, what it writes) of every turn of a round."
     python = [sys.executable, __file__, '--child']
     hf, mm, back, copy, plain, again = (work / name for name in ('hf', 'mm', 'back', 'cp', 'naive-mm', 'naive-hf'))
@@ -152,9 +152,9 @@ def commands(config, work, naive):
     else:
         depth = config['num_hidden_layers']
         layout = [f'--cfg.hf_config.hf_dir={hf}', f'--cfg.mm_dir={mm}', '--cfg.parallel_config.tp_size=2', '--cfg.parallel_config.vit_pp_layers=[32,0]',
-                  f'--cfg.parallel_config.llm_pp_layers=[{depth // 2 - 4},{depth - depth // 2 + 4}]']
+                  f'--cfg.parallel_config.llm_pp_layers=[{max(depth // 2 - 4, 0)},{depth - max(depth // 2 - 4, 0)}]']
         one, two = ['Qwen2_5_VLConverter', 'hf_to_mm', *layout], ['Qwen2_5_VLConverter', 'mm_to_hf', f'--cfg.save_hf_dir={back}', *layout]
-    yield 'cp -r', ['cp', '-r', str(hf), str(copy)], hf, copy
+    if copied: yield 'cp -r', ['cp', '-r', str(hf), str(copy)], hf, copy
     yield 'hf_to_mm', [*python, 'mm-convert', *one], hf, mm
     yield 'mm_to_hf', [*python, 'mm-convert', *two], mm, back
     if not naive: return
@@ -165,7 +165,7 @@ def commands(config, work, naive):
 def table(times, largest):
     rows = [f'{"":22}{"seconds":>9}{"cpu s":>8}{"x cp":>7}{"of rounds":>14}{"memory GB":>11}{"x largest tensor":>18}']
     for name, found in times.items():
-        ratios = [one[0] / base[0] for one, base in zip(found, times['cp -r'])]
+        ratios = [one[0] / base[0] for one, base in zip(found, times.get('cp -r', [(float('nan'),)] * len(found)))]
         memory = max(one[2] for one in found)
         spread = f'{min(ratios):.2f}-{max(ratios):.2f}'
         rows.append(f'{name:22}{statistics.median(one[0] for one in found):9.1f}{statistics.median(one[1] for one in found):8.1f}{statistics.median(ratios):7.2f}{spread:>14}{memory / 1e9:11.2f}{memory / largest:18.2f}')
@@ -190,7 +190,7 @@ def main():
         print(f'{args.model}, {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, sources {"in" if args.warm else "not in"} the page cache, a sync after every turn', flush=True)
         times = {}
         for number in range(args.rounds):
-            for name, command, source, target in commands(config, Path(work), not args.no_naive):
+            for name, command, source, target in commands(config, Path(work), not args.no_naive, not args.sparse):
                 times.setdefault(name, []).append(turn(command, source, target, args.warm))
                 print(f'round {number + 1} {name}: {times[name][-1][0]:.1f} s', file=sys.stderr, flush=True)
                 if name != 'hf_to_mm' and 'to mm' not in name: shutil.rmtree(target)
