@@ -7,7 +7,7 @@ __all__ = ['Training', 'kinds', 'whole', 'fill_kind', 'Asked', 'whole_kind', 'st
            'remove', 'drop_old', 'has_room', 'Saving', 'Saver', 'save', 'latest', 'set_aside', 'find_start',
            'compare_ledger', 'open_states', 'load_states', 'restore', 'weights_in']
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #dcaf1456
+# %% ../../nbs/56_trainer.checkpoint.ipynb #32b797dc
 import json
 import math
 import shutil
@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import Config
-from ..converters.convert import behind
 from ..converters.folders import HFFolder, hub_name, open_safetensors
 from ..converters.weights import pieces
+from ..converters.writing import behind
 from ..files import STATE, TRAINING, check_manifest, load_json, sync_folder, write_atomic
 from ..parallel.fsdp import computed_in, own_part, share_of, whole_of
 from ..parallel.mesh import Mesh

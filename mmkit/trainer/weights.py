@@ -7,7 +7,7 @@ __all__ = ['Files', 'load_weights', 'joined', 'whole_tensors', 'whole_weights', 
            'bytes_of', 'write_tensors', 'link_parts', 'known_entry', 'describe', 'told', 'shared_folder', 'complete',
            'save_weights']
 
-# %% ../../nbs/50_trainer.weights.ipynb #9b29d89d
+# %% ../../nbs/50_trainer.weights.ipynb #f6e5e0a5
 import json
 import os
 from collections import defaultdict
@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..converters.convert import Later, behind, copy_rest, new_folder, write_index
-from ..converters.folders import HFFolder, MMFolder, SafetensorsWriter
+from ..converters.convert import copy_rest, new_folder, write_index
+from ..converters.folders import HFFolder, MMFolder
 from ..converters.weights import Tower, check, pieces, whole
+from ..converters.writing import Later, SafetensorsWriter, behind
 from ..files import entry, sync_folder, write_manifest
 from ..parallel.fsdp import computed_in, every_part, fill
 from ..parallel.mesh import Mesh
