@@ -65,7 +65,7 @@ def truth(field: Field) -> bool:
     require(field.value in (True, False, ''), f'{field.file}: {field.name} is {field.value!r}, not true or false')
     return field.value is not False
 
-# %% ../nbs/67_peerfields.ipynb #8d4a6bc7
+# %% ../nbs/67_peerfields.ipynb #140e2c1c
 def same(ours: str, read: Callable[[Field], Any] = word, words: str = '') -> Row:
     "The row of a field that means the same here."
     return lambda field, example: Fate('same', {ours: read(field)}, words)
@@ -86,7 +86,7 @@ def only(values: Any, words: str) -> Row:
     known = values if isinstance(values, tuple) else (values,)
     return lambda field, example: Fate('left', {}, words, field.value not in known)
 
-
+# %% ../nbs/67_peerfields.ipynb #f7640255
 def choice(ours: str, names: Mapping[str, Any], words: str = '') -> Row:
     "The row of a field whose words have other names here; Unfit for one that mmkit has not."
     def row(field: Field, example: Example) -> Fate:
@@ -117,7 +117,7 @@ def size(path: str) -> Row:
         return Fate('other', {}, f'weights: their config.json tells it ({path})')
     return row
 
-# %% ../nbs/67_peerfields.ipynb #05ff90a3
+# %% ../nbs/67_peerfields.ipynb #929c85c4
 def copies(field: Field, example: Example) -> Fate:
     "The row of the flags that share optimizer or weights among copies of the model."
     sharded = any(example.get(flag) is not None for flag in ('--layerzero', '--use-torch-fsdp2'))
@@ -130,7 +130,7 @@ def ulysses(field: Field, example: Example) -> Fate:
     if example.get('--context-parallel-algo') == 'hybrid_cp_algo': return Fate('same', {'layout.cp_ulysses': whole(field)})
     return Fate('left', {}, 'used with hybrid_cp_algo only')
 
-
+# %% ../nbs/67_peerfields.ipynb #8a040f09
 def sequence_parallel(field: Field, example: Example) -> Fate:
     "The row of sequence parallelism, which one tensor rank does not have."
     if str(example.get('--tensor-model-parallel-size', '1')) == '1': return Fate('left', {}, 'does nothing with one tensor-parallel rank')
@@ -214,7 +214,7 @@ TRAINING: dict[str, Row] = {
     **dict.fromkeys(('--init-model-with-meta-device', '--use-cpu-initialization', '--jit-compile', '--allow-tf32', '--allow-internal-format', '--use-deter-comp'), left('how a device computes is the device\'s')),
 }
 
-# %% ../nbs/67_peerfields.ipynb #fc6e5b3b
+# %% ../nbs/67_peerfields.ipynb #c1df607e
 def stage_layers(tower: str) -> Row:
     "The row of the layers that each stage holds."
     def row(field: Field, example: Example) -> Fate:
@@ -224,7 +224,7 @@ def stage_layers(tower: str) -> Row:
         return Fate('same', {f'layout.layers.{tower}': rows} | ({'layout.vpp': len(rows)} if len(rows) > 1 else {}))
     return row
 
-
+# %% ../nbs/67_peerfields.ipynb #0369f316
 def frozen(field: Field, example: Example) -> Fate:
     "The row of either of the two switches that keep a part of Qwen2.5-VL as it is."
     truth(field)
