@@ -7,11 +7,12 @@ __all__ = ['MARK', 'ASSIGNMENT', 'VARIABLE', 'OPERATIONS', 'BRANCH', 'END', 'COM
            'assign', 'command_words', 'Field', 'flags', 'leaves', 'Example', 'find_script', 'locate', 'file_fields',
            'read_example']
 
-# %% ../nbs/66_peerfiles.ipynb #75990023
+# %% ../nbs/66_peerfiles.ipynb #c648dcab
 import ast
 import operator
 import re
 import shlex
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from typing import Any
 from .files import load_json
 from .values import require
 
-# %% ../nbs/66_peerfiles.ipynb #05f412e8
+# %% ../nbs/66_peerfiles.ipynb #f5d7bf43
 MARK = re.compile('\0([^\0]*)\0')
-ASSIGNMENT = re.compile(r'''^[ \t]*(?P<export>export[ \t]+)?(?P<name>[A-Za-z_]\w*)=(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|\((?P<array>[^)]*)\)|\$\(\(.*?\)\)(?=\s|;|$)|\$\(.*?\)(?=\s|$)|`[^`]*`|[^\s;]*)''', re.M | re.S)
+ASSIGNMENT = re.compile(r'''^[ \t]*(?P<export>export[ \t]+)?(?P<name>[A-Za-z_]\w*)=(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|\((?P<array>[^()]*(?:\$\(\([^()]*\)\)[^()]*)*)\)|\$\(\([^\n]*?\)\)(?=\s|;|$)|\$\([^\n]*?\)(?=\s|$)|`[^`]*`|[^\s;]*)''', re.M | re.S)
 VARIABLE = re.compile(r'\$\{(\w+)(?:\[@\])?\}|\$(\w+)|\$\{[^}]*\}')
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.floordiv, ast.Mod: operator.mod}
 
@@ -37,7 +38,7 @@ def arithmetic(text: str) -> str:
     try: return str(value(ast.parse(text.strip()[:200], mode='eval').body))
     except (ValueError, SyntaxError, ZeroDivisionError): raise ValueError(f'$(({text:.60})) is no sum of whole numbers') from None
 
-# %% ../nbs/66_peerfiles.ipynb #831a3d92
+# %% ../nbs/66_peerfiles.ipynb #bada2602
 @dataclass
 class Script:
     "The variables of a shell script while it is read: their values, which are exported, which were asked for, and what only a shell would know."
@@ -45,10 +46,13 @@ class Script:
     exported: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     unknown: dict[str, str] = field(default_factory=dict)
+    room: int = 1_000_000
 
     def ask(self, name: str) -> str:
-        "The value of a variable; a mark for one that is not there."
+        "The value of a variable; a mark for one that is not there. Raises ValueError when variables have grown without end."
         self.used.add(name)
+        self.room -= len(self.variables.get(name, name))
+        require(self.room > 0, f'its variables grow without end at {name}')
         if name not in self.variables: self.unknown.setdefault(name, 'set outside the script')
         return self.variables.get(name, f'\0{name}\0')
 
@@ -68,16 +72,17 @@ class Script:
             return f'\0{name}\0'
         return VARIABLE.sub(value, text)
 
-# %% ../nbs/66_peerfiles.ipynb #9e1232be
+# %% ../nbs/66_peerfiles.ipynb #7d9ed9ec
 BRANCH, END = re.compile(r'^[ \t]*(?:if|for|while|until|case)\b', re.M), re.compile(r'^[ \t]*(?:fi|done|esac)\b|;[ \t]*(?:fi|done|esac)\b', re.M)
 COMMAND = re.compile(r'^.*\b(?:torchrun|python[\d.]*|torch\.distributed\.\w+)[ \t].*$', re.M)
 
 
 def assign(script: Script, text: str, given: Mapping[str, str]) -> None:
     "Reads the assignments of a script, whose lines are joined, into `script`; `given` values win over those of the text."
+    opened, closed = ([found.start() for found in pattern.finditer(text)] for pattern in (BRANCH, END))
     for found in ASSIGNMENT.finditer(text):
         name, raw = found['name'], found['value']
-        inside = len(BRANCH.findall(text, 0, found.start())) > len(END.findall(text, 0, found.start()))
+        inside = bisect_left(opened, found.start()) > bisect_left(closed, found.start())
         if name in given: value = given[name]
         elif inside:
             script.unknown[name] = 'set in a branch, which only a shell takes'
@@ -167,7 +172,7 @@ def find_script(folder: str | Path, script: str | Path | None = None) -> Path:
     require(len(found) == 1, f'{folder} holds several scripts that train, {", ".join(p.name for p in found)}: choose one with --script')
     return found[0]
 
-# %% ../nbs/66_peerfiles.ipynb #29f2d3cc
+# %% ../nbs/66_peerfiles.ipynb #b6cb3705
 def locate(path: str, script: Path) -> Path | None:
     "The file that a script names, looked for from the script's folder upwards, then beside it."
     return next((p for p in (*(above / path for above in script.resolve().parents), script.resolve().parent / Path(path).name, Path(path)) if p.is_file()), None)
@@ -181,16 +186,19 @@ def file_fields(told: Field, script: Path) -> Iterator[Field]:
     if kind == 'shards':
         import yaml
         try: content = yaml.safe_load(path.read_text(encoding='utf-8')[:100_000])
-        except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error: raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
     else: content = load_json(path, limit=10_000_000)
     require(isinstance(content, dict), f'{path} holds a {type(content).__name__}, not an object: give the file of an example')
-    for name, value in leaves(content): yield Field(path.name, kind, name, value)
+    for count, (name, value) in enumerate(leaves(content)):
+        require(count < 10_000, f'{path} has more than 10000 fields: give the file of an example')
+        yield Field(path.name, kind, name, value)
 
 
 def read_example(folder: str | Path, script: str | Path | None = None, given: Mapping[str, str] = {}) -> Example:
     "Everything that a training of the peer is told; `given` sets variables of the script, such as NNODES. A ValueError names file and field."
     path = find_script(folder, script)
-    text = path.read_bytes()[:1_000_000].decode('utf-8', errors='replace')
+    require(path.stat().st_size <= 100_000, f'{path} has {path.stat().st_size} bytes, which no script that starts a training has: give one of at most 100000')
+    text = path.read_bytes().decode('utf-8', errors='replace')
     try: shell, words = command_words(text, path, given)
     except ValueError as error: raise ValueError(f'{path}: {error}' if str(path) not in str(error) else str(error)) from None
     at = next((k for k, word in enumerate(words) if word.endswith('.py')), None)

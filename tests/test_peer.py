@@ -211,3 +211,13 @@ def test_files_of_two_models_are_refused(tree):
 def test_no_torch_is_imported(tree):
     code = "import sys\nfrom mmkit.peer import from_mindspeed_mm\nstr(from_mindspeed_mm('examples/wan'))\nprint(*{'torch', 'numpy', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
+
+
+@pytest.mark.parametrize('file, text, words', [
+    ('train.sh', 'A=(\n' * 20000, 'no Python program'), ('train.sh', 'A=1\n' + 'A=$A$A\n' * 60 + 'torchrun pretrain_sora.py --lr $A', 'grow without end'), ('train.sh', 'A=$((' + '(' * 30000 + '))\ntorchrun pretrain_sora.py', 'sum of whole numbers'),
+    ('train.sh', ' ' * 100_001, 'bytes'), ('train.sh', 'torchrun pretrain_sora.py --lr 1', '--mm-model is missing'), ('train.sh', "torchrun pretrain_sora.py --lr 'open", 'cannot be read'),
+    ('zero.yaml', 'a0: &a0 [x: 1]\n' + ''.join(f'a{k + 1}: &a{k + 1} [{", ".join(["x: *a%d" % k] * 9)}]\n' for k in range(9)), 'more than 10000 fields'), ('model.json', '[' * 100_000, 'model.json'), ('model.json', '[]', 'model.json')])
+def test_hostile_files_end_at_once_in_one_sentence(tree, file, text, words):
+    (tree / 'examples/wan' / file).write_text(text)
+    said = mistake(from_mindspeed_mm, 'examples/wan/train.sh')
+    assert words in said and file in said and '\n' not in said and len(said) < 500
