@@ -172,7 +172,7 @@ def find_script(folder: str | Path, script: str | Path | None = None) -> Path:
     require(len(found) == 1, f'{folder} holds several scripts that train, {", ".join(p.name for p in found)}: choose one with --script')
     return found[0]
 
-# %% ../nbs/66_peerfiles.ipynb #b6cb3705
+# %% ../nbs/66_peerfiles.ipynb #9868b30f
 def locate(path: str, script: Path) -> Path | None:
     "The file that a script names, looked for from the script's folder upwards, then beside it."
     return next((p for p in (*(above / path for above in script.resolve().parents), script.resolve().parent / Path(path).name, Path(path)) if p.is_file()), None)
@@ -193,7 +193,7 @@ def file_fields(told: Field, script: Path) -> Iterator[Field]:
         require(count < 10_000, f'{path} has more than 10000 fields: give the file of an example')
         yield Field(path.name, kind, name, value)
 
-
+# %% ../nbs/66_peerfiles.ipynb #59a612c6
 def read_example(folder: str | Path, script: str | Path | None = None, given: Mapping[str, str] = {}) -> Example:
     "Everything that a training of the peer is told; `given` sets variables of the script, such as NNODES. A ValueError names file and field."
     path = find_script(folder, script)
