@@ -167,6 +167,7 @@ def test_broken_files_are_one_sentence(tree, file, old, new, words):
 def test_what_stands_in_the_way_is_told_in_the_report(tree, file, old, new, words, capsys):
     edit(tree / 'examples' / file, old, new)
     report = from_mindspeed_mm('examples/qwen')
+    assert [field for field, _ in report.fates if field.kind != 'default'] == list(report.example.fields)
     assert report.config is None and all(word in ' '.join(report.problems) for word in words)
     assert command(['from-mindspeed-mm', 'examples/qwen', '--output', 'config.json']) == 1 and not Path('config.json').exists()
     out, err = capsys.readouterr()
