@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'MAYBE_LAYERS', 'NEEDED', 'NEW', 'OVERWRITE', 'LORA', 'REMOTE', 'HF_TO_MM', 'MM_TO_HF', 'MERGE', 'RESPLIT',
-           'COMMON', 'UNUSED', 'RESPLIT_UNUSED', 'TARGET', 'WAN', 'WAN_UNUSED', 'WAN_MERGE', 'WAN_REFUSED',
-           'REFUSED_FIELDS', 'METHODS', 'CFG_FLAGS', 'SCRIPT_FLAGS', 'WANTED', 'LATEST', 'CONVERT', 'Kind',
-           'stage_layers', 'optional_layers', 'layout_fields', 'unused_fields', 'refuse_unused', 'convert_parser',
-           'Lora', 'noted', 'qwen_config', 'qwen_towers', 'convert_qwen', 'config_of', 'resplit_qwen', 'merge_qwen',
-           'Flags', 'transformer_folder', 'mm_source', 'hf_source', 'wan_towers', 'convert_wan', 'convert_wan_fields',
-           'convert']
+           'COMMON', 'UNUSED', 'RESPLIT_UNUSED', 'TARGET', 'WAN', 'WAN_UNUSED', 'WAN_REFUSED', 'REFUSED_FIELDS',
+           'METHODS', 'CFG_FLAGS', 'SCRIPT_FLAGS', 'WANTED', 'LATEST', 'CONVERT', 'Kind', 'stage_layers',
+           'optional_layers', 'layout_fields', 'unused_fields', 'refuse_unused', 'convert_parser', 'Lora', 'noted',
+           'qwen_config', 'qwen_towers', 'convert_qwen', 'config_of', 'resplit_qwen', 'merge_qwen', 'Flags',
+           'transformer_folder', 'mm_source', 'hf_source', 'wan_towers', 'convert_wan', 'convert_wan_fields', 'convert']
 
 # %% ../nbs/65_convert_cli.ipynb #d82ccc4a
 import json
@@ -107,7 +106,7 @@ def refuse_unused(given: Any, unused: tuple) -> None:
         if value in (default, '') or name.endswith('vit_tp_size') and value == given[name.replace('vit_tp_size', 'tp_size')]: continue
         raise ValueError(f'--{name} {value} is not possible, {reason}: leave it out')
 
-# %% ../nbs/65_convert_cli.ipynb #4325becd
+# %% ../nbs/65_convert_cli.ipynb #c1af754d
 TARGET = 'cfg.target_parallel_config.'
 WAN = (
     ('cfg.source_path', str, NEEDED, 'folder to read: the transformer folder of a model or its pipeline folder, or the MindSpeed-MM folder'),
@@ -116,12 +115,11 @@ WAN = (
     (TARGET + 'pp_layers', MAYBE_LAYERS, None, 'layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk: [[7,8],[7,8]]'),
     (TARGET + 'tp_size', int, 1, 'number of tensor-parallel ranks'), OVERWRITE)
 WAN_UNUSED = ((TARGET + 'ep_size', int, 1, 'the model has no experts'), ('cfg.lora_path', str, None, 'LoRA weights are merged by mm_to_hf and merge_lora_to_base'))
-WAN_MERGE = (*WAN, *LORA, ('use_npu', bool, True, 'accepted; merging takes no device'))
 WAN_REFUSED = {
     'layerzero_to_mm': 'the shards of a LayerZero training are pickled objects of MindSpeed: merge them with MindSpeed-MM, then mm_to_hf reads what it wrote (mmkit needs no such step: layout.data=fsdp saves Hugging Face folders)'}
 REFUSED_FIELDS = tuple((name, Any, None, 'understood, not used') for name in (*(name for name, *_ in WAN + WAN_UNUSED), 'iteration', 'prefix', 'ema_model'))
 
-# %% ../nbs/65_convert_cli.ipynb #19a1fe64
+# %% ../nbs/65_convert_cli.ipynb #540df216
 METHODS = {
     'Qwen2_5_VLConverter': ('Qwen2.5-VL, any size', {
         'hf_to_mm': ('Hugging Face folder to MindSpeed-MM folder', HF_TO_MM, UNUSED),
@@ -132,7 +130,7 @@ METHODS = {
         'hf_to_mm': ('Hugging Face folder to MindSpeed-MM folder', WAN, WAN_UNUSED),
         'mm_to_hf': ('MindSpeed-MM folder, in whatever layout, to Hugging Face folder', (*WAN, *LORA), WAN_UNUSED[:1]),
         'resplit': ('MindSpeed-MM folder to one with another layout', WAN, WAN_UNUSED),
-        'merge_lora_to_base': ('MindSpeed-MM folder and LoRA weights to one folder', WAN_MERGE, WAN_UNUSED[:1]),
+        'merge_lora_to_base': ('MindSpeed-MM folder and LoRA weights to one folder', (*WAN, *LORA, ('use_npu', bool, True, 'accepted; merging takes no device')), WAN_UNUSED[:1]),
         **{name: (f'not possible, {reason}', REFUSED_FIELDS, ()) for name, reason in WAN_REFUSED.items()}})}
 
 
@@ -156,7 +154,7 @@ def convert_parser() -> Any:
             commands.add_subcommand(name, method, help=text)
     return parser
 
-# %% ../nbs/65_convert_cli.ipynb #63bbd40b
+# %% ../nbs/65_convert_cli.ipynb #e9c267aa
 @dataclass(frozen=True)
 class Lora:
     "LoRA weights to merge: their folder (None: that of the model), alpha and rank as they are told."
@@ -164,9 +162,11 @@ class Lora:
     alpha: float | None = None
     rank: int | None = None
 
-    def read(self, source: Path, towers: tuple, method: str) -> Any:
+    def read(self, source: Path, towers: tuple, method: str, target: str | Path, overwrite: bool) -> Any:
         "What a method reads: the MindSpeed-MM folder itself or, where LoRA weights are given or in it, the folder with them merged."
+        from mmkit.converters.convert import may_write
         from mmkit.converters.lora import MergedFolder, holds_lora
+        if self.path: may_write(target, (self.path,), overwrite)
         if method not in ('mm_to_hf', 'merge_lora_to_base') or method == 'mm_to_hf' and self == Lora() and not holds_lora(source): return source
         return MergedFolder(source, towers, mm_source(Path(self.path), '--cfg.lora_path') if self.path else None, self.alpha, self.rank)
 
@@ -175,7 +175,7 @@ def noted(written: Any, source: Any) -> Any:
     "What was written, with a sentence about the LoRA weights that it has taken up."
     return written if isinstance(source, Path) else replace(written, notes=(*written.notes, source.note))
 
-# %% ../nbs/65_convert_cli.ipynb #83aefffe
+# %% ../nbs/65_convert_cli.ipynb #109841e3
 def qwen_config(hf_dir: str | Path) -> dict:
     "The parsed config.json of a Hugging Face folder; a ValueError names the flag."
     if not Path(hf_dir).is_dir(): raise ValueError(f'--cfg.hf_config.hf_dir {hf_dir} is not a folder: give a Hugging Face folder')
@@ -198,10 +198,10 @@ def convert_qwen(method: str, cfg: Any, overwrite: bool = False, lora: Lora = Lo
     towers = qwen_towers(qwen_config(hf), cfg.parallel_config, 'parallel_config')
     from mmkit.converters.convert import hf_to_mm, mm_to_hf
     if method == 'hf_to_mm': return hf_to_mm(hf, cfg.mm_dir, towers, tp, overwrite)
-    source = lora.read(mm_source(Path(cfg.mm_dir), '--cfg.mm_dir'), towers, method)
+    source = lora.read(mm_source(Path(cfg.mm_dir), '--cfg.mm_dir'), towers, method, cfg.save_hf_dir, overwrite)
     return noted(mm_to_hf(source, hf, cfg.save_hf_dir, towers, tp, overwrite), source)
 
-# %% ../nbs/65_convert_cli.ipynb #c338ac05
+# %% ../nbs/65_convert_cli.ipynb #a04dfb73
 def config_of(cfg: Any, source: Path, layout: Any) -> dict:
     "The config.json of a Qwen2.5-VL in MindSpeed-MM's format: as given or, if its heads are those of a released one, as its files tell."
     from mmkit.converters.qwen2_5_vl import sizes_in_files
@@ -224,7 +224,7 @@ def merge_qwen(cfg: Any, overwrite: bool, lora: Lora) -> Any:
     "What was written: a MindSpeed-MM folder of Qwen2.5-VL in the layout of the source, with LoRA weights merged."
     from mmkit.converters.convert import compare_layout, write_mm
     source, layout = mm_source(Path(cfg.source_dir), '--cfg.source_dir'), cfg.parallel_config
-    merged = lora.read(source, towers := qwen_towers(config_of(cfg, source, layout), layout, 'parallel_config'), 'merge_lora_to_base')
+    merged = lora.read(source, towers := qwen_towers(config_of(cfg, source, layout), layout, 'parallel_config'), 'merge_lora_to_base', cfg.target_dir, overwrite)
     compare_layout(merged, towers, layout.tp_size)
     return noted(write_mm(merged, cfg.target_dir, towers, layout.tp_size, overwrite, 'merge_lora_to_base'), merged)
 
@@ -300,7 +300,7 @@ def wan_towers(folder: Path, layers: list | None, tp: int, flags: Flags) -> tupl
     if tp < 1 or heads % tp: raise ValueError(f'{flags.tp} {tp} does not divide the {heads} heads of the model: give a number that does, such as 1')
     return towers
 
-# %% ../nbs/65_convert_cli.ipynb #f7a39f2b
+# %% ../nbs/65_convert_cli.ipynb #af073134
 def convert_wan(method: str, source: str | Path, target: str | Path, hf_dir: str | Path | None = None, layers: list | None = None, tp: int = 1, flags: Flags = Flags(), overwrite: bool = False, lora: Lora = Lora()) -> Any:
     "What was written: hf_to_mm, resplit and merge_lora_to_base write a MindSpeed-MM folder with this layout, mm_to_hf a transformer folder like `hf_dir`."
     source, target, back = Path(source), Path(target), method == 'mm_to_hf'
@@ -312,7 +312,7 @@ def convert_wan(method: str, source: str | Path, target: str | Path, hf_dir: str
     towers = wan_towers(pattern, layers, tp, flags)
     from mmkit.converters.convert import mm_to_hf, write_mm
     from mmkit.converters.folders import MMFolder, open_weights
-    held = lora.read(source, towers, method)
+    held = lora.read(source, towers, method, target, overwrite)
     if not back:
         written = noted(write_mm(open_weights(source, towers) if held is source else held, target, towers, tp, overwrite, method), held)
         return written if tp == 1 else replace(written, notes=(*written.notes, f'cut for tp={tp}, which mmkit reads and MindSpeed-MM does not: it has no tensor parallelism for Wan2.1'))

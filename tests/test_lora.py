@@ -161,3 +161,5 @@ def test_adapters_need_their_base_and_its_layout(tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         does(qwen_line('mm_to_hf', source, 'new', QWEN[layout], '--cfg.lora_path lora --lora_alpha 6'), 1)
         assert words in capsys.readouterr().err and not Path('new').exists()
+    does(qwen_line('merge_lora_to_base', GOLDEN / 'qwen2_5_vl_tp1', 'lora', QWEN['tp1'], '--cfg.lora_path lora --lora_alpha 6 --overwrite true'), 1)
+    assert 'is or holds the source lora, which is never changed' in capsys.readouterr().err and (Path('lora') / 'iter_0000020').is_dir()
