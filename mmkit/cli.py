@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['at_once', 'TRAIN', 'RESUME', 'PLAN', 'FIRST_RUN', 'LLAVA_TO_MLLM', 'CHAT', 'EXTRACT', 'FILM', 'FIRST_FILM', 'MODES',
-           'CONVERT_WAN', 'COMMANDS', 'CHANGED', 'finish', 'mm_convert', 'option', 'train', 'resume_run', 'foresee',
-           'run_first', 'convert_llava', 'answer', 'extract_features', 'prompts_in', 'make_films', 'run_first_film',
-           'convert_checkpoint', 'OneSentence', 'mmkit_parser', 'mmkit']
+           'CONVERT_WAN', 'FROM_MINDSPEED_MM', 'COMMANDS', 'CHANGED', 'finish', 'mm_convert', 'option', 'train',
+           'resume_run', 'foresee', 'run_first', 'convert_llava', 'answer', 'extract_features', 'prompts_in',
+           'make_films', 'run_first_film', 'convert_checkpoint', 'carry_over', 'OneSentence', 'mmkit_parser', 'mmkit']
 
-# %% ../nbs/69_cli.ipynb #ff70c0e8
+# %% ../nbs/69_cli.ipynb #e4adf46b
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import load_config
-from .values import override
+from .values import dumps, override
 from .convert_cli import SCRIPT_FLAGS, convert, convert_parser, convert_wan, optional_layers
-from .files import load_json
+from .files import load_json, write_atomic
 from .ranks import RankFailed
 
 # %% ../nbs/69_cli.ipynb #fbddec0f
@@ -186,10 +186,29 @@ CONVERT_WAN = convert_checkpoint, dict(help='convert Wan2.1 weights, with the wo
     option('--pp_vpp_layers', 'for convert_to_mm, layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk: [[7,8],[7,8]]', metavar='LAYERS', type=optional_layers),
     option('--overwrite', 'let the new folder take the place of an earlier checkpoint', action='store_true'))
 
-# %% ../nbs/69_cli.ipynb #e38c744e
+# %% ../nbs/69_cli.ipynb #889a381a
+def carry_over(options: Namespace) -> str:
+    "Reads an example of MindSpeed-MM and, where it is whole, writes it as a config; returns the report."
+    from mmkit.peer import from_mindspeed_mm
+    carried = from_mindspeed_mm(options.folder, options.script, dict(word.split('=', 1) for word in options.changes))
+    if carried.config is None:
+        at_once(carried)
+        raise ValueError(f'no config comes of it: {"; ".join(carried.problems)}')
+    if options.output is None: return f'{carried}\n\n--output config.json writes the config'
+    if Path(options.output).exists(): raise ValueError(f'{options.output} is already there: give a new name')
+    write_atomic(options.output, dumps(carried.config))
+    return f'{carried}\n\nwrote {options.output}'
+
+
+FROM_MINDSPEED_MM = carry_over, dict(help='make a config of an example of MindSpeed-MM, and name every field that it is not', usage='mmkit from-mindspeed-mm FOLDER [--script FILE] [--output CONFIG.json] [NAME=value ...]'), (
+    option('folder', 'folder of the example; NAME=value sets a variable of its script, such as NNODES=2', metavar='FOLDER'),
+    option('--script', 'the script that trains, where the folder has several', metavar='FILE'),
+    option('--output', 'new file for the config', metavar='CONFIG.json'))
+
+# %% ../nbs/69_cli.ipynb #03fe24e4
 COMMANDS = {'first-run': FIRST_RUN, 'first-film': FIRST_FILM, 'plan': PLAN, 'train': TRAIN, 'resume': RESUME, 'chat': CHAT, 'film': FILM, 'llava-to-mllm': LLAVA_TO_MLLM,
-            'extract-features': EXTRACT, 'convert-wan': CONVERT_WAN}
-CHANGED = (train, resume_run, foresee, extract_features, make_films)         # the commands that take name=value
+            'extract-features': EXTRACT, 'convert-wan': CONVERT_WAN, 'from-mindspeed-mm': FROM_MINDSPEED_MM}
+CHANGED = (train, resume_run, foresee, extract_features, make_films, carry_over)         # the commands that take name=value
 
 
 class OneSentence(ArgumentParser):

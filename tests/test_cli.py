@@ -246,9 +246,9 @@ PP = '--cfg.target_parallel_config.pp_layers'
     (WAN_TO_MM + ' --cfg.target_parallel_config.tp_size 0', '--cfg.target_parallel_config.tp_size 0 does not divide the 2 heads of the model: give a number that does'),
     (WAN_TO_MM + ' --cfg.target_parallel_config.tp_size 3', '--cfg.target_parallel_config.tp_size 3 does not divide the 2 heads'),
     (WAN_TO_MM + ' --cfg.target_parallel_config.ep_size 2', '--cfg.target_parallel_config.ep_size 2 is not possible, the model has no experts: leave it out'),
-    (WAN_TO_HF + ' --cfg.lora_path lora', '--cfg.lora_path lora is not possible, LoRA weights are not merged here: leave it out'),
+    (WAN_TO_MM + ' --cfg.lora_path lora', '--cfg.lora_path lora is not possible, LoRA weights are merged by mm_to_hf and merge_lora_to_base: leave it out'),
     ('mm-convert WanConverter layerzero_to_mm --cfg.source_path save --cfg.target_path mm --iteration 20 --prefix predictor --ema_model false', 'layerzero_to_mm is not possible, the shards of a LayerZero training'),
-    ('mm-convert WanConverter merge_lora_to_base --cfg.source_path a --cfg.target_path b --cfg.lora_path c --lora_rank 8 --lora_alpha 16 --use_npu true', 'merge_lora_to_base is not possible, no LoRA files are read here')])
+    ('mm-convert WanConverter merge_lora_to_base --cfg.source_path a --cfg.target_path b --cfg.lora_path c --lora_rank 8 --lora_alpha 16 --use_npu true', '--cfg.source_path a is not a folder')])
 def test_what_cannot_be_converted_of_wan_is_one_sentence(line, words, wan, capsys):
     for name, source in {'qwen/transformer': HF, 'mm': GOLDEN / 'wan2_1_t2v_pp1', 'mm/iter_0000020': GOLDEN / 'wan2_1_t2v_pp1' / 'release', 'bits': GOLDEN / 'wan2_1_t2v_pp1' / 'release', 'qwen_mm': GOLDEN / 'qwen2_5_vl_tp1'}.items(): shutil.copytree(source, name)
     for name in ('bare', 'two/transformer', 'two/transformer_2'):

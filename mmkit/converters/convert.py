@@ -226,15 +226,16 @@ def other_dtypes(mm: MMFolder, hf: HFFolder) -> list[str]:
     pairs = {(mm.dtype(name), hf.dtype(name)) for name in mm.names}
     return [f'{new} is written where the pattern has {old}' for new, old in sorted(pairs, key=str) if new != old]
 
-# %% ../../nbs/32_converters.convert.ipynb #b1bba9e3
-def mm_to_hf(mm_dir: str | Path, hf_dir: str | Path, save_dir: str | Path, towers: tuple[Tower, ...], tp: int = 1, overwrite: bool = False) -> Written:
+# %% ../../nbs/32_converters.convert.ipynb #0e5d9e05
+def mm_to_hf(mm_dir: str | Path | MMFolder, hf_dir: str | Path, save_dir: str | Path, towers: tuple[Tower, ...], tp: int = 1, overwrite: bool = False) -> Written:
     "What was written: the weights of a MindSpeed-MM folder as a Hugging Face folder, with files and names as in `hf_dir`."
-    may_write(save_dir, (mm_dir, hf_dir), overwrite)
-    hf, mm = HFFolder(hf_dir), MMFolder(mm_dir, towers)
+    mm = mm_dir if isinstance(mm_dir, MMFolder) else MMFolder(mm_dir, towers)
+    may_write(save_dir, (mm.path, hf_dir), overwrite)
+    hf = HFFolder(hf_dir)
     compare_layout(mm, towers, tp)
     check(mm.found.towers, mm)
     wrong = {'missing in the pattern': mm.names - hf.names, 'only in the pattern': hf.names - mm.names}
-    if any(wrong.values()): raise ValueError(f'{mm_dir} and {hf_dir} are different models: ' + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names))
+    if any(wrong.values()): raise ValueError(f'{mm.path} and {hf_dir} are different models: ' + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names))
     size = sum(torch.Size(mm.shape(name)).numel() * mm.dtype(name).itemsize for name in (hf.copies.get(hub, hub) for hub in hf.places))
     with new_folder(save_dir, size, overwrite) as folder, progress(size, 'mm_to_hf') as bar:
         others = [name for name in copy_rest(hf.path, folder) if name not in hf.shards and not name.endswith('.index.json')]

@@ -8,13 +8,13 @@ __all__ = ['NEW_PREFIXES', 'UNREAD', 'HARMLESS', 'LATEST', 'hub_name', 'ties_emb
            'rank_files', 'model_chunks', 'layer_count', 'Found', 'find_layout', 'compare_names', 'joined', 'unpack',
            'MMFolder', 'open_weights']
 
-# %% ../../nbs/31_converters.folders.ipynb #3ea27e9c
+# %% ../../nbs/31_converters.folders.ipynb #e94d1f54
 import json
 import mmap
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -202,7 +202,7 @@ def layer_count(tower: Tower, held: Mapping[str, Any]) -> int:
     while any(mm.format(i=count) in held for mm in patterns): count += 1
     return count
 
-# %% ../../nbs/31_converters.folders.ipynb #303b0585
+# %% ../../nbs/31_converters.folders.ipynb #8036f6e8
 @dataclass(frozen=True)
 class Found:
     "The layout of a MindSpeed-MM folder and its tensors: `chunks[k][t]` is what tensor rank t holds of pipeline chunk k."
@@ -212,15 +212,15 @@ class Found:
     beside: tuple[str, ...] = ()        # what a training keeps beside the weights, which no conversion carries over
 
 
-def find_layout(path: Path, towers: tuple[Tower, ...]) -> Found:
+def find_layout(path: Path, towers: tuple[Tower, ...], read: Callable[[Path], tuple[list[dict[str, Tensor]], set[str]]] = model_chunks) -> Found:
     "What the files at `path` hold; a ValueError when that is another number of layers than `towers` has."
     files = rank_files(path)
     tp, stages = (max(axis) + 1 for axis in zip(*files))
-    opened = {rank: model_chunks(file) for rank, file in files.items()}
-    read = {rank: chunks for rank, (chunks, _) in opened.items()}
-    virtual = len(read[0, 0])
-    if any(len(chunks) != virtual for chunks in read.values()): raise ValueError(f'{path} holds ranks with different numbers of virtual chunks: convert it again')
-    chunks = [[read[t, p][v] for t in range(tp)] for v in range(virtual) for p in range(stages)]
+    opened = {rank: read(file) for rank, file in files.items()}
+    held = {rank: chunks for rank, (chunks, _) in opened.items()}
+    virtual = len(held[0, 0])
+    if any(len(chunks) != virtual for chunks in held.values()): raise ValueError(f'{path} holds ranks with different numbers of virtual chunks: convert it again')
+    chunks = [[held[t, p][v] for t in range(tp)] for v in range(virtual) for p in range(stages)]
     laid = []
     for tower in towers:
         counts = [layer_count(tower, ranks[0]) for ranks in chunks]
@@ -257,12 +257,12 @@ def unpack(path: Path, piece: Piece, parts: list[Tensor], filled: bool) -> list[
     if filled: return join_rows(piece.rule, parts)
     return [[x] for x in piece.rule.pack.unpack(whole_one)]
 
-# %% ../../nbs/31_converters.folders.ipynb #3bdc4498
+# %% ../../nbs/31_converters.folders.ipynb #4facfefb
 class MMFolder:
     "A MindSpeed-MM folder as a mapping from hub names to whole tensors; `towers` (in any layout) is the table, `found` the layout that was found."
-    def __init__(self, path: str | Path, towers: tuple[Tower, ...]):
+    def __init__(self, path: str | Path, towers: tuple[Tower, ...], read: Callable[[Path], tuple[list[dict[str, Tensor]], set[str]]] = model_chunks):
         self.path = Path(path)
-        self.found = find_layout(self.path, towers)
+        self.found = find_layout(self.path, towers, read)
         compare_names(self.path, self.found)
         placed = [(k, piece) for k, chunk in enumerate(pieces(self.found.towers)) for piece in chunk]
         self.where = {h: (k, piece) for k, piece in placed if not piece.rule.copy for h in piece.hf}
