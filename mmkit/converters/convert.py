@@ -126,7 +126,7 @@ def left_out(hf: HFFolder | MMFolder) -> list[str]:
     if isinstance(hf, MMFolder): return [f'not carried over, since they are no weights: {some(hf.found.beside, 12)}'] if hf.found.beside else []
     return [f'left out, since no model reads them: {some(hub for hub, _, _ in hf.unread)}'] if hf.unread else []
 
-# %% ../../nbs/32_converters.convert.ipynb #37feff00
+# %% ../../nbs/32_converters.convert.ipynb #69f4e77e
 def write_runs(writers: Sequence[TensorFile], name: Any, each: Sequence[Runs], bar: tqdm) -> None:
     "Puts one tensor, given as runs of rows, into each file, under the same name."
     for writer, runs in zip(writers, each):
@@ -145,7 +145,7 @@ def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int,
         for group, piece in ((group, piece) for group, chunk in groups.items() for piece in chunk):
             each = cut_rows(piece.rule, [hf[h] for h in piece.hf], tp)
             for runs in each: touch(runs)
-            later(write_runs, writers, (group, piece.mm), each, bar)
+            later(sum(x.nbytes for runs in each for x in runs), write_runs, writers, (group, piece.mm), each, bar)
 
 # %% ../../nbs/32_converters.convert.ipynb #cdb0cf94
 def write_mm(hf: HFFolder | MMFolder, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int, overwrite: bool, title: str) -> Written:
@@ -186,7 +186,7 @@ def copy_rest(source: Path, target: Path) -> list[str]:
             shutil.copyfile(file, target / name)
     return left
 
-# %% ../../nbs/32_converters.convert.ipynb #bd28e0d0
+# %% ../../nbs/32_converters.convert.ipynb #9f9b7525
 def write_like(hf: HFFolder, folder: Path, source: MMFolder, bar: tqdm) -> None:
     "Fills `folder` with the tensors of `source`, under the names and in the files of `hf`."
     rank = {name: k for k, name in enumerate(source.where)}
@@ -198,7 +198,7 @@ def write_like(hf: HFFolder, folder: Path, source: MMFolder, bar: tqdm) -> None:
             for hub in sorted(names, key=lambda hub: rank[taken[hub]]):     # tensors that are packed together, one after the other
                 runs = source.runs(taken[hub])
                 touch(runs)
-                later(write_runs, [writer], names[hub], [runs], bar)
+                later(sum(x.nbytes for x in runs), write_runs, [writer], names[hub], [runs], bar)
 
 
 def write_index(hf: HFFolder, folder: Path, size: int) -> None:

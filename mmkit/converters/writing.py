@@ -119,7 +119,7 @@ class SafetensorsWriter(TensorFile):
         Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
         super().__init__(path, {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()})
 
-# %% ../../nbs/30_converters.writing.ipynb #0d207994
+# %% ../../nbs/30_converters.writing.ipynb #8cb60bc3
 def touch(parts: Iterable[Tensor]) -> None:
     "Returns when the files of mapped tensors have been read as far as they are needed."
     for x in parts:
@@ -129,15 +129,15 @@ def touch(parts: Iterable[Tensor]) -> None:
 Later = Callable[..., Future]
 
 @contextmanager
-def behind(ahead: float = 1) -> Iterator[Later]:
-    "A function that leaves calls to another thread, which makes them one after the other; it waits where more than `ahead` would be open. What one of them raises, the next one or the end raises."
-    waiting: deque[Future] = deque()
-    def later(call: Callable[..., Any], *arguments: Any) -> Future:
-        while waiting and (waiting[0].done() or len(waiting) >= ahead): waiting.popleft().result()
-        waiting.append(pool.submit(call, *arguments))
-        return waiting[-1]
+def behind(room: float = 1 << 25) -> Iterator[Later]:
+    "A function that leaves a call about so many bytes to another thread, which makes them one after the other; where those that are open would have more than `room` bytes together, it waits. What one raises, the next or the end raises."
+    waiting: deque[tuple[int, Future]] = deque()
+    def later(size: int, call: Callable[..., Any], *arguments: Any) -> Future:
+        while waiting and (waiting[0][1].done() or sum(other for other, _ in waiting) + size > room): waiting.popleft()[1].result()
+        waiting.append((size, pool.submit(call, *arguments)))
+        return waiting[-1][1]
     with ThreadPoolExecutor(1) as pool:
         try:
             yield later
-            while waiting: waiting.popleft().result()
+            while waiting: waiting.popleft()[1].result()
         finally: pool.shutdown(cancel_futures=True)

@@ -125,7 +125,7 @@ def has_room(size: int, mesh: Mesh, report: Callable[[str], None] = print) -> bo
     report(f'training waits for this checkpoint: copies of it need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free')
     return False
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #c417724a
+# %% ../../nbs/56_trainer.checkpoint.ipynb #c5c730e5
 class Saving:
     "Step `step` on its way to `checkpoints/step-0000100` of a run; all ranks begin it together, and when each is `ready`, or before, end it together."
     def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int, background: bool = False):
@@ -139,13 +139,13 @@ class Saving:
         background = background and told(mesh, lambda: has_room(size, mesh))
         self.room, self.pen, self.written = ExitStack(), ExitStack(), {}
         self.folder = self.room.enter_context(shared_folder(self.target, size, mesh))
-        later = self.pen.enter_context(behind(math.inf if background else 1))
+        later = self.pen.enter_context(behind(*[math.inf] * background))
         put = partial(write_tensors, folder=self.folder, mesh=mesh, later=later, written=self.written, copies=background)
         with training.average.used(): put(whole_weights(training.model, task.towers, mesh), weights)
         for number, (kind, files) in enumerate(states.items(), 1):
             if files: put(whole_kind(training, task, mesh, kind), files, first=number)
         if mesh.first: write_atomic(self.folder / STATE, json.dumps(state, indent=1))
-        self.last = later(len, ())
+        self.last = later(0, len, ())
 
     @property
     def ready(self) -> bool: return self.last.done()                    # this rank's files are written

@@ -79,7 +79,7 @@ def layout_of(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh,
     dtypes = {hub: dtype for each in told for hub, dtype in each.items()}
     return {hub: (dtypes[like.copies.get(hub, hub)], like.shape(hub)) for hub in like.places}
 
-# %% ../../nbs/50_trainer.weights.ipynb #fda7ac29
+# %% ../../nbs/50_trainer.weights.ipynb #a8e504e2
 Files = dict[str, dict[str, tuple[str, torch.dtype, tuple[int, ...]]]]          # what is to be written: by file and own name, the hub's name, dtype and shape
 
 def weight_files(like: HFFolder, layout: Mapping[str, tuple[torch.dtype, tuple]], inside: Path) -> Files:
@@ -103,8 +103,8 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], files: Files, folder: P
         writers[file] = SafetensorsWriter(folder / file, {own: tuple(place) for own, (_, *place) in files[file].items()})
         for own, (hub, *_) in files[file].items(): wanted[hub].append((writers[file], own))
     for name, x in tensors:
-        for writer, own in wanted[name]: later(writer.write, own, x.detach().to('cpu', copy=copies))
-    for file, writer in writers.items(): later(close, file, writer)
+        for writer, own in wanted[name]: later(x.nbytes, writer.write, own, x.detach().to('cpu', copy=copies))
+    for file, writer in writers.items(): later(0, close, file, writer)
 
 # %% ../../nbs/50_trainer.weights.ipynb #24bae079
 def link_parts(root: Path, inside: Path, names: list[str], folder: Path) -> list[str]:
