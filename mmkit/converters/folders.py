@@ -257,7 +257,7 @@ def unpack(path: Path, piece: Piece, parts: list[Tensor], filled: bool) -> list[
     if filled: return join_rows(piece.rule, parts)
     return [[x] for x in piece.rule.pack.unpack(whole_one)]
 
-# %% ../../nbs/31_converters.folders.ipynb #4facfefb
+# %% ../../nbs/31_converters.folders.ipynb #98663f9e
 class MMFolder:
     "A MindSpeed-MM folder as a mapping from hub names to whole tensors; `towers` (in any layout) is the table, `found` the layout that was found."
     def __init__(self, path: str | Path, towers: tuple[Tower, ...], read: Callable[[Path], tuple[list[dict[str, Tensor]], set[str]]] = model_chunks):
@@ -270,15 +270,15 @@ class MMFolder:
         self.names = set(self.where)
         self._latest: tuple = ()
 
-    def parts(self, chunk: int, piece: Piece) -> list[Tensor]:
-        "What the tensor ranks hold of one target tensor."
+    def parts(self, chunk: int, piece: Piece, filled: bool) -> list[Tensor]:
+        "What the tensor ranks hold of one target tensor; their content matters if `filled`."
         return [held[piece.mm] for held in self.found.chunks[chunk]]
 
     def _sources(self, name: str, filled: bool) -> Runs:
         chunk, piece = self.where[name]
         if self._latest[:2] != (piece, filled):
             self._latest = ()           # before the next one takes its memory
-            try: self._latest = (piece, filled, unpack(self.path, piece, self.parts(chunk, piece), filled))
+            try: self._latest = (piece, filled, unpack(self.path, piece, self.parts(chunk, piece, filled), filled))
             except RuntimeError as error: raise ValueError(f'{self.path}: {piece.mm} has the wrong shape for {some(piece.hf)} ({error})') from None
         return self._latest[2][piece.hf.index(name)]
 

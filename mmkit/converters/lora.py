@@ -6,14 +6,14 @@
 __all__ = ['NAME', 'split_chunks', 'base_chunks', 'holds_lora', 'pairs_of', 'check_pair', 'rank_and_scale', 'Adapter',
            'MergedFolder']
 
-# %% ../../nbs/35_converters.lora.ipynb #017b29e8
+# %% ../../nbs/35_converters.lora.ipynb #b4b1b229
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .folders import Found, MMFolder, join, model_chunks, rank_files
+from .folders import Found, MMFolder, model_chunks, rank_files
 from .weights import Piece, Tower, pieces, some
 
 # %% ../../nbs/35_converters.lora.ipynb #6d50509d
@@ -64,7 +64,7 @@ def rank_and_scale(path: Path, ranks: set[int], alpha: float | None, rank: int |
     if alpha is None: raise ValueError(f'{path} does not tell the alpha of its LoRA weights: give --lora_alpha, the --lora-alpha of the training (16 where none was said)')
     return found, alpha / found
 
-# %% ../../nbs/35_converters.lora.ipynb #0aac4e64
+# %% ../../nbs/35_converters.lora.ipynb #6481071e
 class Adapter:
     "The adapters in a MindSpeed-MM folder that were trained on the weights `found`; a ValueError says what does not fit."
     def __init__(self, path: str | Path, found: Found, alpha: float | None, rank: int | None = None):
@@ -86,23 +86,22 @@ class Adapter:
                 ranks |= {a.shape[0] for a, _ in both}
         self.rank, self.scale = rank_and_scale(self.path, ranks, alpha, rank)
 
-    def merged(self, piece: Piece, whole: Tensor) -> Tensor:
-        "A weight (out, in) with what its adapters learned, in its own number format; itself where there are none."
-        if piece.hf not in self.pairs: return whole
-        parts = [torch.matmul(b.float(), a.float()) for a, b in self.pairs[piece.hf]]
-        return join(self.path, piece, parts).mul_(self.scale).add_(whole).to(whole.dtype)
+    def merged(self, piece: Piece, parts: list[Tensor]) -> list[Tensor]:
+        "Each rank's part of a weight (out, in) with what its adapters learned, in its own number format; the same where there are none."
+        if piece.hf not in self.pairs: return parts
+        return [torch.matmul(b.float(), a.float()).mul_(self.scale).add_(part).to(part.dtype) for part, (a, b) in zip(parts, self.pairs[piece.hf])]
 
-# %% ../../nbs/35_converters.lora.ipynb #2ee04430
+# %% ../../nbs/35_converters.lora.ipynb #769b863e
 class MergedFolder(MMFolder):
     "A MindSpeed-MM folder whose weights have the adapters of `lora_path` merged (by default its own), read one tensor at a time; a ValueError says what does not fit."
     def __init__(self, path: str | Path, towers: tuple[Tower, ...], lora_path: str | Path | None, alpha: float | None, rank: int | None = None):
         super().__init__(path, towers, base_chunks)
         self.adapter = Adapter(lora_path or path, self.found, alpha, rank)
 
-    def whole(self, chunk: int, piece: Piece, meta: bool = False) -> Tensor:
-        "One target tensor, joined over the tensor ranks and merged; without data if `meta`."
-        full = super().whole(chunk, piece, meta)
-        return full if meta else self.adapter.merged(piece, full)
+    def parts(self, chunk: int, piece: Piece, filled: bool) -> list[Tensor]:
+        "What the tensor ranks hold of one target tensor, merged if `filled`."
+        held = super().parts(chunk, piece, filled)
+        return self.adapter.merged(piece, held) if filled else held
 
     @property
     def note(self) -> str: return f'merged {len(self.adapter.pairs)} LoRA weights of rank {self.adapter.rank}, each times {self.adapter.scale:g}, from {self.adapter.path}'
