@@ -186,7 +186,7 @@ CONVERT_WAN = convert_checkpoint, dict(help='convert Wan2.1 weights, with the wo
     option('--pp_vpp_layers', 'for convert_to_mm, layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk: [[7,8],[7,8]]', metavar='LAYERS', type=optional_layers),
     option('--overwrite', 'let the new folder take the place of an earlier checkpoint', action='store_true'))
 
-# %% ../nbs/69_cli.ipynb #889a381a
+# %% ../nbs/69_cli.ipynb #f7f102bf
 def carry_over(options: Namespace) -> str:
     "Reads an example of MindSpeed-MM and, where it is whole, writes it as a config; returns the report."
     from mmkit.peer import from_mindspeed_mm
@@ -200,7 +200,7 @@ def carry_over(options: Namespace) -> str:
     return f'{carried}\n\nwrote {options.output}'
 
 
-FROM_MINDSPEED_MM = carry_over, dict(help='make a config of an example of MindSpeed-MM, and name every field that it is not', usage='mmkit from-mindspeed-mm FOLDER [--script FILE] [--output CONFIG.json] [NAME=value ...]'), (
+FROM_MINDSPEED_MM = carry_over, dict(help='make a config of an example of MindSpeed-MM, and say what becomes of every field', usage='mmkit from-mindspeed-mm FOLDER [--script FILE] [--output CONFIG.json] [NAME=value ...]'), (
     option('folder', 'folder of the example; NAME=value sets a variable of its script, such as NNODES=2', metavar='FOLDER'),
     option('--script', 'the script that trains, where the folder has several', metavar='FILE'),
     option('--output', 'new file for the config', metavar='CONFIG.json'))
