@@ -87,3 +87,13 @@ def test_the_film_tutorial_learns(tmp_path):
     assert untrained['correlation'] < 0.45 and trained['correlation'] > untrained['correlation'] + 0.15 and untrained['strict'] == 0, scores
     assert sum(losses[-50:]) < 0.6 * sum(losses[:50]) and apart <= 1, (apart, sum(losses[:50]), sum(losses[-50:]))
     assert sum('data:video/mp4' in str(cell.get('outputs')) for cell in notebook.cells) == 3
+
+
+def test_the_layouts_tutorial_shows_one_curve(tmp_path):
+    "Tutorial 4 with four of its eleven layouts; all of them, and more, are in test_layouts.py."
+    notebook = nbformat.read(Path(__file__).parent.parent / 'nbs' / 'tutorials' / '4_same_loss.ipynb', 4)
+    place, = (number for number, cell in enumerate(notebook.cells) if cell.source.startswith('layouts = {'))
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("layouts = {name: layouts[name] for name in ('one process', 'pp 2, in turns', 'dp 2, fsdp', 'pp 2 x cp 2')}"))
+    notebook.cells.append(nbformat.v4.new_code_cell('print(len(apart), max(apart.values()))'))
+    NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(tmp_path)}}).execute()
+    assert notebook.cells[-1].outputs[0].text.startswith('4 ') and sum('image/png' in str(cell.get('outputs')) for cell in notebook.cells) == 1
