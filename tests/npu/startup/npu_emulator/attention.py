@@ -95,7 +95,8 @@ def sequences(layout, tokens, lengths, other_lengths):
     starts = [(0, 0), *ends[:-1]]
     if any(a[0] > b[0] or a[1] > b[1] for a, b in zip(starts, ends)): raise ValueError(f'cumulative lengths must not fall: {lengths}, {other_lengths}')
     if ends and ends[-1][0] > tokens: raise ValueError(f'actual_seq_qlen ends at {ends[-1][0]}, but there are {tokens} tokens')
-    return [(slice(a[0], b[0]), slice(a[1], b[1])) for a, b in zip(starts, ends)]
+    if any(a[0] < b[0] and a[1] == b[1] for a, b in zip(starts, ends)): raise ValueError(f'a sequence has queries but no keys: {lengths}, {other_lengths}')
+    return [(slice(a[0], b[0]), slice(a[1], b[1])) for a, b in zip(starts, ends) if a[0] < b[0]]
 
 def statistics(x, layout, softmax_layout):
     "b n s 1 as CANN gives it: b n s 8; of packed sequences each in the order n s 8 unless the call asks for s n 8."
@@ -110,12 +111,16 @@ def read_statistics(x, rows, heads, layout, softmax_layout):
     part = part.transpose(0, 1) if softmax_layout == 'TND' else part.reshape(heads, -1, STATISTICS)
     return part[None, ..., :1]
 
+def undefined(x):
+    "A float32 tensor like x of which nothing is known."
+    return torch.full_like(x, torch.nan, dtype=torch.float32)
+
 def attention(query, key, value, head_num, input_layout, atten_mask, scale, pre_tockens, next_tockens, inner_precise,
               actual_seq_qlen, actual_seq_kvlen, sparse_mode, softmax_layout, **options):
     "npu_fusion_attention: the result, the largest scores and the sums of exponentials."
     plain_only('npu_fusion_attention', options, **UNUSUAL)
     groups, found = check_inputs(query, key, value, head_num, input_layout), []
-    result = torch.zeros_like(query[..., :value.shape[-1]] if input_layout in ('BNSD', 'BSND', 'TND') else query, dtype=torch.float32)
+    result = undefined(query[..., :value.shape[-1]] if input_layout in ('BNSD', 'BSND', 'TND') else query)
     for rows, columns in sequences(input_layout, len(query), actual_seq_qlen, actual_seq_kvlen):
         q = heads_first(query[rows], input_layout, head_num)
         k, v = (heads_first(x[columns], input_layout, groups) for x in (key, value))
@@ -128,15 +133,15 @@ def attention(query, key, value, head_num, input_layout, atten_mask, scale, pre_
     return (result, largest, total) if input_layout != 'TND' else (result, *(by_token(x, len(query), head_num) for x in (largest, total)))
 
 def by_token(x, tokens, heads):
-    "Statistics of packed sequences in the shape t n 8; zeros for tokens of sequences left out."
-    return torch.cat([x, x.new_zeros(tokens * heads - len(x), STATISTICS)]).reshape(tokens, heads, STATISTICS)
+    "Statistics of packed sequences in the shape t n 8; tokens of sequences left out are undefined."
+    return torch.cat([x, x.new_full((tokens * heads - len(x), STATISTICS), torch.nan)]).reshape(tokens, heads, STATISTICS)
 
 def attention_gradient(query, key, value, dy, head_num, input_layout, atten_mask, softmax_max, softmax_sum, attention_in, scale_value,
                        pre_tockens, next_tockens, actual_seq_qlen, actual_seq_kvlen, sparse_mode, softmax_layout, **options):
     "npu_fusion_attention_grad: gradients of query, key and value from the statistics given, as ring attention gives those of whole rows."
     plain_only('npu_fusion_attention_grad', options, **{name: usual for name, usual in UNUSUAL.items() if name != 'dropout_mask'})
     groups = check_inputs(query, key, value, head_num, input_layout)
-    gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value)]
+    gradients = [undefined(x) for x in (query, key, value)]
     for rows, columns in sequences(input_layout, len(query), actual_seq_qlen, actual_seq_kvlen):
         q, pull, result = (heads_first(x[rows], input_layout, head_num) for x in (query, dy, attention_in))
         k, v = (heads_first(x[columns], input_layout, groups) for x in (key, value))
