@@ -1,5 +1,7 @@
 """An emulated NPU in a folder: `python tests/npu/prepare.py FOLDER` prints its environment for `eval`, with a COMMAND behind FOLDER it runs that in it.
 
+With MINDSPEED=FOLDER, a copy of MindSpeed's source, MindSpeed can be imported in it as well.
+
 The folder gets torch-npu's wheel, without its requirements, and a CANN that is built from the wheel's symbols. Nothing else is changed:
 the environment puts both in front of PYTHONPATH, and any Python process started with it has the emulated NPUs (startup/sitecustomize.py)."""
 import hashlib
@@ -32,15 +34,21 @@ def built(folder, site):
     os.replace(making, out)
     return out
 
+def mindspeed():
+    "What puts MindSpeed on the path: the folder that MINDSPEED names, if it does; SystemExit if it is not there."
+    folder = os.environ.get('MINDSPEED')
+    if folder and not (Path(folder) / 'mindspeed' / 'megatron_adaptor.py').is_file(): raise SystemExit(f'MINDSPEED={folder} holds no mindspeed/megatron_adaptor.py')
+    return [folder] if folder else []
+
 def environment(folder):
     "What a process needs on top of its environment to have emulated NPUs."
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     site = folder / 'site'
     install(site)
-    before = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and Path(path) not in (HERE / 'startup', site)]
+    before = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and Path(path) not in (HERE / 'startup', site) and path not in mindspeed()]
     cann = built(folder, site)
-    paths = os.pathsep.join([str(HERE / 'startup'), *before, str(site)])
+    paths = os.pathsep.join([str(HERE / 'startup'), *before, *mindspeed(), str(site)])
     return {'NPU_EMULATOR': str(cann), 'ASCEND_HOME_PATH': str(cann), 'ASCEND_OPP_PATH': str(cann / 'opp'), 'PYTHONPATH': paths,
             'TASK_QUEUE_ENABLE': '0'}                                   # an error is raised by the call that made it
 
