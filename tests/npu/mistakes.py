@@ -10,23 +10,24 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+VENDOR = {'rotary': 'rotary', 'atten': 'flash and not drop and not graph and not tensor', 'rms': 'rms', 'swi': 'swi', 'adam': ''}       # its tests of what is emulated
 MISTAKES = {
-    'rotary turns the other way': ('formulas.py', 'return torch.cat([-b, a], -1)', 'return torch.cat([b, -a], -1)'),
-    'interleaved rotary turns the other way': ('formulas.py', 'torch.stack([-x[..., 1::2], x[..., 0::2]], -1)', 'torch.stack([x[..., 1::2], -x[..., 0::2]], -1)'),
-    'scores are scaled 5 % too much': ('attention.py', '.transpose(-1, -2) * scale\n', '.transpose(-1, -2) * scale * 1.05\n'),
-    'a causal mask hides the diagonal': ('attention.py', 'return column > row ', 'return column >= row + (row == 0) '),
-    'the lower right mask is off by one': ('attention.py', 'diagonal = row + keys - queries ', 'diagonal = row + keys - queries + 1 '),
-    'statistics of packed sequences in the other order': ('attention.py', "if softmax_layout == 'TND' else x[0]", "if softmax_layout != 'TND' else x[0]"),
-    'gradient of attention without its inner product': ('attention.py', ' - (gradient * result).sum(-1, keepdim=True)', ''),
-    'rms_norm ignores epsilon': ('formulas.py', 'keepdim=True) + epsilon)', 'keepdim=True) + 1e-6)'),
-    'rms_norm divides the gradient twice': ('formulas.py', 'rstd**3', 'rstd**4'),
-    'swiglu gates the other half': ('formulas.py', 'torch.nn.functional.silu(a) * b', 'torch.nn.functional.silu(b) * a'),
-    'AdamW decays by the rate squared': ('formulas.py', '1 - lr * weight_decay', '1 - lr * lr * weight_decay'),
+    'rotary turns the other way': ('rotary', 'formulas.py', 'return torch.cat([-b, a], -1)', 'return torch.cat([b, -a], -1)'),
+    'interleaved rotary turns the other way': ('rotary', 'formulas.py', 'torch.stack([-x[..., 1::2], x[..., 0::2]], -1)', 'torch.stack([x[..., 1::2], -x[..., 0::2]], -1)'),
+    'scores are scaled 5 % too much': ('atten', 'attention.py', '.transpose(-1, -2) * scale\n', '.transpose(-1, -2) * scale * 1.05\n'),
+    'a causal mask hides the diagonal': ('atten', 'attention.py', 'return column > row ', 'return column >= row + (row == 0) '),
+    'the lower right mask is off by one': ('atten', 'attention.py', 'diagonal = row + keys - queries ', 'diagonal = row + keys - queries + 1 '),
+    'statistics of packed sequences in the other order': ('atten', 'attention.py', "if softmax_layout == 'TND' else x[0]", "if softmax_layout != 'TND' else x[0]"),
+    'gradient of attention without its inner product': ('atten', 'attention.py', ' - (gradient * result).sum(-1, keepdim=True)', ''),
+    'rms_norm ignores epsilon': ('rms', 'formulas.py', 'keepdim=True) + epsilon)', 'keepdim=True) + 1e-6)'),
+    'rms_norm divides the gradient twice': ('rms', 'formulas.py', 'rstd**3', 'rstd**4'),
+    'swiglu gates the other half': ('swi', 'formulas.py', 'torch.nn.functional.silu(a) * b', 'torch.nn.functional.silu(b) * a'),
+    'AdamW decays by the rate squared': ('adam', 'formulas.py', '1 - lr * weight_decay', '1 - lr * lr * weight_decay'),
 }
 
 def planted(name, room):
     "A copy of the emulator with one mistake: its folder of startup."
-    file, right, wrong = MISTAKES[name]
+    _, file, right, wrong = MISTAKES[name]
     startup = room / re.sub(r'\W+', '-', name)
     shutil.copytree(HERE / 'startup', startup, ignore=shutil.ignore_patterns('__pycache__'))
     path = startup / 'npu_emulator' / file
@@ -43,12 +44,12 @@ def failures(command, startup):
 
 def main(vendor=None):
     "Prints a line for every mistake; the number of those that nothing saw."
-    checks = {'own': [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(HERE / 'test_npu_operators.py')]}
-    if vendor: checks['vendor'] = [sys.executable, str(HERE / 'vendor.py'), vendor]
+    own = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(HERE / 'test_npu_operators.py')]
     unseen = 0
     with tempfile.TemporaryDirectory() as room:
         for name in MISTAKES:
-            startup = planted(name, Path(room))
+            startup, words = planted(name, Path(room)), VENDOR[MISTAKES[name][0]]
+            checks = {'own': own, **({'vendor': [sys.executable, str(HERE / 'vendor.py'), vendor, '-k', words]} if vendor and words else {})}
             found = {check: failures(command, startup) for check, command in checks.items()}
             unseen += not any(found.values())
             print(f'{name}: ' + '; '.join(f'{check}: {", ".join(names) or "sees nothing"}' for check, names in found.items()), flush=True)

@@ -105,6 +105,22 @@ def test_torch_s_own_operators_are_the_cpu_s():
     torch.npu.set_rng_state(state)
     assert not torch.equal(a, b) and torch.equal(c, torch.rand(3, device='npu'))
 
+def test_dropout_follows_the_device_s_generator():
+    "What recompute and Megatron's random tracker rely on: the same state gives the same mask, and the CPU's generator is left alone."
+    x, host = torch.ones(64).npu(), torch.get_rng_state()
+    drop = lambda: torch.nn.functional.dropout(x, 0.5)
+    state = torch.npu.get_rng_state()
+    first, second = drop(), drop()
+    torch.npu.set_rng_state(state)
+    assert torch.equal(drop(), first) and not torch.equal(second, first) and 0 < first.count_nonzero() < 64 and torch.equal(torch.get_rng_state(), host)
+
+def test_numbers_that_npus_hardly_have_are_counted():
+    npu_emulator.doubtful.clear()
+    wide = torch.ones(3).npu().double()
+    assert not npu_emulator.doubtful
+    wide * 2, torch.view_as_complex(torch.ones(3, 2).npu()).exp()
+    assert npu_emulator.doubtful == {'aten::mul float64': 1, 'aten::exp complex64': 1}
+
 def test_two_devices_and_their_names():
     assert torch.npu.is_available() and torch.npu.device_count() == 2 and torch.npu.get_device_name().startswith('Ascend910B')
     assert (torch.ones(2, device='npu:1') + 1).device == torch.device('npu', 1)

@@ -1,5 +1,5 @@
-"""Runs the vendor's own tests of the operators that mmkit uses against the emulated NPU: `python tests/npu/vendor.py FOLDER`, in the environment of
-prepare.py, with FOLDER a copy of github.com/Ascend/op-plugin. They are not part of mmkit; their expected numbers are the vendor's, not ours.
+"""Runs the vendor's own tests of the operators that mmkit uses against the emulated NPU: `python tests/npu/vendor.py FOLDER [OPTIONS OF PYTEST]`, in the
+environment of prepare.py, with FOLDER a copy of github.com/Ascend/op-plugin. They are not part of mmkit; their expected numbers are the vendor's, not ours.
 
 A table says what became of each test; NPU_EMULATOR_DEVICES=8 also runs those of eight ranks. Tests that need what is not emulated, or another chip, are named so; any other failure ends with code 1."""
 import os
@@ -27,10 +27,10 @@ def needs():
     if not folder.is_dir(): subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', folder, 'expecttest'], check=True)
     return str(folder)
 
-def run(paths, room):
+def run(paths, room, options):
     "(name, outcome, reason) of every test in the files."
     report = room / 'report.xml'
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', '-o', 'junit_family=xunit1', f'--rootdir={room}', *map(str, paths)]
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', '-o', 'junit_family=xunit1', f'--rootdir={room}', *options, *map(str, paths)]
     paths = os.pathsep.join([os.environ['PYTHONPATH'], needs()])
     ran = subprocess.run(command, cwd=room, capture_output=True, text=True, timeout=500, env={**os.environ, 'CI': '', 'PYTHONPATH': paths})
     if not report.exists(): raise SystemExit(f'the tests did not run:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}')
@@ -47,15 +47,15 @@ def outcome(case):
             return name, 'failed', (found.get('message') or '').strip().splitlines()[0][:150]
     return name, 'passed', ''
 
-def main(folder):
+def main(folder, *options):
     "Prints the table of every file; the number of tests that failed."
     with tempfile.TemporaryDirectory() as room:
         page = Path(room) / 'test_documentation.py'
         page.write_text(example(Path(folder) / PAGE), encoding='utf-8')
-        rows = run([page, *(Path(folder).resolve() / name for name in FILES)], Path(room))
+        rows = run([page, *(Path(folder).resolve() / name for name in FILES)], Path(room), options)
     for name, result, reason in rows: print(f'{result:13} {name}' + (f' ({reason})' if reason else ''))
     counts = Counter(result for _, result, _ in rows)
     print(*(f'{count} {result}' for result, count in counts.items()), sep=', ')
     return counts['failed']
 
-if __name__ == '__main__': sys.exit(min(main(sys.argv[1]), 1))
+if __name__ == '__main__': sys.exit(min(main(*sys.argv[1:]), 1))

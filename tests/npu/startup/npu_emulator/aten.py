@@ -1,6 +1,9 @@
 """Every operator of torch itself that the wheel brings to the NPU, computed by the CPU's own kernel over the device's memory."""
+from contextlib import contextmanager, nullcontext
+
 import torch
 
+from npu_emulator import doubtful
 from npu_emulator.memory import NPU, first_device, in_each, on_host, to_device
 
 # The wheel's own code serves for these: they make, name or look at memory and compute nothing.
@@ -8,16 +11,28 @@ REAL = set('''empty empty_strided empty_like new_empty_strided as_strided view _
 view_as_complex is_set_to _has_compatible_shallow_copy_type _copy_from _copy_from_and_resize record_stream is_pinned pin_memory _pin_memory
 _lazy_clone _efficientzerotensor'''.split())
 
-def host_generator(generator):
-    "A CPU generator at the state of the device's, which moves on by one draw."
+WIDE = (torch.float64, torch.complex64, torch.complex128)       # an NPU has few operators for these, and slow ones
+MOVING = ('copy_', 'copy', 'clone', 'fill_', 'zero_', 'cat')         # no arithmetic
+DRAWING = {'aten::native_dropout'}                              # operators that draw without an argument for the generator
+
+def drawn_seed(generator):
+    "A seed for the state of the device's generator, which moves on by one draw."
     seed, offset = generator.get_state().view(torch.int64).tolist()[:2]
     generator.set_offset(offset + 4)
-    return torch.Generator().manual_seed((seed * 1_000_003 + offset) % 2**63)
+    return (seed * 1_000_003 + offset) % 2**63
+
+@contextmanager
+def seeded(seed):
+    "Within it the CPU's generator begins at a seed; afterwards it is where it was."
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try: yield
+    finally: torch.set_rng_state(before)
 
 def host_value(value):
     "An argument as the CPU's kernel takes it."
     if isinstance(value, torch.device) and value.type == NPU: return torch.device('cpu')
-    if isinstance(value, torch.Generator) and value.device.type == NPU: return host_generator(value)
+    if isinstance(value, torch.Generator) and value.device.type == NPU: return torch.Generator().manual_seed(drawn_seed(value))
     return on_host(value)
 
 def places(schema):
@@ -32,6 +47,10 @@ def asked_device(named, arguments):
     if wanted is None: return first_device([arguments, named])
     return wanted if wanted.type != NPU or wanted.index is not None else torch.device(NPU, torch.npu.current_device())
 
+def note(name, result):
+    "Counts a result in a number format that NPUs hardly have."
+    if isinstance(result, torch.Tensor) and result.dtype in WIDE: doubtful[f'{name} {result.dtype}'.replace('torch.', '')] += 1
+
 def on_cpu(operator):
     "The operator, computed on the CPU over the same memory."
     names, given_back = [argument.name for argument in operator._schema.arguments], places(operator._schema)
@@ -40,8 +59,10 @@ def on_cpu(operator):
         named = {**dict(zip(names, arguments)), **named}
         device = asked_device(named, arguments)
         if random and named.get(random) is None and device.type == NPU: named[random] = torch.npu.default_generators[device.index]
-        found = operator(**in_each(host_value, named))
+        with seeded(drawn_seed(torch.npu.default_generators[device.index])) if operator._schema.name in DRAWING else nullcontext():
+            found = operator(**in_each(host_value, named))
         if not given_back: return None
+        if device.type == NPU and not operator._schema.name.endswith(MOVING): in_each(lambda value: note(operator._schema.name, value), found)
         found = found if isinstance(found, tuple) else (found,)
         results = [named[place] if place else in_each(lambda value: to_device(value, device), value) for value, place in zip(found, given_back)]
         return results[0] if len(given_back) == 1 else tuple(results)

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from npu_emulator import calls
+from npu_emulator import calls, doubtful
 
 def preload(folder):
     "Loads the libraries of a CANN without a device into this process, so that the wheel finds them by name."
@@ -32,7 +32,8 @@ class Finder:
 
 def write_calls(folder):
     "Leaves the counts of this process in a folder, under the rank's number or the process's."
-    if calls: Path(folder, f'calls-{os.environ.get("RANK", "")}-{os.getpid()}.json').write_text(json.dumps(calls))
+    for kind, counts in (('calls', calls), ('doubtful', doubtful)):
+        if counts: Path(folder, f'{kind}-{os.environ.get("RANK", "")}-{os.getpid()}.json').write_text(json.dumps(counts))
 
 def install_after_import():
     "From now on, importing torch_npu installs the emulator; the counts are written at the end if somebody wants them."
