@@ -38,7 +38,7 @@ def mindspeed():
     "What puts MindSpeed on the path: the folder that MINDSPEED names, if it does; SystemExit if it is not there."
     folder = os.environ.get('MINDSPEED')
     if folder and not (Path(folder) / 'mindspeed' / 'megatron_adaptor.py').is_file(): raise SystemExit(f'MINDSPEED={folder} holds no mindspeed/megatron_adaptor.py')
-    return [folder] if folder else []
+    return [str(Path(folder).resolve())] if folder else []
 
 def environment(folder):
     "What a process needs on top of its environment to have emulated NPUs."

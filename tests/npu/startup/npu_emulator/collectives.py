@@ -2,6 +2,8 @@
 
 Each group keeps its real ProcessGroupHCCL, so names, devices and refusals are the wheel's: a CPU tensor in such a group raises as on an NPU.
 A second group of gloo beside it carries the bytes of the device's memory."""
+from collections import deque
+
 import torch
 import torch.distributed as dist
 import torch_npu
@@ -13,6 +15,7 @@ from npu_emulator.memory import in_each, on_host, on_npu
 
 HCCL = torch_npu._C._distributed_c10d.ProcessGroupHCCL
 CARRIERS: dict[str, ProcessGroup] = {}              # the group of gloo for the name of a group of hccl
+UNDERWAY: deque = deque(maxlen=256)                 # (request, its tensors): the device keeps memory until its traffic is done, however soon a tensor is dropped
 NAMES: dict[int, tuple[object, str]] = {}           # a ProcessGroupHCCL, which must stay alive to stay the same object, and its group's name
 
 def carrier(options):
@@ -33,6 +36,12 @@ def with_carrier(create):
         return group
     return make
 
+def kept(request, tensors):
+    "The request, whose tensors stay alive until it is done."
+    while UNDERWAY and UNDERWAY[0][0].is_completed(): UNDERWAY.popleft()
+    UNDERWAY.append((request, tensors))
+    return request
+
 def over_gloo(operator):
     "A collective operator of torch, done on the host's memory by the group that carries its group's traffic."
     names = [argument.name for argument in operator._schema.arguments]
@@ -43,6 +52,7 @@ def over_gloo(operator):
         in_each(require_npu, {name: value for name, value in named.items() if name != 'process_group'})
         host = {**in_each(on_host, named), 'process_group': CARRIERS[group.group_name].boxed()}
         found = operator(**host)
+        kept(dist.Work.unbox(found[1] if gives_tensors else found), named)
         calls[operator._schema.name.removeprefix('c10d::')] += 1
         return (arguments[0], found[1]) if gives_tensors else found
     return run
@@ -63,7 +73,7 @@ def batch_isend_irecv(group, kinds, tensors, peers):
     in_each(require_npu, tensors)
     calls['batch_isend_irecv'] += 1
     send_or_receive = {'isend': gloo.send, 'irecv': gloo.recv}
-    return All([send_or_receive[kind]([on_host(tensor)], peer, 0) for kind, tensor, peer in zip(kinds, tensors, peers)])
+    return kept(All([send_or_receive[kind]([on_host(tensor)], peer, 0) for kind, tensor, peer in zip(kinds, tensors, peers)]), tensors)
 
 def allgather(group, outputs, inputs, *options):
     "ProcessGroupHCCL's own gathering, which the wheel's `gather` calls on it directly."
