@@ -105,6 +105,14 @@ def test_torch_s_own_operators_are_the_cpu_s():
     torch.npu.set_rng_state(state)
     assert not torch.equal(a, b) and torch.equal(c, torch.rand(3, device='npu'))
 
+@pytest.mark.parametrize('call', [lambda x: x + torch.ones(3), lambda x: torch.where(torch.ones(3) > 0, x, x), lambda x: x.masked_fill(torch.ones(3) > 0, 0),
+                                  lambda x: torch.cat([x, torch.ones(3)]), lambda x: x + torch.ones(3, device='npu:1'), lambda x: torch.outer(x, torch.ones(3))])
+def test_tensors_of_two_devices_do_not_meet(call):
+    "As on an NPU, where the CPU's memory cannot be reached; numbers, copies and indices may."
+    x = torch.ones(3, device='npu:0')
+    with pytest.raises(RuntimeError, match='same device'): call(x)
+    assert (x + torch.tensor(1.0)).sum() == 6 and x[torch.tensor([0, 2])].sum() == 2 and x.copy_(torch.zeros(3)).sum() == 0
+
 def test_dropout_follows_the_device_s_generator():
     "What recompute and Megatron's random tracker rely on: the same state gives the same mask, and the CPU's generator is left alone."
     x, host = torch.ones(64).npu(), torch.get_rng_state()

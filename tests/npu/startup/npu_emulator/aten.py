@@ -15,6 +15,16 @@ WIDE = (torch.float64, torch.complex64, torch.complex128)       # an NPU has few
 MOVING = ('copy_', 'copy', 'clone', 'fill_', 'zero_', 'cat')         # no arithmetic
 DRAWING = {'aten::native_dropout'}                              # operators that draw without an argument for the generator
 
+ACROSS = {'aten::copy_', 'aten::index', 'aten::index_put', 'aten::index_put_', 'aten::_index_put_impl_'}      # tensors of two devices may meet here
+
+def check_devices(name, values):
+    "Raises RuntimeError where tensors of two devices meet; single numbers of the CPU may go with any."
+    found = set()
+    def look(value):
+        if isinstance(value, torch.Tensor) and (value.dim() or value.device.type == NPU): found.add(str(value.device))
+    in_each(look, values)
+    if len(found) > 1 and name not in ACROSS: raise RuntimeError(f'{name}: expected all tensors to be on the same device, found {", ".join(sorted(found))}')
+
 def drawn_seed(generator):
     "A seed for the state of the device's generator, which moves on by one draw."
     seed, offset = generator.get_state().view(torch.int64).tolist()[:2]
@@ -57,6 +67,7 @@ def on_cpu(operator):
     random = next((argument.name for argument in operator._schema.arguments if argument.name == 'generator'), None)
     def run(*arguments, **named):
         named = {**dict(zip(names, arguments)), **named}
+        check_devices(operator._schema.name, named)
         device = asked_device(named, arguments)
         if random and named.get(random) is None and device.type == NPU: named[random] = torch.npu.default_generators[device.index]
         with seeded(drawn_seed(torch.npu.default_generators[device.index])) if operator._schema.name in DRAWING else nullcontext():
