@@ -1,6 +1,10 @@
 "Train multimodal models with Megatron-Core from a notebook; the names below are imported when they are asked for."
 __version__ = "0.1.0"
 
+from .device import leave_npu_out
+
+leave_npu_out()         # on a half-installed Ascend machine `import torch` would fail
+
 NAMES = {
     'Config': 'mmkit.config', 'Layout': 'mmkit.config', 'Optim': 'mmkit.config', 'Data': 'mmkit.config', 'Columns': 'mmkit.config', 'Loop': 'mmkit.config',
     'Film': 'mmkit.config', 'Clips': 'mmkit.config', 'Flow': 'mmkit.config', 'Sampling': 'mmkit.config',

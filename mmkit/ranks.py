@@ -7,7 +7,7 @@ __all__ = ['OWN_FRAMES', 'follow_parent', 'leave', 'run_target', 'close_group', 
            'Interrupted', 'heard_interrupts', 'package_path', 'child_environment', 'run_ranks', 'ranks_magic',
            'load_ipython_extension']
 
-# %% ../nbs/03_ranks.ipynb #7fdcda2c
+# %% ../nbs/03_ranks.ipynb #906508ee
 import importlib.util
 import os
 import random
@@ -27,6 +27,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+
+from .device import NPU_DEFAULTS, npu_installed
 
 # %% ../nbs/03_ranks.ipynb #140d11c8
 def follow_parent(parent: int, then: Callable[[], None], every: float = 0.3) -> None:
@@ -131,7 +133,7 @@ def heard_interrupts() -> Iterator[list]:
     finally:
         if main: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-# %% ../nbs/03_ranks.ipynb #fc1db278
+# %% ../nbs/03_ranks.ipynb #f69944c4
 def package_path() -> str:
     "PYTHONPATH for a child process: the folder mmkit is imported from, then what was set before."
     home = Path(importlib.util.find_spec('mmkit').origin).parents[1]
@@ -141,6 +143,7 @@ def package_path() -> str:
 def child_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
     "The environment of a rank: this process's own, one thread each, nothing buffered, plus `changes`."
     defaults = {'OMP_NUM_THREADS': '1', 'CUDA_DEVICE_MAX_CONNECTIONS': '1'}      # the second: Megatron's wish for tensor parallel
+    if npu_installed(): defaults |= NPU_DEFAULTS
     fixed = {'PYTHONUNBUFFERED': '1', 'PYTHONFAULTHANDLER': '1', 'MPLBACKEND': 'agg', 'PYTHONPATH': package_path()}
     return {**defaults, **os.environ, **fixed, **(changes or {})}
 

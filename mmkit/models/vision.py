@@ -91,7 +91,7 @@ class Merger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.encoder(self.layernorm(x).view(-1, self.encoder.linear_fc2.input_size))
 
-# %% ../../nbs/21_models.vision.ipynb #3e7bc993
+# %% ../../nbs/21_models.vision.ipynb #82a30c63
 class VisionTower(nn.Module):
     "Pictures and videos, as patches in one row, to tokens for the text tower in the same order; or the part of that way that `held` layers go."
     def __init__(self, shape: VisionShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
@@ -113,7 +113,7 @@ class VisionTower(nn.Module):
         inside, whole = (segments(lengths, causal=False, device=x.device) for lengths in (found.window_lengths, found.frame_lengths))
         for number, layer in zip(self.held, self.encoder['blocks']['layers']):
             x = recompute(self.layout, number - self.held.start, partial(layer, attend=whole if number in self.shape.full_layers else inside), x, cos, sin)
-        return self.projector(x[:, 0])[:, None][order.argsort()] if self.held.stop == self.shape.layers else x
+        return self.projector(x[:, 0])[:, None][found.order.argsort().to(x.device)] if self.held.stop == self.shape.layers else x
 
     def angles(self, grid: Tensor, order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         "Cosines and sines (1 patches d) in window order, in float32."

@@ -52,8 +52,9 @@ def environment(folder):
     return {'NPU_EMULATOR': str(cann), 'ASCEND_HOME_PATH': str(cann), 'ASCEND_OPP_PATH': str(cann / 'opp'), 'PYTHONPATH': paths,
             'TASK_QUEUE_ENABLE': '0'}                                   # an error is raised by the call that made it
 
-def main(folder, *command):
+def main(folder='--help', *command):
     "Prints the environment, or becomes the command in it."
+    if folder.startswith('-'): sys.exit(__doc__)
     changes = environment(folder)
     if not command: print(*(f'export {name}={shlex.quote(value)}' for name, value in changes.items()), sep='\n')
     else: os.execvpe(command[0], command, {**os.environ, **changes})

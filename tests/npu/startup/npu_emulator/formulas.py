@@ -64,6 +64,11 @@ def fused_adamw(self, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps
         step = float(step)
         weight.addcdiv_(mean, (square.sqrt() / (1 - beta2**step)**0.5).add_(eps), value=-lr / (1 - beta1**step))
 
+def matmul_gradient(grad, self, other, mask):
+    "torch's own matmul_backward, which only this device has: matrices, or a stack of them times one matrix or as many."
+    right = self.flatten(0, -2).mT @ grad.flatten(0, -2) if other.dim() == 2 else self.mT @ grad
+    return grad @ other.mT if mask[0] else None, right if mask[1] else None
+
 FORMULAS = {'npu_rms_norm': rms_norm, 'npu_rms_norm_backward': rms_norm_gradient, 'npu_rotary_mul': rotary_mul,
             'npu_rotary_mul_backward': rotary_mul_gradient, 'npu_swiglu': swiglu, 'npu_swiglu_backward': swiglu_gradient}
-ATEN_FORMULAS = {'_fused_adamw_': fused_adamw}
+ATEN_FORMULAS = {'_fused_adamw_': fused_adamw, 'matmul_backward': matmul_gradient}
