@@ -156,8 +156,8 @@ def draw(operations: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Any:
         axis.set(title=job, xlabel='step', ylabel='loss'); axis.legend(fontsize=6)
     return figure
 
-# %% ../nbs/66_conformance.ipynb #e906348f
-@dataclass(frozen=True)
+# %% ../nbs/66_conformance.ipynb #b95bd315
+@dataclass(frozen=True, repr=False)
 class Conformance:
     "What `conform` found."
     device: str
@@ -172,6 +172,8 @@ class Conformance:
     def good(self) -> bool:
         "Whether everything is as near to the CPU as it has to be."
         return all(one['good'] for one in (*self.operations, *self.runs))
+
+    def __repr__(self) -> str: return self._repr_markdown_()
 
     def _repr_markdown_(self) -> str:
         kind = 'fused operations against their twins on the CPU' if self.fused else 'a CPU: every operation is its own twin, so nothing is proved but that all of it runs'
