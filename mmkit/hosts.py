@@ -7,11 +7,12 @@ __all__ = ['Hosts', 'environment_words', 'torchrun_line', 'prepare_run', 'shell_
            'keep_talking', 'keep_listening', 'open_notes', 'close_notes', 'fail', 'main', 'meet', 'add_up', 'wait_for',
            'failing', 'try_hosts', 'try_line']
 
-# %% ../nbs/61_hosts.ipynb #e591d3bd
+# %% ../nbs/61_hosts.ipynb #4bc80239
 import json
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 import threading
@@ -31,7 +32,7 @@ from .files import Jsonl, load_json, read_end, write_atomic
 from .ranks import close_group, follow_parent, last_words, leave, run_target
 from .run import RunFolder, make_folder
 from .trainer.plan import check_files, shape_of
-from .values import dumps, mistake, require
+from .values import dumps, require
 
 # %% ../nbs/61_hosts.ipynb #4dbbff1e
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ class Silence:
         for rank in self.names:
             if store.check([f'host {rank}']): self.hear(rank, store.get(f'host {rank}').decode())
 
-# %% ../nbs/61_hosts.ipynb #3784be02
+# %% ../nbs/61_hosts.ipynb #79c19fd9
 def keep_talking(silence: Silence) -> None:
     "Talks until this machine is done or the store is gone; it may block for as long as the network likes."
     import torch.distributed as dist
@@ -159,7 +160,7 @@ def keep_listening(silence: Silence, alarm: Callable[[str], None], beat: Path | 
     while not silence.over.wait(min(silence.limit / 10, 5)):
         if beat: beat.touch()
         if lost := silence.lost():
-            alarm(f'{silence.name} has not heard of {", ".join(lost)} for {silence.limit:.0f} s: see whether they run, and the network between them (mmkit try-hosts); '
+            alarm(f'{silence.name} has not heard of {", ".join(lost)} for {silence.limit:.0f} s: see whether they run, and the network between them (mmkit try-hosts tries it); '
                   'the same lines again go on from the newest checkpoint')
             return
 
@@ -178,7 +179,7 @@ def close_notes(folder: Path) -> None:
     write_atomic(folder / 'log' / 'end.json', json.dumps({'status': 'done' if records and records[-1]['step'] >= steps else 'stopped', 'time': time.time()}))
     (folder / 'log' / 'beat').unlink(missing_ok=True)
 
-# %% ../nbs/61_hosts.ipynb #ddcfafc7
+# %% ../nbs/61_hosts.ipynb #8f07987f
 def fail(log: Path, console: int, words: str, code: int = 1) -> None:
     "Ends this rank: a note for the run folder, its last words for the place where torchrun was started."
     write_atomic(f'{log}.failed', json.dumps({'time': time.time()}))
@@ -193,10 +194,11 @@ def main(folder: str, name: str, ranks: int, limit: float) -> None:
     output = os.open(f'{log}.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2): os.dup2(output, stream)
     if here.rank == 0: open_notes(folder, here.world)
-    follow_parent(os.getppid(), partial(leave, 143))
+    follow_parent(agent := os.getppid(), partial(leave, 143))
     silence = Silence(name, here, ranks, limit)
     def alarm(words):
         print(f'lost: {words}', file=sys.stderr)
+        os.kill(agent, signal.SIGKILL)          # it may wait for the lost machine's words for ever, deaf to SIGTERM; its other ranks follow it
         fail(log, console, words)
     talking = threading.Thread(target=keep_talking, args=[silence], daemon=True)
     if here.local_rank == 0:
@@ -231,7 +233,7 @@ def add_up(store: Any, device: Device, rank: int, world: int, limit: float) -> f
         return time.monotonic() - began
     finally: dist.destroy_process_group()
 
-# %% ../nbs/61_hosts.ipynb #7d3cab49
+# %% ../nbs/61_hosts.ipynb #15639a54
 def wait_for(store: Any, key: str, end: float) -> bool:
     "Whether a key is in the store before the clock shows `end`."
     while not store.check([key]):
@@ -254,7 +256,7 @@ def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> s
             return f'{names[0]} and {name} do not add up a number over {device.backend} within {limit:.0f} s ({said}): give the interface that both share, and see what closes its ports'
     return ''
 
-
+# %% ../nbs/61_hosts.ipynb #7d623ee1
 def try_hosts(names: Sequence[str], here: str, port: int = 29500, limit: float = 30, device: Device | None = None) -> str:
     "Tries, on the machine called `here` and at the same time on the others, what training on all of them needs; returns a sentence, or raises a ValueError that names the machine that fails."
     import torch.distributed as dist
@@ -276,7 +278,7 @@ def try_hosts(names: Sequence[str], here: str, port: int = 29500, limit: float =
     require(verdict == 'together', verdict)
     return f'{len(names)} machines meet at {names[0]}:{port} and add up a number over {device.backend} in {1000 * seconds:.1f} ms'
 
-
+# %% ../nbs/61_hosts.ipynb #ec213467
 def try_line(hosts: Hosts, number: int, limit: float = 30) -> str:
     "The line that tries the machines, for machine `number`; all lines are started within `limit` seconds."
     program = Path(sys.executable).with_name('mmkit')
