@@ -54,15 +54,16 @@ def start(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     begun = []
     def begin(text):
-        (tmp_path / 'script').write_text(text)
+        script = tmp_path / f'script{len(begun)}'
+        script.write_text(text)
         settings = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_NODELIST': ' '.join(NAMES)}
-        begun.append(subprocess.Popen(['bash', str(tmp_path / 'script')], env=settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        begun.append(subprocess.Popen(['bash', str(script)], env=settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return begun[-1]
     yield begin
     for process in begun:
         if process.poll() is None: process.kill()
 
-def hosts(**more): return Hosts(names=tuple(NAMES), ranks=2, interface='eth0', port=29517, silence=8, **more)
+def hosts(**more): return Hosts(names=tuple(NAMES), ranks=2, interface='eth0', port=29517, silence=10, **more)
 
 def prepared(folder, model, steps):
     "Tiny weights and data, a run on four ranks of one machine, and the folder of the same run on two machines."
@@ -106,7 +107,7 @@ def test_a_cut_link_is_a_clear_error_on_both_sides_and_the_same_script_goes_on(m
     try: said, _ = process.communicate(timeout=60)
     finally: machines('up')
     first, second = NAMES
-    for here, lost in ((first, second), (second, first)): assert re.search(f'^{here}: rank.: {here} has not heard of {lost} for 8 s', said, re.M), said[-3000:]
+    for here, lost in ((first, second), (second, first)): assert re.search(f'^{here}: rank.: {here} has not heard of {lost} for 10 s', said, re.M), said[-3000:]
     assert process.returncode and Run(folder).status == 'failed' and 5 <= len(losses(folder)) < 60
     process = start(script)
     said, _ = process.communicate(timeout=300)
