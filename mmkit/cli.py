@@ -206,7 +206,7 @@ FROM_MINDSPEED_MM = carry_over, dict(help='make a config of an example of MindSp
     option('--script', 'the script that trains, where the folder has several', metavar='FILE'),
     option('--output', 'new file for the config', metavar='CONFIG.json'))
 
-# %% ../nbs/69_cli.ipynb #c6b6b6e7
+# %% ../nbs/69_cli.ipynb #08b3b925
 def launch_lines(options: Namespace) -> str:
     "Makes a run folder and writes the script that trains on several machines, or returns the line of each."
     from mmkit.hosts import Hosts, prepare_run, shell_script, slurm_script, try_line
@@ -219,7 +219,7 @@ def launch_lines(options: Namespace) -> str:
     if options.shell: write_atomic(options.shell, shell_script(hosts, folder))
     if options.slurm or options.shell: return f'wrote {" and ".join(filter(None, (options.slurm, options.shell)))}; the run folder is {folder}'
     tries, lines = [try_line(hosts, number) for number in range(len(names))], (folder / 'command.txt').read_text().splitlines()
-    return '\n'.join(f'# on {name}; first: {first}\n{line}\n' for name, first, line in zip(names, tries, lines)) + f'# the run folder, which every machine must see, is {folder}'
+    return '\n'.join(f'# on {name}, to try:\n{first}\n# on {name}, to train:\n{line}\n' for name, first, line in zip(names, tries, lines)) + f'# the run folder, which every machine must see, is {folder}'
 
 
 LAUNCH_LINES = launch_lines, dict(help='say what to start on each of several machines, or write a script that does', usage='mmkit launch-lines CONFIG.json --hosts A,B --ranks N [--interface NAME] [--slurm FILE] [--shell FILE] [name=value ...]'), (
