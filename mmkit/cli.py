@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['at_once', 'TRAIN', 'RESUME', 'DOCTOR', 'PLAN', 'FIRST_RUN', 'LLAVA_TO_MLLM', 'CHAT', 'EXTRACT', 'FILM', 'FIRST_FILM',
-           'MODES', 'CONVERT_WAN', 'FROM_MINDSPEED_MM', 'COMMANDS', 'CHANGED', 'finish', 'mm_convert', 'option',
-           'train', 'resume_run', 'examine_machine', 'foresee', 'run_first', 'convert_llava', 'answer',
-           'extract_features', 'prompts_in', 'make_films', 'run_first_film', 'convert_checkpoint', 'carry_over',
-           'OneSentence', 'mmkit_parser', 'mmkit']
+           'MODES', 'CONVERT_WAN', 'FROM_MINDSPEED_MM', 'LAUNCH_LINES', 'TRY_HOSTS', 'COMMANDS', 'CHANGED', 'finish',
+           'mm_convert', 'option', 'train', 'resume_run', 'examine_machine', 'foresee', 'run_first', 'convert_llava',
+           'answer', 'extract_features', 'prompts_in', 'make_films', 'run_first_film', 'convert_checkpoint',
+           'carry_over', 'launch_lines', 'check_hosts', 'OneSentence', 'mmkit_parser', 'mmkit']
 
 # %% ../nbs/69_cli.ipynb #e4adf46b
 import sys
@@ -218,10 +218,51 @@ FROM_MINDSPEED_MM = carry_over, dict(help='make a config of an example of MindSp
     option('--script', 'the script that trains, where the folder has several', metavar='FILE'),
     option('--output', 'new file for the config', metavar='CONFIG.json'))
 
-# %% ../nbs/69_cli.ipynb #c8faf579
+# %% ../nbs/69_cli.ipynb #08b3b925
+def launch_lines(options: Namespace) -> str:
+    "Makes a run folder and writes the script that trains on several machines, or returns the line of each."
+    from mmkit.hosts import Hosts, prepare_run, shell_script, slurm_script, try_line
+    names = [f'node{number + 1}' for number in range(int(options.hosts))] if options.slurm and options.hosts.isdigit() else options.hosts.split(',')
+    hosts = Hosts(names=tuple(names), ranks=options.ranks, interface=options.interface, port=options.port, restarts=options.restarts, silence=options.silence, setup=options.setup)
+    for script in filter(None, (options.slurm, options.shell)):
+        if Path(script).exists(): raise ValueError(f'{script} is already there: give a new name')
+    folder = prepare_run(override(load_config(options.config), options.changes), hosts, options.run).folder
+    if options.slurm: write_atomic(options.slurm, slurm_script(hosts, folder))
+    if options.shell: write_atomic(options.shell, shell_script(hosts, folder))
+    if options.slurm or options.shell: return f'wrote {" and ".join(filter(None, (options.slurm, options.shell)))}; the run folder is {folder}'
+    tries, lines = [try_line(hosts, number) for number in range(len(names))], (folder / 'command.txt').read_text().splitlines()
+    return '\n'.join(f'# on {name}, to try:\n{first}\n# on {name}, to train:\n{line}\n' for name, first, line in zip(names, tries, lines)) + f'# the run folder, which every machine must see, is {folder}'
+
+
+LAUNCH_LINES = launch_lines, dict(help='say what to start on each of several machines, or write a script that does', usage='mmkit launch-lines CONFIG.json --hosts A,B --ranks N [--interface NAME] [--slurm FILE] [--shell FILE] [name=value ...]'), (
+    option('config', 'config of a run; name=value changes it, such as layout.tp=8', metavar='CONFIG.json'),
+    option('--hosts', 'machines as they reach each other, the first is where they meet; with --slurm how many', metavar='A,B', required=True),
+    option('--ranks', 'number of ranks on each machine', type=int, required=True),
+    option('--interface', 'network interface that the machines share, such as eth0', metavar='NAME'),
+    option('--run', 'new folder for records, logs and checkpoints, on a disk of all machines (runs/ and the time)', metavar='FOLDER'),
+    option('--slurm', 'new file for a script for sbatch', metavar='FILE'),
+    option('--shell', 'new file for a script that starts all machines over ssh', metavar='FILE'),
+    option('--setup', 'shell command that each machine executes first in these scripts', metavar='WORDS', default=''),
+    *(option(f'--{name}', f'{words} ({default})', type=int, default=default) for name, words, default in (('port', 'port of the first machine', 29500),
+        ('restarts', 'how often ranks that died are started again', 3), ('silence', 'seconds after which a silent machine is lost', 40))))
+
+# %% ../nbs/69_cli.ipynb #bd625007
+def check_hosts(options: Namespace) -> str:
+    "Tries the network between several machines; returns a sentence."
+    from mmkit.hosts import try_hosts
+    return try_hosts(options.hosts.split(','), options.here, options.port, options.limit)
+
+
+TRY_HOSTS = check_hosts, dict(help='try whether several machines reach each other; start it on all of them'), (
+    option('hosts', 'machines, the first is where they meet', metavar='A,B'),
+    option('--here', 'which of them this machine is', metavar='NAME', required=True),
+    option('--port', 'port of the first machine (29500)', type=int, default=29500),
+    option('--limit', 'seconds for each step (30)', type=float, default=30))
+
+# %% ../nbs/69_cli.ipynb #4046ba31
 COMMANDS = {'doctor': DOCTOR, 'first-run': FIRST_RUN, 'first-film': FIRST_FILM, 'plan': PLAN, 'train': TRAIN, 'resume': RESUME, 'chat': CHAT, 'film': FILM, 'llava-to-mllm': LLAVA_TO_MLLM,
-            'extract-features': EXTRACT, 'convert-wan': CONVERT_WAN, 'from-mindspeed-mm': FROM_MINDSPEED_MM}
-CHANGED = (train, resume_run, foresee, extract_features, make_films, carry_over)         # the commands that take name=value
+            'extract-features': EXTRACT, 'convert-wan': CONVERT_WAN, 'from-mindspeed-mm': FROM_MINDSPEED_MM, 'launch-lines': LAUNCH_LINES, 'try-hosts': TRY_HOSTS}
+CHANGED = (train, resume_run, foresee, extract_features, make_films, carry_over, launch_lines)         # the commands that take name=value
 
 
 class OneSentence(ArgumentParser):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['main_of_rank', 'first_failure', 'run_torchrun', 'main_of_agent', 'draw_losses', 'progress', 'RunFailed', 'alive',
-           'agent_process', 'read_status', 'RunFolder', 'run_html', 'wait_for_end', 'stop_processes', 'raise_failure',
-           'Run', 'make_folder', 'start', 'launch', 'torchrun_magic', 'load_ipython_extension']
+           'agent_process', 'beats_elsewhere', 'read_status', 'RunFolder', 'run_html', 'wait_for_end', 'stop_processes',
+           'raise_failure', 'Run', 'make_folder', 'start', 'launch', 'torchrun_magic', 'load_ipython_extension']
 
 # %% ../nbs/60_run.ipynb #55d43902
 import io
@@ -122,7 +122,7 @@ class RunFailed(RankFailed):
         who, log = ('the launcher', 'torchrun') if rank is None else (f'rank {rank}', f'rank{rank}')
         self.args = (f'{who} of {folder} failed ({self.ending}); all it said is in {folder}/log/{log}.txt\n{words}',)
 
-# %% ../nbs/60_run.ipynb #b86847b2
+# %% ../nbs/60_run.ipynb #f5916096
 def alive(process: psutil.Process) -> bool:
     "Whether a process still does something (one that has ended may stay listed as a zombie)."
     try: return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -140,9 +140,15 @@ def agent_process(folder: Path) -> psutil.Process | None:
         return None
 
 
+def beats_elsewhere(folder: Path) -> bool:
+    "Whether ranks of another machine said within the last minute that they are there."
+    beat, note = folder / 'log' / 'beat', folder / 'log' / 'agent.json'
+    return beat.exists() and time.time() - beat.stat().st_mtime < 60 and load_json(note)['host'] != socket.gethostname()
+
+
 def read_status(folder: Path) -> str:
     "'starting' (no rank has begun), 'running', 'done', 'stopped' or 'failed'."
-    if agent_process(folder):
+    if agent_process(folder) or beats_elsewhere(folder):
         return 'running' if (folder / 'log' / 'rank0.txt').exists() else 'starting'
     end = folder / 'log' / 'end.json'
     return load_json(end)['status'] if end.exists() else 'failed'
@@ -191,7 +197,7 @@ def run_html(run: RunFolder) -> str:
         parts.append(f'samples after step {step}<ul>{rows}</ul>')
     return ''.join(f'<div>{part}</div>' for part in parts) + f'<pre>{escape(run.tail(8))}</pre>'
 
-# %% ../nbs/60_run.ipynb #9a311ddf
+# %% ../nbs/60_run.ipynb #eed734b2
 def wait_for_end(processes: list[psutil.Process], seconds: float) -> None:
     "Returns when all have ended, after `seconds` at the latest."
     deadline = time.monotonic() + seconds
@@ -217,6 +223,7 @@ def raise_failure(folder: Path) -> None:
     "Raises RunFailed as the run folder tells it."
     if (folder / 'failure.json').exists():
         raise RunFailed(folder, **load_json(folder / 'failure.json'))
+    if any((folder / 'log').glob('rank*.failed')): raise RunFailed(folder, **first_failure(folder, {}, 0))          # no agent of ours: many machines
     raise RunFailed(folder, None, 1, read_end(folder / 'log' / 'torchrun.txt', 3000).strip() or 'it ended without a word (killed?)')
 
 # %% ../nbs/60_run.ipynb #707e9891
