@@ -197,7 +197,7 @@ def run_html(run: RunFolder) -> str:
         parts.append(f'samples after step {step}<ul>{rows}</ul>')
     return ''.join(f'<div>{part}</div>' for part in parts) + f'<pre>{escape(run.tail(8))}</pre>'
 
-# %% ../nbs/60_run.ipynb #eed734b2
+# %% ../nbs/60_run.ipynb #cf98e8f4
 def wait_for_end(processes: list[psutil.Process], seconds: float) -> None:
     "Returns when all have ended, after `seconds` at the latest."
     deadline = time.monotonic() + seconds
@@ -223,7 +223,8 @@ def raise_failure(folder: Path) -> None:
     "Raises RunFailed as the run folder tells it."
     if (folder / 'failure.json').exists():
         raise RunFailed(folder, **load_json(folder / 'failure.json'))
-    if any((folder / 'log').glob('rank*.failed')): raise RunFailed(folder, **first_failure(folder, {}, 0))          # no agent of ours: many machines
+    many = not (folder / 'log' / 'torchrun.txt').exists()                # machines, none with an agent of ours
+    if many and any((folder / 'log').glob('rank*.failed')): raise RunFailed(folder, **first_failure(folder, {}, 0))
     raise RunFailed(folder, None, 1, read_end(folder / 'log' / 'torchrun.txt', 3000).strip() or 'it ended without a word (killed?)')
 
 # %% ../nbs/60_run.ipynb #707e9891

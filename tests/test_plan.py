@@ -58,7 +58,7 @@ def write_models(folder):
 def config_of(folder, title):
     "The configuration of a row."
     _, model, words = ROWS[title]
-    common = dict(weights=str(folder / model), optim=Optim(lr=1e-3, decay='constant'), loop=Loop(steps=5, global_batch=8 if model in ('t2v', 'i2v') else 4), dtype='float32')
+    common = dict(weights=str(folder / model), optim=Optim(lr=1e-3, decay='constant'), loop=Loop(steps=5, global_batch=8), dtype='float32')
     if model in ('t2v', 'i2v'): return override(Config(task='wan2_1', film=Film(features=str(folder / f'features-{model}'), caption_dropout=0.0, workers=0), **common), words)
     return override(Config(data=Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, workers=0), **common), words)
 
@@ -96,7 +96,7 @@ def house(tmp_path_factory):
     return folder, {title: ranks for world in (1, 2) for title, ranks in parity.on_ranks('test_plan', 'train', folder, world, 300).items()}
 
 def test_a_rank_is_and_does_what_was_planned(house, capsys):
-    "Parameters exactly; operations within 1 % (a ring makes scores again on the way back: 3 %); bytes sent within 2 % (a record of a step, and what else does not grow with the model, is not planned); memory within 10 %."
+    "Parameters exactly; operations within 1 % (a ring makes scores again on the way back: 3 %); bytes sent within 1 % and a few numbers for the record; memory within 10 %."
     rows, far = [], lambda mine, planned: abs(mine - planned) / planned if planned else float(mine > 0)
     for title, ranks in house[1].items():
         for rank, (mine, planned) in enumerate(ranks):
@@ -104,7 +104,7 @@ def test_a_rank_is_and_does_what_was_planned(house, capsys):
     text = parity.table(['layout', 'rank', 'parameters', 'operations', 'sent', 'MB measured', 'MB planned', 'memory'], rows)
     with capsys.disabled(): print(f'\n\nHow far a rank is from its plan\n\n{text}\n')
     for title, _, parameters, operations, sent, *_, memory in rows:
-        assert parameters == 0 and operations < (0.03 if 'ring' in title else 0.01) and sent < 0.02 and abs(memory) < 0.1, (title, text)
+        assert parameters == 0 and operations < (0.03 if 'ring' in title else 0.01) and sent < 0.01 and abs(memory) < 0.1, (title, text)
 
 def test_the_plan_of_the_settings_is_the_fullest(house):
     config = config_of(house[0], 'tiny, dp 2, zero1')

@@ -125,7 +125,7 @@ def has_room(size: int, mesh: Mesh, report: Callable[[str], None] = print) -> bo
     report(f'training waits for this checkpoint: copies of it need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free')
     return False
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #c5c730e5
+# %% ../../nbs/56_trainer.checkpoint.ipynb #05f3b368
 class Saving:
     "Step `step` on its way to `checkpoints/step-0000100` of a run; all ranks begin it together, and when each is `ready`, or before, end it together."
     def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int, background: bool = False):
@@ -140,7 +140,7 @@ class Saving:
         self.room, self.pen, self.written = ExitStack(), ExitStack(), {}
         self.folder = self.room.enter_context(shared_folder(self.target, size, mesh))
         later = self.pen.enter_context(behind(*[math.inf] * background))
-        put = partial(write_tensors, folder=self.folder, mesh=mesh, later=later, written=self.written, copies=background)
+        put = partial(write_tensors, folder=self.folder, mesh=mesh, later=later, written=self.written, copies=background or bool(training.average.decay))          # averages give the parameters back before the last of them is written
         with training.average.used(): put(whole_weights(training.model, task.towers, mesh), weights)
         for number, (kind, files) in enumerate(states.items(), 1):
             if files: put(whole_kind(training, task, mesh, kind), files, first=number)
