@@ -35,6 +35,8 @@ for step in range(1, 11 if 'short' in mode else 1000):
     if 'short' not in mode: time.sleep(0.05)
 '''
 PARENT = '''
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)          # nohup in front of the tests would make this process deaf to it
 import sys, time
 from mmkit.run import launch
 run = launch({'mode': 'long'}, ranks=2, folder=sys.argv[1], target=sys.argv[2])
