@@ -44,12 +44,15 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data=fsdp', 'loop.micro_batch=2']),
     'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
     'pp 2': (2, ['layout.pp=2', 'loop.samples=PROMPTS', 'loop.sample_every=5']),
-    'pp 2, two turns, two empty stages': (2, ['layout.pp=2', 'layout.vpp=2', 'layout.layers={"wan": [[1, 0], [0, 1]]}']),
+    'pp 2, uneven': (2, ['layout.pp=2', 'layout.layers={"wan": [[1, 2]]}']),
+    'pp 2, two turns, an empty stage': (2, ['layout.pp=2', 'layout.vpp=2', 'layout.layers={"wan": [[1, 0], [1, 1]]}']),
+    'pp 4, an empty stage': (4, ['layout.pp=4', 'layout.layers={"wan": [[1, 0, 1, 1]]}']),
+    'cp 2, dp 2, ring, zero1': (4, ['layout.cp=2', 'layout.cp_kind=ring', 'layout.data=zero1', 'loop.micro_batch=2']),
     'tp 2, sequence parallel, pp 2, recompute': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2', 'layout.recompute=full', 'loop.micro_batch=4']),
     'pp 2, cp 2': (4, ['layout.pp=2', 'layout.cp=2', 'loop.micro_batch=4']),
     'pp 2, dp 2, zero1, overlap': (4, ['layout.pp=2', 'layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=2']),
 }
-BITS = ['pp 2', 'pp 2, two turns, two empty stages']             # first gradients equal to the last bit
+BITS = ['pp 2', 'pp 2, uneven', 'pp 2, two turns, an empty stage', 'pp 4, an empty stage']             # first gradients and all losses equal to the last bit
 BOTH = ['tp 1, one by one', 'micro-batches of 8', 'from files', 'tp 2, sequence parallel, recompute, zero1', 'dp 2, ddp', 'cp 2, Ulysses', 'cp 2, ring, recompute', 'dp 2, fsdp, recompute, average', 'tp 2, sequence parallel, pp 2, recompute', *BITS]
 ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
 FIRST = next(iter(LAYOUTS))
@@ -89,7 +92,7 @@ def house(tmp_path_factory, request):
     (folder / 'steps').write_text(str(request.config.getoption('steps')))
     write_clips(folder)
     for model in ('t2v', 'i2v'):
-        tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, room=24, random_all=True, seed=3)
+        tiny_wan(folder / model, image=model == 'i2v', layers=3, ffn=192, room=24, random_all=True, seed=3)
         extract_features(VideoClips(folder / 'data.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
     found = {}
     for ranks in sorted({row[0] for row in rows_of(folder).values()}): found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 800)
@@ -155,6 +158,7 @@ def test_a_pipeline_adds_in_the_same_order(house):
         for title in BITS:
             mine, theirs = (load_file(house[0] / f'{model}: {row}.safetensors') for row in (title, FIRST))
             assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine), title
+            assert house[1][f'{model}: {title}']['losses'] == house[1][f'{model}: {FIRST}']['losses'], title
 
 def test_kept_features_train_bit_for_bit_as_files_do(house):
     found = house[1]

@@ -66,7 +66,7 @@ ROWS = {                                        # title: (ranks, what differs fr
 }
 CONTROL = 'every weight moved by its last bit'           # not a layout: how far rounding alone goes in twenty steps, shown beside the others
 LONG = ['tp 1, one by one', CONTROL, 'tp 2, sequence parallel, pp 2']
-BITS = ['pp 2', 'pp 2, uneven', 'pp 2, two turns', 'pp 4, an empty stage', 'frozen, pp 2, nothing to train on the first rank', 'frozen, pp 2, both ranks see']      # first gradients equal to the last bit
+BITS = ['pp 2', 'pp 2, uneven', 'pp 2, two turns', 'pp 4, an empty stage', 'frozen, pp 2, nothing to train on the first rank', 'frozen, pp 2, both ranks see']      # first gradients and all losses equal to the last bit
 
 def talk(*said, images=(), videos=()):
     "A record in mllm form, questions and answers in turn."
@@ -161,6 +161,8 @@ def test_a_pipeline_adds_in_the_same_order(house):
     for title in BITS:
         mine, theirs = (load_file(house[0] / f'{row}.safetensors') for row in (title, ROWS[title][2]))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), title
+        losses = [house[1][row]['losses'] for row in (title, ROWS[title][2])]
+        assert losses[0] == losses[1][:len(losses[0])], title
 
 def test_a_pipeline_answers_as_one_process(house):
     said = lambda title: (house[0] / 'runs' / title.replace(' ', '-') / 'samples' / f'step-{steps_of(house[0], title):07d}.json').read_text()

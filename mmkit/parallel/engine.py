@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FACTORIES', 'ANYWHERE', 'ON_CPU', 'MINDSPEED_OPTIONS', 'WITHOUT_MINDSPEED', 'NAMES', 'LOADED', 'Idle', 'CpuCuda',
            'on_cpu', 'CpuTorch', 'TypeName', 'answer_with_type', 'answer_for_cuda', 'repair_random', 'repair_jit',
-           'repair_fp8', 'FusedAdamW', 'repair_mappings', 'repair_optimizer', 'Repairing', 'Finder', 'repairs',
-           'load_mindspeed', 'prepare_npu', 'prepared_for', 'prepare', 'load_names', 'megatron']
+           'repair_norm', 'repair_fp8', 'FusedAdamW', 'repair_mappings', 'repair_optimizer', 'Repairing', 'Finder',
+           'repairs', 'load_mindspeed', 'prepare_npu', 'prepared_for', 'prepare', 'load_names', 'megatron']
 
 # %% ../../nbs/10_parallel.engine.ipynb #d4b68ced
 import contextlib
@@ -88,7 +88,7 @@ def answer_for_cuda() -> None:
     answer_with_type()
     torch.Tensor.cuda = lambda self, *arguments, **options: self
 
-# %% ../../nbs/10_parallel.engine.ipynb #b677538d
+# %% ../../nbs/10_parallel.engine.ipynb #d45f8042
 def repair_random(module: Any) -> None:
     "Megatron's random tracker on the CPU's generator, without its warning that the CPU's state changed."
     module._get_cuda_rng_state = lambda *arguments, **options: torch.get_rng_state()
@@ -98,6 +98,12 @@ def repair_random(module: Any) -> None:
 def repair_jit(module: Any) -> None:
     "Functions that Megatron would compile run as written."
     module.jit_fuser = lambda function: function
+
+def repair_norm(module: Any) -> None:
+    "The norms of single gradients are added in float64: rounded to float32 the sum is the same in any order, so over any pipeline."
+    module.l2_norm_impl = lambda _chunk, _overflow, gradients, _each: (torch.stack([x.norm() for x in gradients[0]]).double().norm(), None)
+    plain = module.get_grad_norm_fp32
+    module.get_grad_norm_fp32 = lambda gradients, *rest, **options: plain(gradients if len(gradients) else [torch.zeros(1)], *rest, **options)      # or a rank without any would add in float32
 
 def repair_fp8(module: Any) -> None:
     "Quantizing a list of no 8-bit parameters is nothing to do, not an error."
@@ -120,7 +126,7 @@ def repair_optimizer(module: Any) -> None:
     "Megatron's Adam is torch's fused one where neither Transformer Engine nor Apex brings its own."
     if module.Adam is torch.optim.AdamW: module.Adam = FusedAdamW
 
-# %% ../../nbs/10_parallel.engine.ipynb #0f6a1c7c
+# %% ../../nbs/10_parallel.engine.ipynb #a7a87aa8
 ANYWHERE = {
     'megatron.core.fp8_utils': repair_fp8,
     'megatron.core.optimizer': repair_optimizer,
@@ -129,6 +135,7 @@ ANYWHERE = {
 ON_CPU = {
     'megatron.core.tensor_parallel.random': repair_random,
     'megatron.core.jit': repair_jit,
+    'megatron.core.optimizer.clip_grads': repair_norm,
 }
 
 # %% ../../nbs/10_parallel.engine.ipynb #9a928bc6
