@@ -5,7 +5,7 @@
 A folder with the real shapes of the model is made first. Then, every round in one order: `cp -r`, Hugging Face to MindSpeed-MM
 (tp2 pp2; Wan pp2), back again, and both ways by load and save. Every turn begins with a synced disk and with its source
 out of the page cache (--warm: in it) and ends with a sync; its time is that of the whole command, with the start of Python.
-Memory is RssAnon of /proc/PID/status, every 10 ms, above what the process has when everything is imported: page cache and
+Memory is what no file stands behind in /proc/PID/statm, every 20 ms, above what the process has when everything is imported: page cache and
 mapped files do not count, copies of tensors do. --sparse writes no data into the source, so that huge ones fit (no cp then).
 """
 import argparse
@@ -109,13 +109,14 @@ def settle(source, warm):
 
 def anonymous(pid):
     "Bytes of memory of a process that no file stands behind."
-    try: return next(int(line.split()[1]) * 1024 for line in open(f'/proc/{pid}/status') if line.startswith('RssAnon'))
-    except (OSError, StopIteration): return 0
+    try: _, resident, shared, *_ = map(int, Path(f'/proc/{pid}/statm').read_text().split())
+    except (OSError, ValueError): return 0
+    return (resident - shared) * os.sysconf('SC_PAGESIZE')
 
 def watch(process, found):
     while process.poll() is None:
         found.append(anonymous(process.pid))
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 def turn(arguments, source, target, warm):
     "Seconds of a command and of a sync after it, processor seconds, and its peak of anonymous memory above the start."

@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'put_in_place', 'new_folder', 'may_write', 'zip_places', '
            'write_runs', 'write_stage', 'write_mm', 'hf_to_mm', 'copy_rest', 'write_like', 'write_index',
            'compare_layout', 'drifted', 'other_dtypes', 'mm_to_hf', 'resplit']
 
-# %% ../../nbs/32_converters.convert.ipynb #026a5472
+# %% ../../nbs/32_converters.convert.ipynb #b06f7de8
 import json
 import os
 import secrets
@@ -15,7 +15,7 @@ import shutil
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,12 +126,11 @@ def left_out(hf: HFFolder | MMFolder) -> list[str]:
     if isinstance(hf, MMFolder): return [f'not carried over, since they are no weights: {some(hf.found.beside, 12)}'] if hf.found.beside else []
     return [f'left out, since no model reads them: {some(hub for hub, _, _ in hf.unread)}'] if hf.unread else []
 
-# %% ../../nbs/32_converters.convert.ipynb #69f4e77e
-def write_runs(writers: Sequence[TensorFile], name: Any, each: Sequence[Runs], bar: tqdm) -> None:
-    "Puts one tensor, given as runs of rows, into each file, under the same name."
-    for writer, runs in zip(writers, each):
-        writer.write(name, *runs)
-        bar.update(sum(x.nbytes for x in runs))
+# %% ../../nbs/32_converters.convert.ipynb #62210c1b
+def write_runs(writer: TensorFile, name: Any, runs: Runs, bar: tqdm) -> None:
+    "Puts one tensor, given as runs of rows, into a file."
+    writer.write(name, *runs)
+    with bar.get_lock(): bar.update(sum(x.nbytes for x in runs))
 
 
 def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int, rank_folder: str, versioned: bool, bar: tqdm) -> None:
@@ -141,11 +140,12 @@ def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int,
     with ExitStack() as stack:
         files = [release / rank_folder.format(rank) / 'model_optim_rng.pt' for rank in range(tp)]
         writers = [stack.enter_context(PeerWriter(file, layout, versioned or len(chunks) > 1)) for file in files]
-        later = stack.enter_context(behind())
+        behinds = [stack.enter_context(behind()) for _ in writers]           # a thread for each file: checksums take as long as writing
         for group, piece in ((group, piece) for group, chunk in groups.items() for piece in chunk):
             each = cut_rows(piece.rule, [hf[h] for h in piece.hf], tp)
-            for runs in each: touch(runs)
-            later(sum(x.nbytes for runs in each for x in runs), write_runs, writers, (group, piece.mm), each, bar)
+            for writer, later, runs in zip(writers, behinds, each):
+                touch(runs)
+                later(sum(x.nbytes for x in runs), write_runs, writer, (group, piece.mm), runs, bar)
 
 # %% ../../nbs/32_converters.convert.ipynb #cdb0cf94
 def write_mm(hf: HFFolder | MMFolder, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int, overwrite: bool, title: str) -> Written:
@@ -186,7 +186,7 @@ def copy_rest(source: Path, target: Path) -> list[str]:
             shutil.copyfile(file, target / name)
     return left
 
-# %% ../../nbs/32_converters.convert.ipynb #9f9b7525
+# %% ../../nbs/32_converters.convert.ipynb #cfea0b20
 def write_like(hf: HFFolder, folder: Path, source: MMFolder, bar: tqdm) -> None:
     "Fills `folder` with the tensors of `source`, under the names and in the files of `hf`."
     rank = {name: k for k, name in enumerate(source.where)}
@@ -198,7 +198,7 @@ def write_like(hf: HFFolder, folder: Path, source: MMFolder, bar: tqdm) -> None:
             for hub in sorted(names, key=lambda hub: rank[taken[hub]]):     # tensors that are packed together, one after the other
                 runs = source.runs(taken[hub])
                 touch(runs)
-                later(sum(x.nbytes for x in runs), write_runs, [writer], names[hub], [runs], bar)
+                later(sum(x.nbytes for x in runs), write_runs, writer, names[hub], runs, bar)
 
 
 def write_index(hf: HFFolder, folder: Path, size: int) -> None:
