@@ -1,18 +1,20 @@
-"""README.md from nbs/index.ipynb, without Quarto.
+"""README.md and README_zh.md, in Chinese, from nbs/index.ipynb, without Quarto.
 
-    python tests/readme.py            write README.md, its pictures, and the map in the index
+    python tests/readme.py            write both pages, their pictures, and the map in the index
     python tests/readme.py --check    exit 1 if one of them is stale
 
+A text of the index that begins with `<!-- zh -->` stands in the Chinese page, below the English one that it translates; commands and
+pictures are the same in both, or it is an error. Code and the map stand in both pages.
 The cell of the index that begins with `<!-- map -->` is a table of all notebooks, each with the sentence under its own title.
 A picture is named once in a tutorial, by a first line `#| label: NAME` in the cell whose saved output it is, and shown in the
 index as `![what it shows](images/NAME.png)`."""
 import argparse, base64, json, posixpath, re, sys
 from pathlib import Path
 
-LIMIT, MAP = 100_000, '<!-- map -->'
+LIMIT, MAP, CHINESE = 100_000, '<!-- map -->', '<!-- zh -->'
 NOTE = '<!-- Made from nbs/index.ipynb by tests/readme.py: edit the notebook. -->\n\n'
 FLOORS = ('ground', 'parallel', 'models', 'converters', 'datasets', 'trainer', 'front')
-DIRECTIVE, LINK = re.compile(r'#\s*\|\s*(.*)'), re.compile(r'(!?\[[^\]]*\]\()([^)\s#]+)')
+DIRECTIVE, LINK, SHARED = re.compile(r'#\s*\|\s*(.*)'), re.compile(r'(!?\[[^\]]*\]\()([^)\s#]+)'), re.compile(r'```.*?```|!\[[^\]]*\]\(([^)]*)\)', re.S)
 
 def read(path): return json.loads(path.read_text(encoding='utf-8'))
 def text_of(cell): return ''.join(cell['source'])
@@ -70,16 +72,26 @@ def linked(text, root, made):
         return found[1] + target
     return ''.join(part if part.startswith('```') else LINK.sub(move, part) for part in re.split(r'(```.*?```)', text, flags=re.S))
 
+def pages(notebook):
+    "The text of README.md and, where the index has Chinese texts, of README_zh.md."
+    cells = notebook['cells']
+    chinese = [n for n, cell in enumerate(cells) if text_of(cell).startswith(CHINESE)]
+    shared = lambda n: [found[1] or found[0] for found in SHARED.finditer(text_of(cells[n]))]
+    for n in chinese:
+        if shared(n - 1) != shared(n): sys.exit(f'nbs/index.ipynb: a Chinese text has other commands or pictures than the English one above it: {(set(shared(n - 1)) ^ set(shared(n))) or "another order"}')
+    page = lambda others: '\n\n'.join(b.removeprefix(CHINESE).strip() for n, cell in enumerate(cells) if n not in others for b in blocks(cell)) + '\n'
+    return {'README.md': page(chinese)} | ({'README_zh.md': page([n - 1 for n in chinese])} if chinese else {})
+
 def build(root):
-    "path -> bytes of the index, of every picture README shows, and of README.md."
+    "path -> bytes of the index, of every picture README shows, and of the pages."
     notebook, tutorials, made = index(root), labelled(root), {}
     if notebook != read(root / 'nbs/index.ipynb'): made['nbs/index.ipynb'] = (json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n').encode()
-    body = '\n\n'.join(b for cell in notebook['cells'] for b in blocks(cell)) + '\n'
-    for name in re.findall(r'\]\(images/([\w-]+)\.png', body):
+    texts = pages(notebook)
+    for name in re.findall(r'\]\(images/([\w-]+)\.png', texts['README.md']):
         if name not in tutorials: sys.exit(f'nbs/index.ipynb shows images/{name}.png, but no tutorial cell with a saved picture has the line `#| label: {name}`')
         if len(tutorials[name]) > LIMIT: sys.exit(f'the picture {name} has {len(tutorials[name]) // 1000} kB; README shows pictures of at most {LIMIT // 1000} kB')
         made[f'nbs/images/{name}.png'] = tutorials[name]
-    return made | {'README.md': (NOTE + linked(body, root, made)).encode()}
+    return made | {page: (NOTE + linked(text, root, made | texts)).encode() for page, text in texts.items()}
 
 def stale(root):
     "(path, bytes it should hold) of every file that is not what it should be."

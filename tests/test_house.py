@@ -10,7 +10,7 @@ import pytest
 import readme
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = {'nbs', 'mmkit', 'tests', '.ci', 'settings.ini', 'setup.py', 'constraints.txt', 'MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md', '.gitignore', '.gitattributes'}
+TOP = {'nbs', 'mmkit', 'tests', '.ci', 'settings.ini', 'setup.py', 'constraints.txt', 'MANIFEST.in', 'README.md', 'README_zh.md', 'LICENSE', 'CHANGELOG.md', '.gitignore', '.gitattributes'}
 NPU_MODULES = {'device', 'parallel.engine', 'parallel.attention', 'parallel.layers'}
 ENVIRONMENT_MODULES = {'device', 'ranks', 'run'}
 LATE = ('transformers', 'diffusers', 'megatron', 'decord', 'av', 'PIL', 'matplotlib', 'ipywidgets', 'IPython')
@@ -382,6 +382,7 @@ PLANTED = [
     (page, {'nbs/tutorials/1_first.ipynb': notebook(cell('one()', outputs=[picture()]))}, 'label: loss'),
     (page, {'nbs/images/loss.png': 'old'}, 'loss.png is stale'),
     (page, {'nbs/index.ipynb': notebook(cell('[away](gone.ipynb)', 'markdown'))}, 'gone.ipynb, which does not exist'),
+    (page, {'nbs/index.ipynb': notebook(cell('Do\n```sh\nthis\n```', 'markdown'), cell('<!-- zh -->\n```sh\nthat\n```', 'markdown'))}, 'other commands'),
     (pictured, {'README.md': '![one](nbs/images/loss.png)'}, 'shows 1 pictures'),
     (identified, rope(minor=4), 'without an id'),
     (identified, tutorial(cell('1', id='c0')), 'without an id'),
