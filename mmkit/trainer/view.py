@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'thumbnail', 'answer_html', 'samples_html', 'numbers', 'st
            'failure_text', 'words_html', 'run_html', 'can_update', 'Text', 'View', 'stop_button', 'remove_button',
            'show_live']
 
-# %% ../../nbs/59_trainer.view.ipynb #a0595e4d
+# %% ../../nbs/59_trainer.view.ipynb #9971c500
 import io
 import re
 import threading
@@ -19,7 +19,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..curves import draw_curves, smoothed, to_png
+from ..curves import draw_curves, smoothed, smoothing, to_png
 from ..datasets.media import read_frames
 from ..datasets.video import film_html
 from ..files import Jsonl, load_json
@@ -62,7 +62,7 @@ def samples_html(run: RunFolder, step: int | None = None, count: int = 8, column
     rows = ''.join(f'<tr>{"".join(cells[first:first + columns])}</tr>' for first in range(0, len(cells), columns))
     return f'<table><caption>{escape(run.folder.name)}, samples after step {step}</caption>{rows}</table>'
 
-# %% ../../nbs/59_trainer.view.ipynb #95cf8478
+# %% ../../nbs/59_trainer.view.ipynb #b45910e8
 COLOURS = {'done': '#2a7', 'failed': '#c33', 'stopped': '#a70'}
 
 
@@ -70,9 +70,10 @@ def numbers(records: Sequence[dict], batch: int | None) -> dict[str, str]:
     "The newest numbers of a run by name, as they are shown; `batch` is the number of samples of a step."
     last = records[-1] if records else {}
     show = lambda key, form: format(last[key], form) if isinstance(last.get(key), (int, float)) else '-'
-    losses = smoothed([record['loss'] for record in records[-200:] if isinstance(record.get('loss'), (int, float))], 0.9)
+    losses = [record['loss'] for record in records if isinstance(record.get('loss'), (int, float))]
+    smooth = smoothed(losses[-200:], smoothing(0.8, len(losses)))
     samples = f'{batch / last["seconds"]:.3g}' if batch and last.get('seconds') else '-'
-    return {'loss': show('loss', '.4f'), 'smoothed': f'{losses[-1]:.4f}' if losses else '-', 'learning rate': show('lr', '.3g'), 'gradient norm': show('grad_norm', '.3f'),
+    return {'loss': show('loss', '.4f'), 'smoothed': f'{smooth[-1]:.4f}' if losses else '-', 'learning rate': show('lr', '.3g'), 'gradient norm': show('grad_norm', '.3f'),
             'tokens/s': show('tokens_per_second', ',.0f'), 'samples/s': samples, 'seconds a step': show('seconds', '.2f'), 'memory by rank, GiB': memory_words(last.get('peak_memory') or [])}
 
 
@@ -109,11 +110,13 @@ def failure_text(run: RunFolder, status: str) -> str:
     who = 'the launcher' if failure['rank'] is None else f'rank {failure["rank"]}'
     return f'{who} failed (exit code {failure["exit_code"]})\n{failure["words"]}'
 
-# %% ../../nbs/59_trainer.view.ipynb #3e4c6173
+# %% ../../nbs/59_trainer.view.ipynb #174f520a
 def words_html(run: RunFolder, status: str, failure: bool = True) -> str:
-    "The last words as HTML: of rank 0, or the traceback of the first rank that failed."
+    "The last words as HTML: of rank 0, or the traceback of the first rank that failed; empty when this is said elsewhere (`failure=False`)."
     told = failure_text(run, status) if failure else ''
-    return f'<pre style="color:{COLOURS["failed"]}">{escape(told)}</pre>' if told else f'<pre>{escape(log_text(run))}</pre>'
+    if status == 'failed' and not failure: return ''
+    style = 'white-space:pre;overflow-x:auto;font-size:85%' + (f';color:{COLOURS["failed"]}' if told else '')
+    return f'<pre style="{style}">{escape(told or log_text(run))}</pre>'
 
 
 def run_html(run: RunFolder) -> str:
@@ -135,7 +138,7 @@ class Text(str):
 
     def __repr__(self): return str(self)
 
-# %% ../../nbs/59_trainer.view.ipynb #55579036
+# %% ../../nbs/59_trainer.view.ipynb #55b73489
 class View:
     "Outputs of a cell that follow a run: its state, curves, newest samples and last words; `failure`: whether these are the traceback when a rank failed."
 
@@ -159,8 +162,8 @@ class View:
         newest = max((self.run.folder / 'samples').glob('step-*.json'), default=None)
         if newest != self.sampled: self.show('samples', {'text/plain': newest.stem, 'text/html': samples_html(self.run, count=4, columns=2)})
         self.sampled = newest
-        told = failure_text(self.run, status) if self.failure else ''
-        self.show('words', {'text/plain': told or log_text(self.run), 'text/html': words_html(self.run, status, self.failure)})
+        told = log_text(self.run) if status != 'failed' else failure_text(self.run, status) if self.failure else ''
+        self.show('words', {'text/plain': told, 'text/html': words_html(self.run, status, self.failure)})
 
     def draw(self, running: bool) -> None:
         "Draws the curves, if there are new records or the run is over, and says when drawing may take machine time again."
