@@ -53,7 +53,7 @@ def stopped(folder, tries, seed=0, say=lambda words: None):
     seconds, working, left, problems = [], 0, 0, []
     for number in range(1, tries + 1):
         begin = (lambda: resume(run)) if run.exists() else lambda: launch(config, 2, folder=run)
-        took, steps, alive_then, found = try_once(begin, draw, number % 4 == 0)
+        took, steps, alive_then, found = try_once(begin, draw, number % 4 == 2)
         seconds, working, left, problems = [*seconds, took], working + (steps > 0), left + alive_then, problems + [f'try {number}: {words}' for words in found]
         say(f'try {number} of {tries}: {steps} steps, stopped in {took:.1f} s, {alive_then} processes left {found or ""}')
     return seconds, working, left, problems
@@ -62,9 +62,10 @@ def main():
     "All tries, with one line each."
     words = ArgumentParser()
     words.add_argument('--tries', type=int, default=50)
-    tries = words.parse_args().tries
+    words.add_argument('--seed', type=int, default=0)
+    tries, seed = vars(words.parse_args()).values()
     with TemporaryDirectory(prefix='stop-') as folder:
-        seconds, working, left, problems = stopped(Path(folder), tries, say=lambda words: print(words, flush=True))
+        seconds, working, left, problems = stopped(Path(folder), tries, seed, say=lambda words: print(words, flush=True))
         steps = kill_test.lines(Path(folder, 'run'))
     print(f'{tries} tries, {working} of them with steps, {steps} steps in all; a stop took {median(seconds):.1f} s (median), {max(seconds):.1f} s at most; {left} processes left; {problems or "every step made was saved and the next start went on from it"}')
     sys.exit(bool(left or problems))
