@@ -6,7 +6,7 @@
 __all__ = ['main_of_rank', 'run_torchrun', 'main_of_agent', 'RunFailed', 'wait_for_end', 'stop_processes', 'Run', 'make_folder',
            'start', 'launch', 'copy_some', 'torchrun_magic', 'load_ipython_extension']
 
-# %% ../nbs/60_run.ipynb #79dae221
+# %% ../nbs/60_run.ipynb #0ebf5a46
 import json
 import os
 import shlex
@@ -31,7 +31,7 @@ from .files import Jsonl, copy_output, read_end, write_atomic
 from .ranks import Interrupted, RankFailed, heard_interrupts, child_environment, close_group, follow_parent, leave, run_target
 from .trainer.folder import RunFolder, agent_process, alive, first_failure, progress, read_failure
 from .trainer.plan import check_config
-from .trainer.view import can_update, run_html, show_live
+from .trainer.view import run_html, show_run
 
 # %% ../nbs/60_run.ipynb #b34ea584
 def main_of_rank() -> None:
@@ -108,7 +108,7 @@ def stop_processes(agent: psutil.Process, grace: float, end: Path) -> None:
     wait_for_end(family, 5)
     if not end.exists(): write_atomic(end, json.dumps({'status': 'stopped', 'time': time.time()}))
 
-# %% ../nbs/60_run.ipynb #bd4e5119
+# %% ../nbs/60_run.ipynb #7d9f9028
 class Run(RunFolder):
     "A started run. `Run(folder)` opens one again that is going on or has ended."
 
@@ -141,11 +141,7 @@ class Run(RunFolder):
 
     def __repr__(self): return f'Run({str(self.folder)!r}): {self.status}, {len(self.records())} records'
     def _repr_html_(self): return run_html(self)
-
-    def _ipython_display_(self):
-        from IPython.display import display
-        if can_update() and self.running: show_live(self)
-        else: display({'text/plain': repr(self), 'text/html': run_html(self)}, raw=True)
+    def _ipython_display_(self): show_run(self)
 
 # %% ../nbs/60_run.ipynb #106d045c
 def make_folder(folder: str | Path | None, name: str | None) -> Path:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'thumbnail', 'answer_html', 'samples_html', 'numbers', 'state_line', 'state_html', 'log_text',
-           'failure_text', 'words_html', 'run_html', 'can_update', 'Text', 'View', 'stop_button', 'remove_button',
-           'show_live']
+           'failure_text', 'words_html', 'run_html', 'can_update', 'Text', 'Outputs', 'View', 'stop_button',
+           'remove_button', 'show_live', 'show_run']
 
 # %% ../../nbs/59_trainer.view.ipynb #9971c500
 import io
@@ -126,7 +126,7 @@ def run_html(run: RunFolder) -> str:
     curves = f'<img alt="loss" src="data:image/png;base64,{picture}">' if records else ''
     return ''.join([state_html(run, records, status), curves, samples_html(run, count=4, columns=2), words_html(run, status)])
 
-# %% ../../nbs/59_trainer.view.ipynb #117030f5
+# %% ../../nbs/59_trainer.view.ipynb #f15028b7
 def can_update() -> bool:
     "Whether outputs of this process can be changed after they were shown: in a Jupyter kernel."
     from IPython import get_ipython
@@ -138,14 +138,27 @@ class Text(str):
 
     def __repr__(self): return str(self)
 
-# %% ../../nbs/59_trainer.view.ipynb #55b73489
-class View:
+class Outputs:
+    "Outputs of a cell, each with a name: what is shown under a name stands where it was shown first."
+
+    def __init__(self): self.handles, self.shown = {}, {}
+
+    def show(self, name: str, bundle: dict[str, str]) -> None:
+        "Shows a MIME bundle, if it is another than before."
+        from IPython.display import display
+        if self.shown.get(name) == bundle: return
+        self.shown[name] = bundle
+        if name in self.handles: self.handles[name].update(bundle, raw=True)
+        else: self.handles[name] = display(bundle, raw=True, display_id=True)
+
+# %% ../../nbs/59_trainer.view.ipynb #d8d1ef24
+class View(Outputs):
     "Outputs of a cell that follow a run: its state, curves, newest samples and last words; `failure`: whether these are the traceback when a rank failed."
 
     def __init__(self, run: RunFolder, smooth: float = 0.8, failure: bool = True):
+        super().__init__()
         self.run, self.smooth, self.failure, self.live = run, smooth, failure, can_update()
-        self.log, self.records, self.handles, self.shown = Jsonl(run.folder / 'metrics.jsonl'), [], {}, {}
-        self.pause, self.drawn, self.sampled = 0.0, None, None
+        self.log, self.records, self.pause, self.drawn, self.sampled = Jsonl(run.folder / 'metrics.jsonl'), [], 0.0, None, None
         if self.live:
             for name in ('state', 'picture', 'samples', 'words'): self.show(name, {'text/plain': ''})         # so they stand in this order on the page
             to_png(draw_curves({'': []}))               # the first picture takes a second: now, while the ranks start
@@ -172,15 +185,7 @@ class View:
         self.show('picture', {'image/png': b64encode(to_png(draw_curves({'': self.records}, self.smooth))).decode(), 'text/plain': 'curves'})
         self.pause = time.monotonic() + min(2, 4 * (time.monotonic() - began))
 
-    def show(self, name: str, bundle: dict[str, str]) -> None:
-        "Shows a MIME bundle in the place of what was shown under this name before."
-        from IPython.display import display
-        if self.shown.get(name) == bundle: return
-        self.shown[name] = bundle
-        if name in self.handles: self.handles[name].update(bundle, raw=True)
-        else: self.handles[name] = display(bundle, raw=True, display_id=True)
-
-# %% ../../nbs/59_trainer.view.ipynb #d29dc37f
+# %% ../../nbs/59_trainer.view.ipynb #94460818
 def stop_button(run: Any, awaited: bool = False) -> Any:
     "A stop button on the page and the handle of its output, or None where a button cannot work, as in a cell that awaits with an old ipykernel."
     from IPython.display import display
@@ -200,7 +205,7 @@ def remove_button(button: Any) -> None:
     "Takes a stop button off the page."
     if button: button[0].close(), button[1].update(Text(''))
 
-
+# %% ../../nbs/59_trainer.view.ipynb #4b92ad5d
 def show_live(run: Any, every: float = 0.5) -> None:
     "Shows a run that is going on, with a stop button, and keeps it up to date while other cells run."
     button, view = stop_button(run), View(run)
@@ -214,3 +219,10 @@ def show_live(run: Any, every: float = 0.5) -> None:
         remove_button(button)
     view.refresh()
     threading.Thread(target=follow, daemon=True).start()
+
+
+def show_run(run: Any) -> None:
+    "Shows a run in a cell: live while it goes on, where a page can be updated."
+    from IPython.display import display
+    if can_update() and run.running: show_live(run)
+    else: display({'text/plain': repr(run), 'text/html': run_html(run)}, raw=True)
