@@ -12,7 +12,7 @@ NAMES = {
     'hf_to_mm': 'mmkit.converters.convert', 'mm_to_hf': 'mmkit.converters.convert', 'qwen2_5_vl_towers': 'mmkit.converters.qwen2_5_vl',
     'wan2_1_towers': 'mmkit.converters.wan2_1', 'convert_wan': 'mmkit.convert_cli', 'extract': 'mmkit.extraction', 'film': 'mmkit.trainer.film', 'open_film': 'mmkit.trainer.film',
     'llava_to_mllm': 'mmkit.datasets.llava', 'PRESETS': 'mmkit.trainer.presets', 'chat': 'mmkit.trainer.chat', 'open_chat': 'mmkit.trainer.chat',
-    'from_mindspeed_mm': 'mmkit.peer', 'launch': 'mmkit.run', 'Run': 'mmkit.run', 'resume': 'mmkit.again', 'plot_losses': 'mmkit.show', 'show_samples': 'mmkit.show', 'compare': 'mmkit.show', 'watch': 'mmkit.show',
+    'from_mindspeed_mm': 'mmkit.peer', 'launch': 'mmkit.run', 'Run': 'mmkit.run', 'resume': 'mmkit.again', 'plot_losses': 'mmkit.show', 'show_samples': 'mmkit.show', 'compare': 'mmkit.show', 'watch': 'mmkit.show', 'watch_async': 'mmkit.show', 'runs': 'mmkit.show',
 }
 
 

@@ -1,5 +1,5 @@
 """For every test: one thread per process, no process left behind, and no test skipped in silence."""
-import os, signal, subprocess
+import importlib.util, os, shutil, signal, subprocess
 import psutil, pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')           # two cores, several ranks: one thread each; the ranks inherit it
@@ -11,8 +11,13 @@ def networks_refused():
     made = subprocess.run(f'ip netns add {name} && ip netns delete {name}', shell=True, capture_output=True, text=True)
     return made.stderr.strip() or 'it fails' if made.returncode else None
 
-REFUSED = networks_refused()
-collect_ignore = ['test_hosts.py'] if REFUSED else []
+def browser_missing():
+    "What this machine lacks to open a notebook in a browser; None where nothing is missing."
+    lacks = ['Chromium'] * (not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))))
+    return ', '.join(lacks + [name for name in ('jupyterlab', 'playwright') if not importlib.util.find_spec(name)]) or None
+
+REFUSED, MISSING = networks_refused(), browser_missing()
+collect_ignore = ['test_hosts.py'] * bool(REFUSED) + ['test_front.py'] * bool(MISSING)
 
 def pytest_addoption(parser):
     parser.addoption('--steps', type=int, default=0, help='train so many steps under every layout (test_layouts.py, test_film_layouts.py); by default as many as show a difference')
@@ -33,6 +38,7 @@ def pytest_make_collect_report(collector):
 def pytest_terminal_summary(terminalreporter):
     "Outside CI every skip is named with its reason; what is not collected is named everywhere."
     if REFUSED: terminalreporter.write_line(f'not collected: test_hosts.py, two machines that train together, which takes root and `ip netns` ({REFUSED})')
+    if MISSING: terminalreporter.write_line(f'not collected: test_front.py, a notebook in a real browser, which takes {MISSING}')
     for report in terminalreporter.stats.get('skipped', []): terminalreporter.write_line(f'skipped {report.nodeid}: {report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr}')
 
 @pytest.fixture(autouse=True, scope='module')

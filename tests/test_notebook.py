@@ -1,4 +1,4 @@
-"Real training in a real notebook kernel: a killed rank and an interrupt are said in the cell, and nothing is left."
+"Real training in a real notebook kernel: a killed rank and an interrupt are said in the cell, nothing is left, and what the kernel did before is no matter."
 import json
 import os
 import signal
@@ -11,6 +11,8 @@ import psutil
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+import stop_test
 
 CELLS = ['''
 from pathlib import Path
@@ -73,6 +75,43 @@ def test_the_cell_says_how_training_ended(end, tmp_path):
     said = str(error.value)
     if end == 'kill': assert 'rank 1' in said and 'SIGKILL' in said, said
     else: assert 'interrupted: every rank' in said and json.loads((tmp_path / 'run/log/end.json').read_text())['status'] == 'stopped'
+
+
+USED = '''
+import asyncio, os, torch, torch.distributed as dist
+torch.set_num_threads(2)
+weight = torch.randn(500, 500, requires_grad=True)
+(weight @ weight).sum().backward()                          # threads of torch, also those of the backward
+os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='0', RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
+store = dist.TCPStore('127.0.0.1', 0, is_master=True)
+os.environ['MASTER_PORT'] = str(store.port)
+dist.init_process_group('gloo', store=store, rank=0, world_size=1)
+dist.all_reduce(weight.detach())
+'''
+TWO = '''
+from dataclasses import replace
+from mmkit import watch_async
+short = replace(config, loop=replace(config.loop, steps=4))
+first, second = [launch(short, 2, folder=name) for name in ('first', 'second')]
+await asyncio.gather(watch_async(first), watch_async(second))
+dist.all_reduce(weight.detach())
+assert dist.get_world_size() == 1 and first.status == second.status == 'done'
+assert [r['loss'] for r in first.records()] == [r['loss'] for r in second.records()] and len(first.records()) == 4
+'''
+
+
+def test_a_kernel_that_was_used_runs_two_at_once(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (USED, CELLS[0], TWO)])
+    NotebookClient(notebook, timeout=200, resources={'metadata': {'path': str(tmp_path)}}).execute()
+    shown = [output.data for output in notebook.cells[-1].outputs if output.output_type == 'display_data']
+    assert sum('image/png' in data for data in shown) == 2                              # without a page: one last picture of each
+    assert sum('done' in data.get('text/html', '') and 'step 4 of 4' in data['text/html'] for data in shown) == 2
+
+
+def test_starts_and_stops_leave_nothing_but_a_run_that_goes_on(tmp_path):
+    "Three of the fifty tries of stop_test.py, the second of them stopped early."
+    _, working, left, problems = stop_test.stopped(tmp_path, 3)
+    assert working >= 2 and not left and not problems, problems
 
 
 def test_the_film_tutorial_learns(tmp_path):

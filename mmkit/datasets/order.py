@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['shuffled', 'check_order', 'Order', 'ledger', 'draw_cell', 'draw_order', 'ordered_batches', 'size_name', 'size_table',
-           'filled', 'turn_at', 'SizeOrder', 'micro_batches', 'close_loader', 'stream']
+           'filled', 'turn_at', 'SizeOrder', 'micro_batches', 'close_loader', 'leave_group', 'stream']
 
-# %% ../../nbs/45_datasets.order.ipynb #2cadeab5
+# %% ../../nbs/45_datasets.order.ipynb #9c806d02
 import gc
 import hashlib
 import itertools
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
+from ..ranks import follow_parent
 from ..values import require
 
 # %% ../../nbs/45_datasets.order.ipynb #ea831021
@@ -168,7 +170,7 @@ class SizeOrder(Order):
 
     def _repr_markdown_(self) -> str: return size_table(self.sizes)
 
-# %% ../../nbs/45_datasets.order.ipynb #37d020d1
+# %% ../../nbs/45_datasets.order.ipynb #35422e17
 def micro_batches(order: Order) -> Iterator[list[int]]:
     "The micro-batches of all steps, one after the other."
     for step in order: yield from step
@@ -180,12 +182,18 @@ def close_loader(loader: Any, batches: Any) -> None:
     loader._iterator = None
 
 
+def leave_group(worker: int) -> None:
+    "What a worker does first: from now on no signal to the group of its rank reaches it, and it ends soon after its rank."
+    follow_parent(os.getppid(), partial(os._exit, 1))
+    os.setpgid(0, 0)
+
+
 def stream(dataset: Any, order: Order, collate: Callable[[Sequence], Any], workers: int = 2, first_step: int | None = None, timeout: float = 600,
            start: str | None = None) -> Iterator[list]:
     "Steps, each a list of collated micro-batches; close it (or use `contextlib.closing`) to end its workers. `start`: fork, spawn or forkserver."
     from torch.utils.data import DataLoader
     order = order if first_step is None else replace(order, first_step=first_step)
-    several = dict(persistent_workers=True, timeout=timeout, multiprocessing_context=start) if workers else {}
+    several = dict(persistent_workers=True, timeout=timeout, multiprocessing_context=start, worker_init_fn=leave_group) if workers else {}
     loader = DataLoader(dataset, batch_sampler=micro_batches(order), collate_fn=collate, num_workers=workers, **several)
     gc.collect()                       # a closed mesh's process groups among the garbage would hang a forked worker that collects them
     batches = iter(loader)
