@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RED', 'AMBER', 'GREEN', 'settings', 'default_tree', 'at', 'spell', 'tree_words', 'spread', 'words_tree', 'to_words',
-           'from_words', 'Control', 'without_none', 'control_for', 'make_box', 'lay_out', 'foresee', 'named_in', 'Form',
-           'box_changed', 'words_changed', 'refresh', 'describe', 'show_verdict', 'Words', 'show', 'form']
+           'from_words', 'Control', 'without_none', 'control_for', 'make_box', 'labelled', 'lay_out', 'foresee',
+           'named_in', 'Form', 'box_changed', 'words_changed', 'refresh', 'describe', 'show_verdict', 'Words', 'show',
+           'form']
 
 # %% ../nbs/61_forms.ipynb #ff708869
 import json
@@ -112,15 +113,23 @@ def control_for(hint: Any) -> Control:
     spoken = str if kind is str else spell
     return Control(ipywidgets.Text, lambda value: '' if value is None else spoken(value), lambda text: None if text == '' else text if kind is str else parse(text))
 
-# %% ../nbs/61_forms.ipynb #5279de4e
+# %% ../nbs/61_forms.ipynb #4f69a962
 def make_box(name: str, control: Control, value: Any) -> Any:
     "The box of a setting."
     box = control.make(value=control.shown(value))
     if 'description' in box.trait_names(): box.description = name.split('.')[-1]
-    box.tooltip, box.style, box.layout = name, {'description_width': '150px'}, {'width': '430px'}
+    wide = 'description' in box.trait_names()
+    box.tooltip, box.style, box.layout = name, {'description_width': '150px'} if wide else {}, {'width': '430px' if wide else '280px'}
     if 'continuous_update' in box.trait_names(): box.continuous_update = False
-    if 'placeholder' in box.trait_names(): box.placeholder = name if 'description' not in box.trait_names() else 'not set'
+    if 'placeholder' in box.trait_names(): box.placeholder = 'not set' if 'description' in box.trait_names() else 'add one'
     return box
+
+
+def labelled(name: str, box: Any) -> Any:
+    "The box with its name before it, if it has no place for a name of its own."
+    import ipywidgets
+    if 'description' in box.trait_names(): return box
+    return ipywidgets.HBox([ipywidgets.Label(name.split('.')[-1], layout={'width': '150px', 'justify_content': 'flex-end'}), box])
 
 
 def lay_out(kind: type, boxes: dict[str, Any]) -> Any:
@@ -128,7 +137,7 @@ def lay_out(kind: type, boxes: dict[str, Any]) -> Any:
     import ipywidgets
     parts, pages = {'': kind} | {name.rpartition('.')[0]: None for name in boxes}, []
     for part in parts:
-        own = [box for name, box in boxes.items() if name.rpartition('.')[0] == part]
+        own = [labelled(name, box) for name, box in boxes.items() if name.rpartition('.')[0] == part]
         owner = kind
         for step in filter(None, part.split('.')): owner = get_type_hints(owner)[step]
         pages.append(ipywidgets.VBox([ipywidgets.HTML(f'<small>{escape(owner.__doc__ or "")}</small>'), ipywidgets.Box(own, layout={'flex_flow': 'row wrap'})]))
