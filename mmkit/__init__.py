@@ -8,7 +8,7 @@ leave_npu_out()         # on a half-installed Ascend machine `import torch` woul
 NAMES = {
     'Config': 'mmkit.config', 'Layout': 'mmkit.config', 'Optim': 'mmkit.config', 'Data': 'mmkit.config', 'Columns': 'mmkit.config', 'Loop': 'mmkit.config',
     'Film': 'mmkit.config', 'Clips': 'mmkit.config', 'Flow': 'mmkit.config', 'Sampling': 'mmkit.config',
-    'load_config': 'mmkit.config', 'override': 'mmkit.values', 'form': 'mmkit.forms',
+    'load_config': 'mmkit.config', 'override': 'mmkit.values', 'form': 'mmkit.forms', 'survey': 'mmkit.datasets.survey', 'estimate': 'mmkit.forecast', 'speed_of': 'mmkit.forecast',
     'hf_to_mm': 'mmkit.converters.convert', 'mm_to_hf': 'mmkit.converters.convert', 'qwen2_5_vl_towers': 'mmkit.converters.qwen2_5_vl',
     'wan2_1_towers': 'mmkit.converters.wan2_1', 'convert_wan': 'mmkit.convert_cli', 'extract': 'mmkit.extraction', 'film': 'mmkit.trainer.film', 'open_film': 'mmkit.trainer.film',
     'llava_to_mllm': 'mmkit.datasets.llava', 'PRESETS': 'mmkit.trainer.presets', 'chat': 'mmkit.trainer.chat', 'open_chat': 'mmkit.trainer.chat',
