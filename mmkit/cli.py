@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['at_once', 'TRAIN', 'RESUME', 'DOCTOR', 'PLAN', 'FIRST_RUN', 'LLAVA_TO_MLLM', 'CHAT', 'EXTRACT', 'FILM', 'FIRST_FILM',
-           'MODES', 'CONVERT_WAN', 'FROM_MINDSPEED_MM', 'LAUNCH_LINES', 'TRY_HOSTS', 'COMMANDS', 'CHANGED', 'finish',
-           'mm_convert', 'option', 'train', 'resume_run', 'examine_machine', 'foresee', 'run_first', 'convert_llava',
-           'answer', 'extract_features', 'prompts_in', 'make_films', 'run_first_film', 'convert_checkpoint',
-           'carry_over', 'launch_lines', 'check_hosts', 'OneSentence', 'mmkit_parser', 'mmkit']
+           'MODES', 'CONVERT_WAN', 'FROM_MINDSPEED_MM', 'LAUNCH_LINES', 'COMMANDS', 'CHANGED', 'finish', 'mm_convert',
+           'option', 'train', 'resume_run', 'examine_machine', 'foresee', 'run_first', 'convert_llava', 'answer',
+           'extract_features', 'prompts_in', 'make_films', 'run_first_film', 'convert_checkpoint', 'carry_over',
+           'launch_lines', 'OneSentence', 'mmkit_parser', 'mmkit']
 
 # %% ../nbs/69_cli.ipynb #e4adf46b
 import sys
@@ -75,17 +75,21 @@ RESUME = resume_run, dict(help='go on with a run that has ended', usage='mmkit r
     option('run', 'folder of the run; name=value changes its config, such as layout.tp=2, or resume=120 for an older step', metavar='RUN'),
     option('--ranks', 'number of ranks (as many as before)', type=int))
 
-# %% ../nbs/69_cli.ipynb #eefe6b23
+# %% ../nbs/69_cli.ipynb #adde045f
 def examine_machine(options: Namespace) -> Any:
-    "Says what is here and what is wanted; returns the report. ValueError after it where something has to be done."
+    "Says what is here and what is wanted, and whether machines reach each other; returns the report. ValueError after it where something has to be done."
     from mmkit.doctor import doctor
-    report = doctor()
+    report = doctor(options.hosts.split(',') if options.hosts else (), options.here, options.port, options.limit)
     if report.good: return report
     at_once(report)
-    raise ValueError('not everything is as it should be; the last column says what to do')
+    raise ValueError(report[0].remedy if options.hosts and not report[0].good else 'not everything is as it should be; the last column says what to do')
 
 
-DOCTOR = examine_machine, dict(help='say what is installed here, what is wanted, and what to do about it'), ()
+DOCTOR = examine_machine, dict(help='say what is installed here, what is wanted, and what to do about it; and whether machines reach each other', usage='mmkit doctor [--hosts A,B [--here NAME] [--port N] [--limit SECONDS]]'), (
+    option('--hosts', 'several machines, the first is where they meet: try whether they reach each other; start it on all of them', metavar='A,B'),
+    option('--here', 'which of them this machine is (found by its name and addresses)', metavar='NAME'),
+    option('--port', 'port of the first machine (29500)', type=int, default=29500),
+    option('--limit', 'seconds for each step of it (30)', type=float, default=30))
 
 # %% ../nbs/69_cli.ipynb #ad1a80bd
 def foresee(options: Namespace) -> Any:
@@ -246,22 +250,9 @@ LAUNCH_LINES = launch_lines, dict(help='say what to start on each of several mac
     *(option(f'--{name}', f'{words} ({default})', type=int, default=default) for name, words, default in (('port', 'port of the first machine', 29500),
         ('restarts', 'how often ranks that died are started again', 3), ('silence', 'seconds after which a silent machine is lost', 40))))
 
-# %% ../nbs/69_cli.ipynb #bd625007
-def check_hosts(options: Namespace) -> str:
-    "Tries the network between several machines; returns a sentence."
-    from mmkit.hosts import try_hosts
-    return try_hosts(options.hosts.split(','), options.here, options.port, options.limit)
-
-
-TRY_HOSTS = check_hosts, dict(help='try whether several machines reach each other; start it on all of them'), (
-    option('hosts', 'machines, the first is where they meet', metavar='A,B'),
-    option('--here', 'which of them this machine is', metavar='NAME', required=True),
-    option('--port', 'port of the first machine (29500)', type=int, default=29500),
-    option('--limit', 'seconds for each step (30)', type=float, default=30))
-
-# %% ../nbs/69_cli.ipynb #4046ba31
+# %% ../nbs/69_cli.ipynb #13348888
 COMMANDS = {'doctor': DOCTOR, 'first-run': FIRST_RUN, 'first-film': FIRST_FILM, 'plan': PLAN, 'train': TRAIN, 'resume': RESUME, 'chat': CHAT, 'film': FILM, 'llava-to-mllm': LLAVA_TO_MLLM,
-            'extract-features': EXTRACT, 'convert-wan': CONVERT_WAN, 'from-mindspeed-mm': FROM_MINDSPEED_MM, 'launch-lines': LAUNCH_LINES, 'try-hosts': TRY_HOSTS}
+            'extract-features': EXTRACT, 'convert-wan': CONVERT_WAN, 'from-mindspeed-mm': FROM_MINDSPEED_MM, 'launch-lines': LAUNCH_LINES}
 CHANGED = (train, resume_run, foresee, extract_features, make_films, carry_over, launch_lines)         # the commands that take name=value
 
 

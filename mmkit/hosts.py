@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hosts', 'environment_words', 'torchrun_line', 'prepare_run', 'shell_script', 'slurm_script', 'Silence',
            'keep_talking', 'keep_listening', 'open_notes', 'close_notes', 'fail', 'main', 'meet', 'add_up', 'wait_for',
-           'failing', 'try_hosts', 'try_line']
+           'failing', 'addresses', 'this_machine', 'try_hosts', 'try_line']
 
 # %% ../nbs/61_hosts.ipynb #4bc80239
 import json
@@ -140,7 +140,7 @@ class Silence:
         for rank in self.names:
             if store.check([f'host {rank}']): self.hear(rank, store.get(f'host {rank}').decode())
 
-# %% ../nbs/61_hosts.ipynb #79c19fd9
+# %% ../nbs/61_hosts.ipynb #fa7e06ab
 def keep_talking(silence: Silence) -> None:
     "Talks until this machine is done or the store is gone; it may block for as long as the network likes."
     import torch.distributed as dist
@@ -160,7 +160,7 @@ def keep_listening(silence: Silence, alarm: Callable[[str], None], beat: Path | 
     while not silence.over.wait(min(silence.limit / 10, 5)):
         if beat: beat.touch()
         if lost := silence.lost():
-            alarm(f'{silence.name} has not heard of {", ".join(lost)} for {silence.limit:.0f} s: see whether they run, and the network between them (mmkit try-hosts tries it); '
+            alarm(f'{silence.name} has not heard of {", ".join(lost)} for {silence.limit:.0f} s: see whether they run, and the network between them (mmkit doctor --hosts tries it); '
                   'the same lines again go on from the newest checkpoint')
             return
 
@@ -256,11 +256,26 @@ def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> s
             return f'{names[0]} and {name} do not add up a number over {device.backend} within {limit:.0f} s ({said}): give the interface that both share, and see what closes its ports'
     return ''
 
-# %% ../nbs/61_hosts.ipynb #7d623ee1
-def try_hosts(names: Sequence[str], here: str, port: int = 29500, limit: float = 30, device: Device | None = None) -> str:
-    "Tries, on the machine called `here` and at the same time on the others, what training on all of them needs; returns a sentence, or raises a ValueError that names the machine that fails."
+# %% ../nbs/61_hosts.ipynb #99fafb01
+def addresses(name: str) -> set[str]:
+    "The addresses that a name stands for; none when nobody knows it."
+    try: return {found[4][0].split('%')[0] for found in socket.getaddrinfo(name, None)}
+    except OSError: return set()
+
+
+def this_machine(names: Sequence[str]) -> str:
+    "Which of the names is meant for this machine, by its own name and its addresses. Raises ValueError when none is, or several are."
+    own = {socket.gethostname(), socket.gethostname().split('.')[0], *(one.address.split('%')[0] for found in psutil.net_if_addrs().values() for one in found)}
+    mine = [name for name in names if name in own or addresses(name) & own]
+    require(len(mine) == 1, f'{" and ".join(mine) or "none"} of the hosts {",".join(names)} {"are" if mine else "is"} this machine, {socket.gethostname()}: say which with --here')
+    return mine[0]
+
+
+def try_hosts(names: Sequence[str], here: str | None = None, port: int = 29500, limit: float = 30, device: Device | None = None) -> str:
+    "Tries, on the machine called `here` (default: the name that means this one) and at the same time on the others, what training on all of them needs; returns a sentence, or raises a ValueError that names the machine that fails."
     import torch.distributed as dist
     Hosts(names=tuple(names), ranks=1, port=port)
+    here = here or this_machine(names)
     require(here in names, f'{here} is not one of the hosts {",".join(names)}: say with which of these names this machine is meant')
     device, number = device or pick_device(), names.index(here)
     device.prepare(0)
@@ -278,11 +293,11 @@ def try_hosts(names: Sequence[str], here: str, port: int = 29500, limit: float =
     require(verdict == 'together', verdict)
     return f'{len(names)} machines meet at {names[0]}:{port} and add up a number over {device.backend} in {1000 * seconds:.1f} ms'
 
-# %% ../nbs/61_hosts.ipynb #ec213467
+# %% ../nbs/61_hosts.ipynb #f19aa1c1
 def try_line(hosts: Hosts, number: int, limit: float = 30) -> str:
     "The line that tries the machines, for machine `number`; all lines are started within `limit` seconds."
     program = Path(sys.executable).with_name('mmkit')
-    words = ['env', *environment_words(hosts), shlex.quote(str(program)), 'try-hosts', ','.join(hosts.names), f'--here {hosts.names[number]}', f'--port {hosts.port}', f'--limit {limit:.0f}']
+    words = ['env', *environment_words(hosts), shlex.quote(str(program)), 'doctor --hosts', ','.join(hosts.names), f'--here {hosts.names[number]}', f'--port {hosts.port}', f'--limit {limit:.0f}']
     return ' '.join(words)
 
 # %% ../nbs/61_hosts.ipynb #cf6e4372
