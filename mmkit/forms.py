@@ -8,7 +8,7 @@ __all__ = ['RED', 'AMBER', 'GREEN', 'settings', 'default_tree', 'at', 'spell', '
            'named_in', 'Form', 'box_changed', 'words_changed', 'refresh', 'describe', 'show_verdict', 'Words', 'show',
            'form']
 
-# %% ../nbs/61_forms.ipynb #ff708869
+# %% ../nbs/61_forms.ipynb #1cf3b259
 import json
 import re
 import shlex
@@ -18,25 +18,25 @@ from copy import deepcopy
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import partial
 from html import escape
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from .config import Config
 from .trainer.plan import amount, check_files, plan
-from .values import dumps, parse, read, replace_at, require
+from .values import Settings, dumps, parse, read, replace_at, require
 
-# %% ../nbs/61_forms.ipynb #7bba1315
+# %% ../nbs/61_forms.ipynb #a1256a74
 def settings(kind: type, above: str = '') -> dict[str, Any]:
     "The dotted name of every setting of a dataclass and of those inside it, with its type."
-    found = {}
+    found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
-        found |= settings(hint, f'{above}{name}.') if is_dataclass(hint) else {above + name: hint}
+        found |= settings(hint, f'{above}{name}.') if isinstance(hint, type) and is_dataclass(hint) else {above + name: hint}
     return found
 
 
 def default_tree(kind: type) -> dict[str, Any]:
     "The defaults of a dataclass as parsed JSON; None where there is none."
     given = {one.name: one.default if one.default is not MISSING else None if one.default_factory is MISSING else one.default_factory() for one in fields(kind)}
-    return json.loads(json.dumps({name: asdict(value) if is_dataclass(value) else value for name, value in given.items()}))
+    return json.loads(json.dumps({name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value for name, value in given.items()}))
 
 
 def at(tree: dict, name: str) -> Any:
@@ -157,11 +157,11 @@ def named_in(sentence: str, names: Sequence[str]) -> list[str]:
     "Which settings a sentence is about: it names their path, or gives their value."
     return [name for name in names if re.search(rf'(?<![\w.]){re.escape(name)}(?![\w.]*\w)' if '.' in name else rf'(?<![\w.]){re.escape(name)}=', sentence)]
 
-# %% ../nbs/61_forms.ipynb #5feaafb6
-class Form:
+# %% ../nbs/61_forms.ipynb #b35d5b11
+class Form(Generic[Settings]):
     "A value of settings as boxes and as words; `config` is the value now, and raises a ValueError while something is wrong. With `ranks`, what launching would refuse is said too."
 
-    def __init__(self, config: Any, ranks: int | None = None):
+    def __init__(self, config: Settings, ranks: int | None = None):
         import ipywidgets
         self.kind, self.ranks, self.writing, self.wrong, self.handle = type(config), ranks, False, '', None
         self.tree = json.loads(dumps(config))
@@ -176,7 +176,7 @@ class Form:
         self.refresh()
 
     @property
-    def config(self) -> Any:
+    def config(self) -> Settings:
         "The value now. Raises ValueError with what is wrong."
         require(not self.wrong, self.wrong)
         return read(self.kind, self.tree)
@@ -221,7 +221,7 @@ def refresh(form: Form, words: bool = True) -> None:
     except ValueError as error: show_verdict(form, str(error))
     else: show_verdict(form, '')
 
-# %% ../nbs/61_forms.ipynb #135cf2d0
+# %% ../nbs/61_forms.ipynb #038db583
 RED, AMBER, GREEN = '#c0392b', '#9a6700', '#18804a'
 
 
@@ -258,6 +258,6 @@ def show(form: Form) -> None:
     form.handle = display(Words(repr(form)), display_id=True)
 
 
-def form(config: Any, ranks: int | None = None) -> Form:
+def form(config: Settings, ranks: int | None = None) -> Form[Settings]:
     "The Form of a Config or of a part of one; with `ranks` it says too whether that many can run it, and what they need."
     return Form(config, ranks)

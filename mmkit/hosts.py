@@ -115,14 +115,15 @@ def slurm_script(hosts: Hosts, folder: str | Path, options: Sequence[str] = ('--
         'export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(f"{setup}exec {line}")}']) + '\n'
 
-# %% ../nbs/61_hosts.ipynb #c2cc6ce4
+# %% ../nbs/61_hosts.ipynb #36cfd91b
 class Silence:
     "What the first rank of a machine has heard of the first ranks of the others, and when."
 
     def __init__(self, name: str, here: Place, ranks: int, limit: float, patience: float = 600):
         self.name, self.here, self.limit, self.over = name, here, limit, threading.Event()
         self.names = {rank: f'the machine of rank {rank}' for rank in range(0, here.world, ranks) if rank != here.rank}
-        self.words, self.since = {}, dict.fromkeys(self.names, time.monotonic() + patience - limit)      # machines load libraries at different speeds
+        self.words: dict[int, str] = {}
+        self.since = dict.fromkeys(self.names, time.monotonic() + patience - limit)      # machines load libraries at different speeds
 
     def hear(self, rank: int, words: str) -> None:
         "Takes note of what a machine says: a number that changes and its name, or that it is done."
@@ -164,13 +165,13 @@ def keep_listening(silence: Silence, alarm: Callable[[str], None], beat: Path | 
                   'the same lines again go on from the newest checkpoint')
             return
 
-# %% ../nbs/61_hosts.ipynb #c9a5056f
+# %% ../nbs/61_hosts.ipynb #efb1009d
 def open_notes(folder: Path, ranks: int) -> None:
     "Makes the run folder say that the run goes on, and where; what an earlier start left behind is taken away."
     for note in (folder / 'failure.json', folder / 'log' / 'end.json', *(folder / 'log').glob('rank*.failed')): note.unlink(missing_ok=True)
     agent = psutil.Process(os.getppid())
-    note = {'pid': agent.pid, 'started': agent.create_time(), 'host': socket.gethostname(), 'ranks': ranks}
-    write_atomic(folder / 'log' / 'agent.json', json.dumps(note))
+    where = {'pid': agent.pid, 'started': agent.create_time(), 'host': socket.gethostname(), 'ranks': ranks}
+    write_atomic(folder / 'log' / 'agent.json', json.dumps(where))
 
 
 def close_notes(folder: Path) -> None:
@@ -179,7 +180,7 @@ def close_notes(folder: Path) -> None:
     write_atomic(folder / 'log' / 'end.json', json.dumps({'status': 'done' if records and records[-1]['step'] >= steps else 'stopped', 'time': time.time()}))
     (folder / 'log' / 'beat').unlink(missing_ok=True)
 
-# %% ../nbs/61_hosts.ipynb #8f07987f
+# %% ../nbs/61_hosts.ipynb #3d04e768
 def fail(log: Path, console: int, words: str, code: int = 1) -> None:
     "Ends this rank: a note for the run folder, its last words for the place where torchrun was started."
     write_atomic(f'{log}.failed', json.dumps({'time': time.time()}))
@@ -187,7 +188,7 @@ def fail(log: Path, console: int, words: str, code: int = 1) -> None:
     leave(code)
 
 
-def main(folder: str, name: str, ranks: int, limit: float) -> None:
+def main(folder: str | Path, name: str, ranks: int, limit: float) -> None:
     "What torchrun executes as a rank on the machine called `name`, of `ranks` ranks: it trains as the run folder says."
     here, folder = place(), Path(folder)
     log, console = folder / 'log' / f'rank{here.rank}', os.dup(2)
@@ -256,10 +257,10 @@ def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> s
             return f'{names[0]} and {name} do not add up a number over {device.backend} within {limit:.0f} s ({said}): give the interface that both share, and see what closes its ports'
     return ''
 
-# %% ../nbs/61_hosts.ipynb #99fafb01
+# %% ../nbs/61_hosts.ipynb #9b72e78d
 def addresses(name: str) -> set[str]:
     "The addresses that a name stands for; none when nobody knows it."
-    try: return {found[4][0].split('%')[0] for found in socket.getaddrinfo(name, None)}
+    try: return {str(found[4][0]).split('%')[0] for found in socket.getaddrinfo(name, None)}
     except OSError: return set()
 
 

@@ -244,14 +244,14 @@ def open_records(data: Data) -> tuple[list[Record], Report]:
     require(records, f'none of the {len(raws)} records of {", ".join(files)} can be used; the first: {dropped[0].reason if dropped else "there is none"}')
     return records, report
 
-# %% ../../nbs/43_datasets.conversation.ipynb #bc3cb640
+# %% ../../nbs/43_datasets.conversation.ipynb #88e6c25c
 class Conversations:
     "len and [i] -> Sample (see `encode_record`); a broken record is replaced by the next good one and the sample has `replaced=(i, reason)`."
 
     def __init__(self, data: Data, folder: str | Path, positions: Positions):
         self.encoder, self.positions = open_encoder(folder, data), positions
         records, self.report = open_records(data)
-        self.shelf, self.broken = Shelf(records), {}
+        self.shelf, self.broken = Shelf(records), dict[int, str]()
 
     def __len__(self) -> int: return len(self.shelf)
 
@@ -269,6 +269,7 @@ class Conversations:
         record = self.shelf[index]
         try: return encode_record(record, self.encoder, self.positions)
         except (BadRecord, MediaError) as error: self.broken[index] = f'{record.name}: {error}'
+        return None
 
     def show(self, index: int) -> View:
         "Sample `index` as something that draws itself."

@@ -39,8 +39,8 @@ def measure(dataset: Conversations, number: int) -> Measured | None:
     media = int(((ids == marks.image) | (ids == marks.video)).sum())
     return Measured(number, len(ids), int((sample['labels'] >= 0).sum()), media, int(sample['left_out']), tuple(map(tuple, sample['grid'].tolist())))
 
-# %% ../../nbs/48_datasets.survey.ipynb #a74f8a2e
-def fills(lengths: Sequence[int], micro_batch: int, most: int, multiple: int = 1) -> dict[str, float]:
+# %% ../../nbs/48_datasets.survey.ipynb #e621e520
+def fills(lengths: Sequence[int] | np.ndarray, micro_batch: int, most: int, multiple: int = 1) -> dict[str, float]:
     "The share of computed tokens that belong to samples, in micro-batches drawn from samples of these lengths: packed to a multiple, padded to the longest, padded to `most`."
     drawn = np.random.RandomState(0).choice(np.asarray(lengths), (1000, micro_batch))
     packed = np.ceil(drawn.sum(1) / multiple) * multiple
