@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['talk_shape', 'film_shape', 'talk_costs', 'drawn_steps', 'latent_size', 'film_load', 'film_sizes',
-           'trained_parameters', 'checkpoint_bytes', 'checkpoint_count', 'Estimate', 'duration', 'estimate_talks',
-           'estimate_films', 'estimate', 'speed_of']
+           'trained_parameters', 'checkpoint_bytes', 'checkpoint_count', 'Estimate', 'duration', 'lines_of',
+           'estimate_talks', 'estimate_films', 'estimate', 'speed_of']
 
 # %% ../nbs/62_forecast.ipynb #d99db68e
 import math
@@ -119,7 +119,7 @@ def checkpoint_count(config: Config) -> int:
     made = 1 + ((loop.steps - 1) // loop.save_every if loop.save_every else 0)
     return min(made, loop.keep) if loop.keep else made
 
-# %% ../nbs/62_forecast.ipynb #29618294
+# %% ../nbs/62_forecast.ipynb #07ed175e
 @dataclass(frozen=True, repr=False)
 class Estimate:
     "What a run costs: samples there are and those left out, tokens and the uncertainty of a sample's mean, steps and samples a step, operations of the busiest rank in a step (waiting for the pipeline counted as operations), the share of a step that copies do not wait, bytes in a rank's memory at most, of one checkpoint and of all; `speed` in operations a second."
@@ -146,30 +146,32 @@ class Estimate:
         "Seconds of the whole run; None without a speed."
         return self.steps * self.flops / self.speed if self.speed else None
 
-    def rows(self) -> list[tuple[str, str]]:
-        "The estimate, line by line."
-        about = f' ± {self.spread / self.tokens:.0%}' if self.spread else ''
-        free = shutil.disk_usage(Path.cwd()).free
-        time = f'{duration(self.seconds)} at {amount(self.speed, "FLOP/s")} a rank; reading, saving and sampling are not in it' if self.speed and self.seconds else 'give speed=, operations a second of a rank; speed_of(run) measures it on a short run'
-        return [('data', f'{self.samples} samples, {self.left_out} left out'), ('an epoch', f'{amount(self.samples * self.tokens, "")} tokens{about}, {self.samples / self.batch:.1f} steps of {self.batch} samples'),
-                ('the run', f'{self.steps} steps, {self.epochs:.2f} epochs, {amount(self.steps * self.batch * self.tokens, "")} tokens{about}'), ('batches', self.batches),
-                ('waiting', f'copies work {self.busy:.0%} of a step and wait for the one with most to do'), ('operations', f'{amount(self.flops, "FLOP")} of the busiest rank in a step, {amount(self.steps * self.flops, "FLOP")} in the run'),
-                ('time', time), ('memory', f'{amount(self.memory, "B")} of a rank at most'), ('disk', f'{amount(self.disk, "B")}, {amount(self.checkpoint, "B")} for each checkpoint; {amount(free, "B")} are free here')]
-
+    def rows(self) -> list[tuple[str, str]]: return lines_of(self)
     def __repr__(self) -> str: return '\n'.join(f'{name}: {text}' for name, text in self.rows())
 
     def _repr_html_(self) -> str:
         cells = ''.join(f'<tr><td style="text-align:left">{escape(name)}</td><td style="text-align:left">{escape(text)}</td></tr>' for name, text in self.rows())
         return f'<table>{cells}</table>{self.survey._repr_html_() if self.survey else ""}'
 
-
+# %% ../nbs/62_forecast.ipynb #72c6176f
 def duration(seconds: float) -> str:
     "Seconds in words."
     for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= 2 * size: return f'{seconds / size:.1f} {unit}'
     return f'{seconds:.1f} seconds'
 
-# %% ../nbs/62_forecast.ipynb #52c86607
+
+def lines_of(found: Estimate) -> list[tuple[str, str]]:
+    "The estimate, line by line."
+    about = f' ± {found.spread / found.tokens:.0%}' if found.spread else ''
+    free = shutil.disk_usage(Path.cwd()).free
+    time = f'{duration(found.seconds)} at {amount(found.speed, "FLOP/s")} a rank; reading, saving and sampling are not in it' if found.speed and found.seconds else 'give speed=, operations a second of a rank; speed_of(run) measures it on a short run'
+    return [('data', f'{found.samples} samples, {found.left_out} left out'), ('an epoch', f'{amount(found.samples * found.tokens, "")} tokens{about}, {found.samples / found.batch:.1f} steps of {found.batch} samples'),
+            ('the run', f'{found.steps} steps, {found.epochs:.2f} epochs, {amount(found.steps * found.batch * found.tokens, "")} tokens{about}'), ('batches', found.batches),
+            ('waiting', f'copies work {found.busy:.0%} of a step and wait for the one with most to do'), ('operations', f'{amount(found.flops, "FLOP")} of the busiest rank in a step, {amount(found.steps * found.flops, "FLOP")} in the run'),
+            ('time', time), ('memory', f'{amount(found.memory, "B")} of a rank at most'), ('disk', f'{amount(found.disk, "B")}, {amount(found.checkpoint, "B")} for each checkpoint; {amount(free, "B")} are free here')]
+
+# %% ../nbs/62_forecast.ipynb #25916c58
 def estimate_talks(config: Config, ranks: int, count: int) -> dict:
     "What an Estimate says of conversations."
     layout, loop = config.layout, config.loop
@@ -182,7 +184,7 @@ def estimate_talks(config: Config, ranks: int, count: int) -> dict:
     return dict(samples=len(data), left_out=len(data.report.dropped), tokens=found.mean('tokens'), spread=spread, flops=flops, busy=busy, survey=found,
                 batches=', '.join(f'{name}: {share:.0%} full' for name, share in fill.items()))
 
-
+# %% ../nbs/62_forecast.ipynb #7df551bb
 def estimate_films(config: Config, ranks: int, count: int) -> dict:
     "What an Estimate says of clips; all of them are looked at."
     shape, loop, (sizes, dropped) = film_shape(config), config.loop, film_sizes(config)
@@ -194,7 +196,7 @@ def estimate_films(config: Config, ranks: int, count: int) -> dict:
     steps = ', '.join(f'{size_name(size)}: {number / order.global_batch:.1f}' for size, number in numbers.most_common(4))
     return dict(samples=len(sizes), left_out=dropped, tokens=mean(lambda size: tokens[size][0]), spread=0.0, flops=mean(cost.get), busy=1.0, batches=f'rows {fill:.0%} full; steps an epoch by size: {steps}')
 
-
+# %% ../nbs/62_forecast.ipynb #915fa0ab
 def estimate(config: Config, ranks: int | None = None, speed: float | None = None, count: int = 200) -> Estimate:
     "The Estimate of a run on so many ranks (default: as `launch`), from `count` of its conversations or all of its clips; `speed` in operations a second of a rank, as `speed_of` measures it."
     ranks = check_config(config, None) if ranks is None else ranks

@@ -257,7 +257,7 @@ def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> s
             return f'{names[0]} and {name} do not add up a number over {device.backend} within {limit:.0f} s ({said}): give the interface that both share, and see what closes its ports'
     return ''
 
-# %% ../nbs/61_hosts.ipynb #9b72e78d
+# %% ../nbs/61_hosts.ipynb #66d3341e
 def addresses(name: str) -> set[str]:
     "The addresses that a name stands for; none when nobody knows it."
     try: return {str(found[4][0]).split('%')[0] for found in socket.getaddrinfo(name, None)}
@@ -271,7 +271,7 @@ def this_machine(names: Sequence[str]) -> str:
     require(len(mine) == 1, f'{" and ".join(mine) or "none"} of the hosts {",".join(names)} {"are" if mine else "is"} this machine, {socket.gethostname()}: say which with --here')
     return mine[0]
 
-
+# %% ../nbs/61_hosts.ipynb #52f7bcd8
 def try_hosts(names: Sequence[str], here: str | None = None, port: int = 29500, limit: float = 30, device: Device | None = None) -> str:
     "Tries, on the machine called `here` (default: the name that means this one) and at the same time on the others, what training on all of them needs; returns a sentence, or raises a ValueError that names the machine that fails."
     import torch.distributed as dist
