@@ -66,7 +66,7 @@ def draw_lengths(samples: Sequence[Measured], most: int) -> bytes:
     figure.savefig(picture, format='png')
     return picture.getvalue()
 
-# %% ../../nbs/48_datasets.survey.ipynb #11d264c4
+# %% ../../nbs/48_datasets.survey.ipynb #35a7efa5
 @dataclass(frozen=True, repr=False)
 class Survey:
     "Samples of a dataset in numbers: those that were drawn, how many the dataset has, the most tokens a sample may have, and why drawn ones could not be read."
@@ -89,7 +89,8 @@ class Survey:
         fill = {size: fills(self.lengths, size, self.most) for size in (1, 4, 16)}
         found = [('samples', f'{len(self.samples)} drawn of {self.count}'), ('tokens of a sample', f'{tokens:.0f} (half of them up to {np.median(self.lengths):.0f}, the longest {self.lengths.max()})'),
                  ('trained of them', share('trained')), ('of pictures and clips', share('media'))]
-        found += [('cut at data.max_length', f'{len(cut)} samples, {len(cut) / len(self.samples):.0%}; they lose {np.mean(cut):.0f} tokens each')] * bool(cut) + [('not readable', f'{len(self.broken)}; the first: {self.broken[0]}' if self.broken else '')] * bool(self.broken)
+        if cut: found.append(('cut at data.max_length', f'{len(cut)} samples, {len(cut) / len(self.samples):.0%}; they lose {np.mean(cut):.0f} tokens each'))
+        if self.broken: found.append(('not readable', f'{len(self.broken)}; the first: {self.broken[0]}'))
         return found + [(name, ', '.join(f'{part[name]:.0%} full in micro-batches of {size}' for size, part in fill.items())) for name in fill[1]]
 
     def __repr__(self) -> str: return '\n'.join(f'{name}: {text}' for name, text in self.rows())
