@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hosts', 'environment_words', 'torchrun_line', 'prepare_run', 'shell_script', 'slurm_script', 'Silence',
            'keep_talking', 'keep_listening', 'open_notes', 'close_notes', 'fail', 'main', 'meet', 'add_up', 'wait_for',
-           'failing', 'try_hosts', 'try_line']
+           'failing', 'addresses', 'this_machine', 'try_hosts', 'try_line']
 
 # %% ../nbs/61_hosts.ipynb #4bc80239
 import json
@@ -115,14 +115,15 @@ def slurm_script(hosts: Hosts, folder: str | Path, options: Sequence[str] = ('--
         'export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(f"{setup}exec {line}")}']) + '\n'
 
-# %% ../nbs/61_hosts.ipynb #c2cc6ce4
+# %% ../nbs/61_hosts.ipynb #36cfd91b
 class Silence:
     "What the first rank of a machine has heard of the first ranks of the others, and when."
 
     def __init__(self, name: str, here: Place, ranks: int, limit: float, patience: float = 600):
         self.name, self.here, self.limit, self.over = name, here, limit, threading.Event()
         self.names = {rank: f'the machine of rank {rank}' for rank in range(0, here.world, ranks) if rank != here.rank}
-        self.words, self.since = {}, dict.fromkeys(self.names, time.monotonic() + patience - limit)      # machines load libraries at different speeds
+        self.words: dict[int, str] = {}
+        self.since = dict.fromkeys(self.names, time.monotonic() + patience - limit)      # machines load libraries at different speeds
 
     def hear(self, rank: int, words: str) -> None:
         "Takes note of what a machine says: a number that changes and its name, or that it is done."
@@ -140,7 +141,7 @@ class Silence:
         for rank in self.names:
             if store.check([f'host {rank}']): self.hear(rank, store.get(f'host {rank}').decode())
 
-# %% ../nbs/61_hosts.ipynb #79c19fd9
+# %% ../nbs/61_hosts.ipynb #fa7e06ab
 def keep_talking(silence: Silence) -> None:
     "Talks until this machine is done or the store is gone; it may block for as long as the network likes."
     import torch.distributed as dist
@@ -160,17 +161,17 @@ def keep_listening(silence: Silence, alarm: Callable[[str], None], beat: Path | 
     while not silence.over.wait(min(silence.limit / 10, 5)):
         if beat: beat.touch()
         if lost := silence.lost():
-            alarm(f'{silence.name} has not heard of {", ".join(lost)} for {silence.limit:.0f} s: see whether they run, and the network between them (mmkit try-hosts tries it); '
+            alarm(f'{silence.name} has not heard of {", ".join(lost)} for {silence.limit:.0f} s: see whether they run, and the network between them (mmkit doctor --hosts tries it); '
                   'the same lines again go on from the newest checkpoint')
             return
 
-# %% ../nbs/61_hosts.ipynb #c9a5056f
+# %% ../nbs/61_hosts.ipynb #efb1009d
 def open_notes(folder: Path, ranks: int) -> None:
     "Makes the run folder say that the run goes on, and where; what an earlier start left behind is taken away."
     for note in (folder / 'failure.json', folder / 'log' / 'end.json', *(folder / 'log').glob('rank*.failed')): note.unlink(missing_ok=True)
     agent = psutil.Process(os.getppid())
-    note = {'pid': agent.pid, 'started': agent.create_time(), 'host': socket.gethostname(), 'ranks': ranks}
-    write_atomic(folder / 'log' / 'agent.json', json.dumps(note))
+    where = {'pid': agent.pid, 'started': agent.create_time(), 'host': socket.gethostname(), 'ranks': ranks}
+    write_atomic(folder / 'log' / 'agent.json', json.dumps(where))
 
 
 def close_notes(folder: Path) -> None:
@@ -179,7 +180,7 @@ def close_notes(folder: Path) -> None:
     write_atomic(folder / 'log' / 'end.json', json.dumps({'status': 'done' if records and records[-1]['step'] >= steps else 'stopped', 'time': time.time()}))
     (folder / 'log' / 'beat').unlink(missing_ok=True)
 
-# %% ../nbs/61_hosts.ipynb #8f07987f
+# %% ../nbs/61_hosts.ipynb #3d04e768
 def fail(log: Path, console: int, words: str, code: int = 1) -> None:
     "Ends this rank: a note for the run folder, its last words for the place where torchrun was started."
     write_atomic(f'{log}.failed', json.dumps({'time': time.time()}))
@@ -187,7 +188,7 @@ def fail(log: Path, console: int, words: str, code: int = 1) -> None:
     leave(code)
 
 
-def main(folder: str, name: str, ranks: int, limit: float) -> None:
+def main(folder: str | Path, name: str, ranks: int, limit: float) -> None:
     "What torchrun executes as a rank on the machine called `name`, of `ranks` ranks: it trains as the run folder says."
     here, folder = place(), Path(folder)
     log, console = folder / 'log' / f'rank{here.rank}', os.dup(2)
@@ -256,11 +257,26 @@ def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> s
             return f'{names[0]} and {name} do not add up a number over {device.backend} within {limit:.0f} s ({said}): give the interface that both share, and see what closes its ports'
     return ''
 
-# %% ../nbs/61_hosts.ipynb #7d623ee1
-def try_hosts(names: Sequence[str], here: str, port: int = 29500, limit: float = 30, device: Device | None = None) -> str:
-    "Tries, on the machine called `here` and at the same time on the others, what training on all of them needs; returns a sentence, or raises a ValueError that names the machine that fails."
+# %% ../nbs/61_hosts.ipynb #66d3341e
+def addresses(name: str) -> set[str]:
+    "The addresses that a name stands for; none when nobody knows it."
+    try: return {str(found[4][0]).split('%')[0] for found in socket.getaddrinfo(name, None)}
+    except OSError: return set()
+
+
+def this_machine(names: Sequence[str]) -> str:
+    "Which of the names is meant for this machine, by its own name and its addresses. Raises ValueError when none is, or several are."
+    own = {socket.gethostname(), socket.gethostname().split('.')[0], *(one.address.split('%')[0] for found in psutil.net_if_addrs().values() for one in found)}
+    mine = [name for name in names if name in own or addresses(name) & own]
+    require(len(mine) == 1, f'{" and ".join(mine) or "none"} of the hosts {",".join(names)} {"are" if mine else "is"} this machine, {socket.gethostname()}: say which with --here')
+    return mine[0]
+
+# %% ../nbs/61_hosts.ipynb #52f7bcd8
+def try_hosts(names: Sequence[str], here: str | None = None, port: int = 29500, limit: float = 30, device: Device | None = None) -> str:
+    "Tries, on the machine called `here` (default: the name that means this one) and at the same time on the others, what training on all of them needs; returns a sentence, or raises a ValueError that names the machine that fails."
     import torch.distributed as dist
     Hosts(names=tuple(names), ranks=1, port=port)
+    here = here or this_machine(names)
     require(here in names, f'{here} is not one of the hosts {",".join(names)}: say with which of these names this machine is meant')
     device, number = device or pick_device(), names.index(here)
     device.prepare(0)
@@ -278,11 +294,11 @@ def try_hosts(names: Sequence[str], here: str, port: int = 29500, limit: float =
     require(verdict == 'together', verdict)
     return f'{len(names)} machines meet at {names[0]}:{port} and add up a number over {device.backend} in {1000 * seconds:.1f} ms'
 
-# %% ../nbs/61_hosts.ipynb #ec213467
+# %% ../nbs/61_hosts.ipynb #f19aa1c1
 def try_line(hosts: Hosts, number: int, limit: float = 30) -> str:
     "The line that tries the machines, for machine `number`; all lines are started within `limit` seconds."
     program = Path(sys.executable).with_name('mmkit')
-    words = ['env', *environment_words(hosts), shlex.quote(str(program)), 'try-hosts', ','.join(hosts.names), f'--here {hosts.names[number]}', f'--port {hosts.port}', f'--limit {limit:.0f}']
+    words = ['env', *environment_words(hosts), shlex.quote(str(program)), 'doctor --hosts', ','.join(hosts.names), f'--here {hosts.names[number]}', f'--port {hosts.port}', f'--limit {limit:.0f}']
     return ' '.join(words)
 
 # %% ../nbs/61_hosts.ipynb #cf6e4372

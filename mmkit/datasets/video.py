@@ -286,16 +286,17 @@ def make_report(clips: VideoClips) -> ClipReport:
                for text in [*found[1], *([clips.same[number]] if number in clips.same else [])]]
     return ClipReport(len(clips.listed) - len(reasons), tuple(named(*pair) for pair in sorted(reasons.items())), tuple(sorted(remarks)))
 
-# %% ../../nbs/46_datasets.video.ipynb #99394284
-def strip(frames: np.ndarray, most: int = 6, height: int = 72) -> str:
-    "HTML of at most `most` evenly spaced frames (t, h, w, 3)."
+# %% ../../nbs/46_datasets.video.ipynb #845fc47c
+def strip(frames: np.ndarray, most: int = 6, height: int = 72, numbers: Sequence[int] = ()) -> str:
+    "HTML of at most `most` evenly spaced frames (t, h, w, 3), with their `numbers` in the file below them if given."
     from PIL import Image
     tags = []
-    for frame in frames[np.linspace(0, len(frames) - 1, min(most, len(frames))).astype(int)]:
-        picture, file = Image.fromarray(frame), io.BytesIO()
+    for place in np.linspace(0, len(frames) - 1, min(most, len(frames))).astype(int):
+        picture, file = Image.fromarray(frames[place]), io.BytesIO()
         picture.thumbnail((4 * height, 2 * height))
         picture.save(file, 'PNG')
-        tags.append(f'<img height="{height}" style="display:inline;margin:1px" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
+        below = f'<br><small>{numbers[place]}</small>' if len(numbers) else ''
+        tags.append(f'<span style="display:inline-block;text-align:center;margin:1px"><img height="{height}" style="display:inline;border:1px solid #dddddd" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">{below}</span>')
     return ''.join(tags)
 
 
@@ -306,12 +307,16 @@ def film_html(video: bytes, frames: np.ndarray, height: int = 192) -> str:
     return f'{film if data else ""}{strip(frames)}'
 
 
-def draw_clips(clips: VideoClips, most: int = 3) -> str:
-    "HTML of the first clips with frames, size and caption."
-    rows = []
-    for index in range(min(most, len(clips))):
-        sample = clips[index]
-        size = 'x'.join(str(n) for n in sample['frames'].shape[:3])
-        rows.append(f'<tr><td>{strip(sample["frames"])}</td><td>{html.escape(sample["caption"])}<br><small>{size}, {html.escape(os.path.basename(sample["name"]))}</small></td></tr>')
+def draw_clips(clips: VideoClips, most: int = 6) -> str:
+    "HTML of a clip of each of the `most` frequent sizes, three clips at least: frames with their numbers, caption, size and how many have it."
+    takes = {number: clips.look(number) for number in clips.kept}
+    size = {number: f'{len(take.numbers)} x {take.height} x {take.width}' for number, take in takes.items()}
+    counts, seen, rows = Counter(size.values()), Counter(), []
+    turn = {number: (seen.update([size[number]]), seen[size[number]])[1] for number in takes}
+    for number in sorted(takes, key=lambda number: (turn[number], -counts[size[number]]))[:max(3, min(most, len(counts)))]:
+        try: shown = strip(clips.frames(number), numbers=takes[number].numbers)
+        except MediaError as error: shown = html.escape(str(error))
+        many = f'<b>{size[number]}</b>, {counts[size[number]]} clips, {counts[size[number]] / len(takes):.0%}' if turn[number] == 1 else size[number]
+        rows.append(f'<tr><td style="text-align:left">{many}<br>{html.escape(takes[number].caption)}<br><small>{html.escape(os.path.basename(clips.listed[number].name))}</small></td><td style="text-align:left">{shown}</td></tr>')
     dropped = len(clips.listed) - len(clips)
-    return f'<p>{len(clips)} clips{f", {dropped} left out (see .report)" if dropped else ""}; the first:</p><table>{"".join(rows)}</table>'
+    return f'<p>{len(clips)} clips of {len(counts)} sizes{f", {dropped} left out (see .report)" if dropped else ""}; frames x height x width:</p><table>{"".join(rows)}</table>'
