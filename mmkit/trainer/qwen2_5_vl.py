@@ -67,12 +67,11 @@ def read_questions(file: str | Path, data: Data, count: int) -> list[Record]:
         except BadRecord as error: raise ValueError(f'{file}: conversation {number} cannot be asked: {error}') from None
     return found
 
-# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #9602e556
+# %% ../../nbs/52_trainer.qwen2_5_vl.ipynb #137e0647
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
-        self.config, self.like = config, HFFolder(config.processor or config.weights)
-        self.shape = shape_of(config)
+        self.config, self.like, self.shape = config, HFFolder(config.processor or config.weights), shape_of(config)
         self.towers = qwen2_5_vl_towers(self.like.config, *rows_of(self.shape, config.layout).values())
         self.source = open_weights(config.weights, self.towers)
         self.root, self.places = self.like.path, partial(positions, self.shape)
