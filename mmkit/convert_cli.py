@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LAYERS', 'MAYBE_LAYERS', 'NEEDED', 'NEW', 'OVERWRITE', 'LORA', 'REMOTE', 'HF_TO_MM', 'MM_TO_HF', 'MERGE', 'RESPLIT',
            'COMMON', 'UNUSED', 'RESPLIT_UNUSED', 'TARGET', 'WAN', 'WAN_UNUSED', 'WAN_REFUSED', 'REFUSED_FIELDS',
-           'METHODS', 'CFG_FLAGS', 'SCRIPT_FLAGS', 'WANTED', 'LATEST', 'CONVERT', 'Kind', 'stage_layers',
-           'optional_layers', 'layout_fields', 'unused_fields', 'refuse_unused', 'convert_parser', 'Lora', 'noted',
-           'qwen_config', 'qwen_towers', 'convert_qwen', 'config_of', 'resplit_qwen', 'merge_qwen', 'Flags',
-           'transformer_folder', 'mm_source', 'hf_source', 'wan_towers', 'convert_wan', 'convert_wan_fields', 'convert']
+           'METHODS', 'CFG_FLAGS', 'SCRIPT_FLAGS', 'WANTED', 'CONVERT', 'Kind', 'stage_layers', 'optional_layers',
+           'layout_fields', 'unused_fields', 'refuse_unused', 'convert_parser', 'Lora', 'noted', 'qwen_config',
+           'qwen_towers', 'convert_qwen', 'config_of', 'resplit_qwen', 'merge_qwen', 'Flags', 'transformer_folder',
+           'mm_source', 'hf_source', 'wan_towers', 'convert_wan', 'convert_wan_fields', 'convert']
 
-# %% ../nbs/65_convert_cli.ipynb #d82ccc4a
+# %% ../nbs/65_convert_cli.ipynb #bb0f0861
 import json
 import re
 from argparse import ArgumentTypeError
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .files import load_json
+from .files import LATEST, load_json
 
 # %% ../nbs/65_convert_cli.ipynb #f26527ee
 @dataclass(frozen=True)
@@ -260,10 +260,7 @@ def transformer_folder(path: str | Path, flag: str) -> Path:
     if kind != 'WanTransformer3DModel': raise ValueError(f'{flag} {path} holds a {kind}: {WANTED}')
     return path
 
-# %% ../nbs/65_convert_cli.ipynb #a51cfaa8
-LATEST = 'latest_checkpointed_iteration.txt'
-
-
+# %% ../nbs/65_convert_cli.ipynb #d07570e8
 def mm_source(path: Path, flag: str) -> Path:
     "The MindSpeed-MM folder that `path` is or, as its latest iteration, lies in; a ValueError says what is there instead."
     if not path.is_dir(): raise ValueError(f'{flag} {path} is not a folder: give a folder that mm-convert or MindSpeed-MM wrote')

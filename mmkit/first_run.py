@@ -5,25 +5,28 @@
 # %% auto #0
 __all__ = ['toy_job', 'score', 'ask_transformers', 'Result', 'examine_run', 'first_run']
 
-# %% ../nbs/63_first_run.ipynb #45edb434
+# %% ../nbs/63_first_run.ipynb #013a9676
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import Config, Data
+from .files import load_json, write_atomic
 from .run import Run, launch, make_folder
 from .show import plot_losses
 from .toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
 from .trainer.chat import exact_match, open_chat
 from .trainer.presets import PRESETS
 
-# %% ../nbs/63_first_run.ipynb #ba0cb4ab
+# %% ../nbs/63_first_run.ipynb #abdfed34
 def toy_job(folder: str | Path, seed: int = 0, pictures: int = 2560, held_out: int = 400, steps: int = 400) -> Config:
     "Writes `data/`, `held_out/` and `start/` (a Hugging Face folder) below `folder`; returns the configuration that trains on them."
     folder, names = Path(folder), emoji_names(16)
     images, file = llava_toy(folder / 'data', names, pictures, seed, text_only=16)
-    _, exam = llava_toy(folder / 'held_out', names, held_out, seed + 1000, text_only=0)
+    unseen, exam = llava_toy(folder / 'held_out', names, held_out, seed + 1000, text_only=0)
+    write_atomic(exam, json.dumps([{**record, 'image': str(unseen.absolute() / record['image'])} for record in load_json(exam)], indent=1))      # the pictures to learn from have the same names
     start = tiny_qwen2_5_vl(folder / 'start', conversation_texts(file), seed=seed)
     config = PRESETS['toy'](str(start), Data(files=(str(file),), media_dir=str(images)))
     optim = replace(config.optim, warmup=min(config.optim.warmup, steps // 10))

@@ -8,7 +8,7 @@ __all__ = ['Tiles', 'find_part', 'load_whole', 'open_vae', 'statistics', 'to_ran
            'ImageEncoder', 'open_image_encoder', 'encode_image', 'encode_first_frame', 'read_pieces', 'fingerprint',
            'Codecs', 'open_codecs']
 
-# %% ../../nbs/26_models.codecs.ipynb #4c32d542
+# %% ../../nbs/26_models.codecs.ipynb #1c95cd90
 import hashlib
 import html
 import json
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..values import require
 from ..files import load_json
+from .shapes import text_room
 from ..toycodec import LinearCodec
 
 # %% ../../nbs/26_models.codecs.ipynb #9ba0a75c
@@ -198,15 +199,16 @@ def fingerprint(folder: str | Path) -> str:
         digest.update(hashlib.sha256(read_pieces(path)).digest())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/26_models.codecs.ipynb #5a6589c7
+# %% ../../nbs/26_models.codecs.ipynb #a71fb107
 @dataclass(frozen=True)
 class Codecs:
-    "The encoders of a folder, and the names under which their results may be kept."
+    "The encoders of a folder, the names under which their results may be kept, and how many tokens of a caption the model sees."
     vae: nn.Module
     text: TextEncoder
     image: ImageEncoder | None
     clip_identity: str
     text_identity: str
+    room: int = 512
 
     def clip(self, frames: np.ndarray) -> dict[str, Tensor]:
         "latents (c f h w) of uint8 frames (t H W 3); with an image encoder also first (4+c f h w) and image (n d)."
@@ -215,8 +217,8 @@ class Codecs:
         return {name: value.cpu() for name, value in found.items()}
 
     def caption(self, caption: str) -> Tensor:
-        "The vectors (L d) of a caption."
-        return encode_text(self.text, caption).cpu()
+        "The vectors (L d) of a caption, at most `room` of them."
+        return encode_text(self.text, caption, self.room).cpu()
 
 
 def open_codecs(folder: str | Path, *, image: bool = False, dtype: str = 'float32', device: str | torch.device = 'cpu', tiles: Tiles | None = None) -> Codecs:
@@ -224,4 +226,4 @@ def open_codecs(folder: str | Path, *, image: bool = False, dtype: str = 'float3
     kind, parts = getattr(torch, dtype), ['vae', *(['image_encoder', 'image_processor'] if image else [])]
     name = lambda *names: json.dumps([dtype, *(fingerprint(Path(folder) / part) for part in names)])
     return Codecs(open_vae(folder, kind, device, tiles), open_text_encoder(folder, kind, device), open_image_encoder(folder, kind, device) if image else None,
-                  name(*parts) + str(tiles or ''), name('text_encoder', 'tokenizer'))
+                  name(*parts) + str(tiles or ''), name('text_encoder', 'tokenizer'), text_room(folder))

@@ -7,13 +7,13 @@ __all__ = ['Cost', 'gathers', 'reduces', 'Talks', 'Films', 'busiest', 'window_pa
            'vision_ends', 'text_exchange', 'text_layer_cost', 'text_ends', 'film_tokens', 'wan_exchange',
            'wan_block_cost', 'wan_ends', 'Tower', 'qwen_costs', 'wan_costs']
 
-# %% ../../nbs/29_models.costs.ipynb #a7107c7a
+# %% ../../nbs/29_models.costs.ipynb #99da2ec3
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from ..config import Layout
-from .shapes import QwenShape, TextShape, VisionShape, WanShape
+from .shapes import QwenShape, TextShape, VisionShape, WanShape, dealt
 
 # %% ../../nbs/29_models.costs.ipynb #1a9b7c9b
 @dataclass(frozen=True)
@@ -74,13 +74,12 @@ class Films:
         "Bytes of the micro-batch itself, in float32: clips, noise and noisy clips, captions and pictures."
         return self.clips * 4 * (math.prod(self.latents) * (2 * shape.out_channels + shape.in_channels) + self.words * shape.text_width + self.picture * (shape.image_width or 0))
 
-# %% ../../nbs/29_models.costs.ipynb #51976cdc
+# %% ../../nbs/29_models.costs.ipynb #71d8511b
 def busiest(grids: Sequence[tuple[int, int, int]], layout: Layout, shape: VisionShape) -> list[tuple[int, int, int]]:
     "The pictures and videos of the rank of cp that has the most patches."
-    blank, sizes = (1, shape.merge, shape.merge), [math.prod(grid) for grid in grids]
-    owner = lambda k: (2 * sum(sizes[:k + 1]) - sizes[k]) * layout.cp // (2 * sum(sizes))            # by the middle of each item, as the model deals them
-    dealt = [[grid for k, grid in enumerate(grids) if owner(k) == rank] for rank in range(layout.cp)]
-    return max(dealt, key=lambda own: sum(map(math.prod, own))) or [blank]
+    owners = dealt([math.prod(grid) for grid in grids], layout.cp)
+    shares = [[grid for grid, owner in zip(grids, owners) if owner == rank] for rank in range(layout.cp)]
+    return max(shares, key=lambda own: sum(map(math.prod, own))) or [(1, shape.merge, shape.merge)]
 
 def window_pairs(grid: tuple[int, int, int], shape: VisionShape) -> tuple[int, int]:
     "Pairs of patches that see each other in a picture or video: within windows, and within whole frames."

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['as_one', 'guided', 'open_scheduler', 'denoise', 'starting_noise', 'make_latents']
 
-# %% ../../nbs/28_models.denoise.ipynb #27baf9e8
+# %% ../../nbs/28_models.denoise.ipynb #9153bded
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +33,10 @@ def guided(model: Callable[..., Tensor], words: Tensor, nothing: Tensor, guidanc
         return away + guidance * (towards - away)
     return velocity
 
-# %% ../../nbs/28_models.denoise.ipynb #426b75a9
-def open_scheduler(kind: str = 'unipc', shift: float = 5.0, folder: str | Path | None = None) -> Any:
-    "A scheduler of diffusers: `unipc` or `euler` with its shift, or the one saved in `scheduler/` of a pipeline folder."
+# %% ../../nbs/28_models.denoise.ipynb #b665871b
+def open_scheduler(kind: str = 'unipc', shift: float = 5.0) -> Any:
+    "A scheduler of diffusers: `unipc` or `euler` with its shift."
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-    if folder is not None: return UniPCMultistepScheduler.from_pretrained(folder, subfolder='scheduler', local_files_only=True)
     require(kind in ('unipc', 'euler'), f'scheduler {kind!r} is not one of unipc, euler')
     if kind == 'euler': return FlowMatchEulerDiscreteScheduler(shift=shift)
     return UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000)

@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'position_ids', 'shared_items', 'own_items', 'whole_tokens', 'label_losses', 'illustrated', 'Qwen2_5_VL',
            'freeze']
 
-# %% ../../nbs/23_models.qwen2_5_vl.ipynb #b4b4bd9b
+# %% ../../nbs/23_models.qwen2_5_vl.ipynb #a68d3ccd
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Layout
-from .shapes import QwenShape, VisionShape
+from .shapes import QwenShape, VisionShape, dealt
 from .text import TextTower, vocab_loss
 from .vision import VisionTower
 from ..parallel.attention import Attend, Together, row_attention, row_places
@@ -39,12 +39,10 @@ def position_ids(shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seco
     found.append(np.tile(np.arange(len(input_ids) - token) + start, (3, 1)))
     return np.concatenate(found, 1).astype(np.int64)
 
-# %% ../../nbs/23_models.qwen2_5_vl.ipynb #abdb3d79
+# %% ../../nbs/23_models.qwen2_5_vl.ipynb #d78f57da
 def shared_items(grid: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
     "The rows of grid (items, 3) that come before this rank's share on an axis, its share, and those behind; shares have about equally many patches."
-    sizes = grid.prod(1)
-    ends = sizes.cumsum(0)
-    owner = (2 * ends - sizes) * axis.size // (2 * ends[-1:])                    # by the middle of each item
+    owner = torch.tensor(dealt(grid.prod(1).tolist(), axis.size))
     return tuple(grid[mine] for mine in (owner < axis.rank, owner == axis.rank, owner > axis.rank))
 
 def own_items(pixels: Tensor, grid: Tensor, shape: VisionShape, axis: Axis) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Trained', 'along_pipeline', 'as_trained', 'tied_parameters', 'tied_axis', 'sum_tied', 'finish_with', 'distributed',
-           'wrap_data_parallel', 'build_optimizer', 'accumulate', 'gradients']
+           'wrap_data_parallel', 'finite', 'build_optimizer', 'accumulate', 'gradients']
 
-# %% ../../nbs/16_parallel.data.ipynb #a463e45c
+# %% ../../nbs/16_parallel.data.ipynb #1ec3bf5f
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import tee
 from typing import Any
@@ -101,7 +102,15 @@ def wrap_data_parallel(model: Sequence[nn.Module], config: Any, mesh: Mesh) -> l
     config.finalize_model_grads_func = finish_with(tied_parameters(model), tied_axis(model, mesh))
     return wrapped
 
-# %% ../../nbs/16_parallel.data.ipynb #7bf1b77a
+# %% ../../nbs/16_parallel.data.ipynb #3c974db7
+def finite(norm: Callable[[], float]) -> Callable[[], float]:
+    "The norm of the gradients; FloatingPointError when it is not finite."
+    def checked():
+        found = norm()
+        if not math.isfinite(found): raise FloatingPointError(f'the norm of the gradients is {found}, although the loss is finite; lower optim.lr, or look for broken samples (no weight was changed)')
+        return found
+    return checked
+
 def build_optimizer(wrapped: Sequence[nn.Module], optim: Optim, layout: Layout, dtype: torch.dtype, steps: int) -> tuple[Any, Any]:
     "Megatron's optimizer and learning-rate schedule for the wrapped stages of this rank and a run of this many steps."
     engine, masters = megatron(), dtype == torch.bfloat16 and layout.data != 'fsdp'        # under fsdp the parameters themselves are kept in float32
@@ -110,6 +119,7 @@ def build_optimizer(wrapped: Sequence[nn.Module], optim: Optim, layout: Layout, 
         adam_eps=optim.eps, clip_grad=optim.clip, bf16=masters, params_dtype=dtype if masters else torch.float32,
         use_distributed_optimizer=layout.data == 'zero1'), list(wrapped), use_gloo_process_groups=False)
     optimizer.count_zeros = lambda: 0         # the chain of optimizers counts zero gradients, and sums them over the ranks, asked or not
+    optimizer.get_grad_norm = finite(optimizer.get_grad_norm)        # asked before every update
     schedule = engine.OptimizerParamScheduler(optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup,
         lr_decay_steps=steps + (optim.warmup > 0), lr_decay_style=optim.decay, start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=0, wd_incr_style='constant')
     if optim.warmup: schedule.step(1)         # the first update already moves: rate lr/warmup instead of 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['picture_tag', 'Answer', 'Chat', 'open_chat', 'chat', 'exact_match']
 
-# %% ../../nbs/59_trainer.chat.ipynb #c82847c4
+# %% ../../nbs/59_trainer.chat.ipynb #9a5b66fb
 import base64
 import html
 import io
@@ -23,7 +23,7 @@ from ..datasets.conversation import question as to_question
 from ..device import pick_device
 from ..models.generate import drawn
 from ..parallel.mesh import Mesh, open_mesh
-from .qwen2_5_vl import QwenTask, answer, examine
+from .qwen2_5_vl import QwenTask, answer, examine, read_questions
 from .weights import load_weights
 
 # %% ../../nbs/59_trainer.chat.ipynb #d2172ec1
@@ -49,7 +49,7 @@ class Answer:
         pictures, asked = ''.join(picture_tag(image) for image in self.images), self.question.replace('<image>', '').strip()
         return f'<div>{pictures}<br><span style="color:#888">{html.escape(asked)}</span><br><b>{html.escape(self.text)}</b></div>'
 
-# %% ../../nbs/59_trainer.chat.ipynb #2b91a706
+# %% ../../nbs/59_trainer.chat.ipynb #b81b8415
 @dataclass(frozen=True)
 class Chat:
     "A loaded model that answers questions."
@@ -67,7 +67,8 @@ class Chat:
 
     def ask_file(self, file: str | Path, media_dir: str | Path = '.', count: int = 10**9) -> list[dict]:
         "Answers to the first `count` conversations of a file, each as {question, answer, expected, image}."
-        return examine(self.model, self.mesh, self.folder, replace(self.data, media_dir=str(media_dir)), file, count)
+        data = replace(self.data, media_dir=str(media_dir))
+        return examine(self.model, self.mesh, self.folder, data, read_questions(file, data, count))
 
 # %% ../../nbs/59_trainer.chat.ipynb #c9ee9dae
 @contextmanager

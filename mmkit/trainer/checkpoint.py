@@ -125,7 +125,7 @@ def has_room(size: int, mesh: Mesh, report: Callable[[str], None] = print) -> bo
     report(f'training waits for this checkpoint: copies of it need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free')
     return False
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #05f3b368
+# %% ../../nbs/56_trainer.checkpoint.ipynb #5481c020
 class Saving:
     "Step `step` on its way to `checkpoints/step-0000100` of a run; all ranks begin it together, and when each is `ready`, or before, end it together."
     def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int, background: bool = False):
@@ -136,7 +136,7 @@ class Saving:
         size = sum(map(bytes_of, (weights, *states.values())))
         if mesh.first:
             for left in self.target.parent.glob('.*.partial'): shutil.rmtree(left)
-        background = background and told(mesh, lambda: has_room(size, mesh))
+        self.background = background = background and told(mesh, lambda: has_room(size, mesh))
         self.room, self.pen, self.written = ExitStack(), ExitStack(), {}
         self.folder = self.room.enter_context(shared_folder(self.target, size, mesh))
         later = self.pen.enter_context(behind(*[math.inf] * background))
@@ -158,7 +158,7 @@ class Saving:
         told(self.mesh, lambda: drop_old(self.target.parents[1], self.keep, self.target))
         return self.target
 
-# %% ../../nbs/56_trainer.checkpoint.ipynb #4ff6221e
+# %% ../../nbs/56_trainer.checkpoint.ipynb #df208e3e
 class Saver:
     "Saves steps of a run, one after the other; all ranks call it."
     def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path):
@@ -176,7 +176,7 @@ class Saver:
         "Begins to save a step, and with `wait`, or where nothing is saved in the background, ends it."
         self.end()
         self.saving = self.begin(step, self.background and not wait)
-        if wait or not self.background: self.end()
+        if not self.saving.background: self.end()              # what has no copies must be written before it changes
 
 def save(training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int) -> Path:
     "Saves a step as `checkpoints/step-0000100` of the run; all ranks call it."

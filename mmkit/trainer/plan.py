@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'check_files', 'check_config', 'fullest_talks', 'largest_siz
            'in_flight', 'standing', 'passing', 'shared_bytes', 'handed_on', 'Place', 'place_of', 'amount', 'Plan',
            'rows_for', 'advise', 'plan']
 
-# %% ../../nbs/54_trainer.plan.ipynb #3d062432
+# %% ../../nbs/54_trainer.plan.ipynb #afe973c0
 import json
 import math
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..config import Config, Layout
+from ..datasets.turns import split_files
 from ..device import pick_device
 from ..files import Jsonl, load_json
 from ..models.costs import Cost, Films, Talks, Tower, gathers, qwen_costs, reduces, wan_costs
@@ -24,11 +25,11 @@ from ..models.shapes import QwenShape, WanShape, shape_of, text_room, transforme
 from ..parallel.stages import Rows, Stage, Stages, balanced, stages
 from ..values import require
 
-# %% ../../nbs/54_trainer.plan.ipynb #b311ae4c
+# %% ../../nbs/54_trainer.plan.ipynb #29043e66
 def check_files(config: Config) -> None:
     "Raises a one-line ValueError when something that the config names is not there."
     film = config.film
-    for kind, path in [('weights', config.weights), ('processor', config.processor), *(('data.files', file) for file in config.data.files),
+    for kind, path in [('weights', config.weights), ('processor', config.processor), *(('data.files', file) for file in split_files(config.data.files)),
                        ('film.features', film.features), ('film.source', film.source), ('loop.samples', config.loop.samples)]:
         require(path is None or Path(path).exists(), f'{kind}={path!r} is not there: correct the path (relative paths start in {Path.cwd()})')
 

@@ -20,14 +20,14 @@ from ..parallel.mesh import Mesh
 from .qwen2_5_vl import QwenTask
 from .wan2_1 import WanTask
 
-# %% ../../nbs/54_trainer.task.ipynb #676e95e2
+# %% ../../nbs/54_trainer.task.ipynb #dd04368b
 class Task(Protocol):
     "What the trainer must know about a model."
     towers: tuple[Tower, ...]                    # the table of its tensors
     source: HFFolder | MMFolder                  # where its weights come from
     like: HFFolder                               # the folder that saved weights look like
-    ledger: dict[str, Any]                       # what decides which samples a step holds; known once `batches` has begun
     root: Path                                   # that folder, or the pipeline folder of which it is a part
+    ledger: dict[str, Any]                       # what decides which samples a step holds; known once `batches` has begun
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
         "The stages of the model that this rank holds (one, the whole model, without a pipeline), with empty weights, frozen parts marked."
