@@ -104,7 +104,7 @@ def page(server, room):
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         page = browser.new_page(viewport=dict(width=1280, height=1400))
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(150_000)
         page.goto(f'{address}/lab/tree/tutorial.ipynb?token={token}&reset')
         page.wait_for_selector('.jp-NotebookPanel .jp-Cell')
         page.wait_for_function(READY)
@@ -140,7 +140,7 @@ def run_cell(page, source):
     page.evaluate("source => { window.jupyterapp.shell.currentWidget.content.activeCell.model.sharedModel.setSource(source) }", source)
     command(page, 'notebook:run-cell')
     cell = page.locator('.jp-Cell').last
-    cell.scroll_into_view_if_needed()
+    page.evaluate("[...document.querySelectorAll('.jp-Cell')].at(-1).scrollIntoView()")
     return cell
 
 def idle(page, seconds=120): page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.widgets.some(w => w.promptNode?.textContent.includes('*')) && " + READY, timeout=1000 * seconds)
@@ -160,9 +160,9 @@ def test_the_tutorial_runs_and_its_loss_is_live(page, room):
     metrics = room / 'job' / 'run' / 'metrics.jsonl'
     until(metrics.exists, 90)
     page.wait_for_function('window.pictures.size > 3')
-    page.locator('.jp-OutputArea-output progress').scroll_into_view_if_needed()
+    page.wait_for_selector('button:has-text("Stop")')
+    page.evaluate("document.querySelector('.jp-OutputArea-output progress').scrollIntoView({block: 'center'})")
     picture(page, '1_live')
-    assert page.locator('button:has-text("Stop")').is_visible()
     idle(page)
     picture(page, '2_tutorial_over')
     records, seen = Run(room / 'job' / 'run').records(), page.evaluate('window.seen')
