@@ -157,7 +157,7 @@ def named_in(sentence: str, names: Sequence[str]) -> list[str]:
     "Which settings a sentence is about: it names their path, or gives their value."
     return [name for name in names if re.search(rf'(?<![\w.]){re.escape(name)}(?![\w.]*\w)' if '.' in name else rf'(?<![\w.]){re.escape(name)}=', sentence)]
 
-# %% ../nbs/61_forms.ipynb #b35d5b11
+# %% ../nbs/61_forms.ipynb #289ae797
 class Form(Generic[Settings]):
     "A value of settings as boxes and as words; `config` is the value now, and raises a ValueError while something is wrong. With `ranks`, what launching would refuse is said too."
 
@@ -168,7 +168,7 @@ class Form(Generic[Settings]):
         self.controls = {name: control_for(hint) for name, hint in settings(self.kind).items()}
         self.boxes = {name: make_box(name, control, at(self.tree, name)) for name, control in self.controls.items()}
         self.parts, self.pages = lay_out(self.kind, self.boxes)
-        self.words = ipywidgets.Textarea(continuous_update=False, layout={'width': '900px', 'height': '64px'})
+        self.words = ipywidgets.Textarea(continuous_update=False, layout={'width': '99%', 'height': '64px'})
         self.verdict = ipywidgets.HTML()
         self.widget = ipywidgets.VBox([self.words, self.verdict, self.pages])
         for name, box in self.boxes.items(): box.observe(partial(self.box_changed, name), 'value')
