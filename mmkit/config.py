@@ -239,11 +239,11 @@ class Loop:
         require(self.global_batch % each == 0, f'loop.global_batch={self.global_batch} is not a multiple of micro_batch x copies = {self.micro_batch} x {copies}')
         return self.global_batch // each
 
-# %% ../nbs/01_config.ipynb #e56143be
+# %% ../nbs/01_config.ipynb #1d53d000
 @dataclass(frozen=True, kw_only=True)
 class Config:
     "All that a run needs to know."
-    task: Literal['qwen2_5_vl', 'wan2_1'] = 'qwen2_5_vl'
+    task: Literal['qwen2_5_vl', 'wan2_1'] | str = 'qwen2_5_vl'
     weights: str
     processor: str | None = None
     data: Data = field(default_factory=Data)
@@ -258,12 +258,13 @@ class Config:
     resume: int | str = 'latest'
 
     def __post_init__(self):
+        require(self.task in ('qwen2_5_vl', 'wan2_1') or '.py:' in self.task, f'task={self.task!r} is not one of [\'qwen2_5_vl\', \'wan2_1\'], nor FILE.py:Class, a class of your own')
         require(self.optim.warmup < self.loop.steps, f'optim.warmup={self.optim.warmup} must be smaller than loop.steps={self.loop.steps}')
         require(self.resume != '' and (isinstance(self.resume, str) or self.resume > 0), f'resume={self.resume!r} is none of latest, weights-only, the number of a step, or the folder of a checkpoint')
         require(len(set(self.freeze)) < 3, 'freeze names every part of the model; leave at least one of vision, merger, text to train')
         require(self.task != 'wan2_1' or self.film.features or self.film.source, 'wan2_1 needs film.features (a folder that extract-features made) or film.source (a list or folder of clips)')
-        require(self.task != 'wan2_1' or not self.freeze, f'freeze={list(self.freeze)} names parts of qwen2_5_vl; wan2_1 is trained whole, leave it out')
-        require(self.task == 'wan2_1' or not (self.film.features or self.film.source), f'film is what wan2_1 learns from; task is {self.task}: set task=wan2_1, or give data')
+        require(self.task == 'qwen2_5_vl' or not self.freeze, f'freeze={list(self.freeze)} names parts of qwen2_5_vl; {self.task} is trained whole, leave it out')
+        require(self.task != 'qwen2_5_vl' or not (self.film.features or self.film.source), 'film is what wan2_1 learns from; task is qwen2_5_vl: set task=wan2_1, or give data')
 
     def check(self, world: int) -> int:
         "Micro-batches per step and rank when `world` ranks run this; raises ValueError with what to change."

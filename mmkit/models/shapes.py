@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'VisionShape', 'vision_costs', 'check_text', 'TextShape', 'text_costs', 'QwenShape', 'WanShape', 'check_wan',
-           'rows_of', 'transformer_of', 'text_room', 'shape_of']
+           'own_class', 'rows_of', 'transformer_of', 'text_room', 'shape_of']
 
-# %% ../../nbs/20_models.shapes.ipynb #c491dea4
+# %% ../../nbs/20_models.shapes.ipynb #be25e102
+import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import Config, Layout
 from ..files import load_json
@@ -179,7 +182,21 @@ def check_wan(config: dict) -> None:
     wanted = config['num_attention_heads'] * config['attention_head_dim'] if config.get('image_dim') else None
     require(config.get('added_kv_proj_dim') == wanted, f'config.json: added_kv_proj_dim={config.get("added_kv_proj_dim")} must be {wanted} with image_dim={config.get("image_dim")}')
 
-# %% ../../nbs/20_models.shapes.ipynb #09439cbb
+# %% ../../nbs/20_models.shapes.ipynb #9200dd7a
+def own_class(task: str) -> type:
+    "The class that `FILE.py:Class` names; a ValueError says what is not there, or how running the file failed."
+    file, _, name = task.rpartition(':')
+    require(Path(file).is_file(), f'task={task!r}: there is no file {file}; correct the path (relative paths start in {Path.cwd()})')
+    spec = importlib.util.spec_from_file_location(f'own_{Path(file).stem}', file)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)         # where dataclasses and pickle look for it
+    try: spec.loader.exec_module(module)
+    except Exception as error: raise ValueError(f'task={task!r}: running {file} ends with {type(error).__name__}: {error}') from error
+    found = sorted(key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__)
+    require(name in found, f'task={task!r}: {file} defines no class {name}; it defines {found}')
+    require(hasattr(getattr(module, name), 'Shape'), f'task={task!r}: {name} has no Shape, the class whose from_hf(config.json) gives costs and check(layout)')
+    return getattr(module, name)
+
+# %% ../../nbs/20_models.shapes.ipynb #0b46c0f2
 SHAPES = {'qwen2_5_vl': QwenShape, 'wan2_1': WanShape}
 
 def rows_of(shape: QwenShape | WanShape, layout: Layout) -> dict[str, Rows]:
@@ -196,8 +213,9 @@ def text_room(folder: str | Path) -> int:
     path = Path(folder) / 'tokenizer' / 'tokenizer_config.json'
     return min(512, int(load_json(path).get('model_max_length') or 512)) if path.is_file() else 512
 
-def shape_of(config: Config) -> QwenShape | WanShape:
-    "The shape of the model that a configuration trains."
+def shape_of(config: Config) -> Any:
+    "The shape of the model that a configuration trains: a `QwenShape`, a `WanShape`, or that of a class of your own."
     file = transformer_of(config.processor or config.weights) / 'config.json'
     require(file.is_file(), f'{"processor" if config.processor else "weights"}={str(file.parent)!r} has no config.json; give a Hugging Face folder, beside MindSpeed-MM weights as processor')
-    return SHAPES[config.task].from_hf(load_json(file))
+    shape = SHAPES.get(config.task) or own_class(config.task).Shape
+    return shape.from_hf(load_json(file))
