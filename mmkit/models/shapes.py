@@ -110,7 +110,7 @@ def text_costs(shape: TextShape) -> list[float]:
     layer = shape.width * (2 * shape.width + 2 * shape.groups * shape.head_width + 3 * shape.hidden)
     return [float(layer)] * (shape.layers - 1) + [float(layer + shape.vocabulary * shape.width)]
 
-# %% ../../nbs/20_models.shapes.ipynb #3e908503
+# %% ../../nbs/20_models.shapes.ipynb #126310ce
 @dataclass(frozen=True)
 class QwenShape:
     "Both towers, the ids of the placeholders, and how many positions a second of video is long."
@@ -123,7 +123,7 @@ class QwenShape:
     @classmethod
     def from_hf(cls, config: dict) -> 'QwenShape':
         "The shape from a parsed `config.json`; another kind of model is an error."
-        if config.get('model_type') != 'qwen2_5_vl': raise ValueError(f'config.json: model_type is {config.get("model_type")!r}, not qwen2_5_vl')
+        if config.get('model_type') != 'qwen2_5_vl': raise ValueError(f'config.json: model_type is {config.get("model_type")!r}, not qwen2_5_vl; give the folder of a Qwen2.5-VL model, or the task that belongs to this one')
         vision = config['vision_config']
         return cls(VisionShape.from_hf(vision), TextShape.from_hf(config), config['image_token_id'], config['video_token_id'], vision.get('tokens_per_second', 2))
 
@@ -173,10 +173,10 @@ class WanShape:
         check_cut({'num_attention_heads': self.heads, 'ffn_dim': self.hidden}, layout, 'num_attention_heads')
         stages(self.costs, layout)
 
-# %% ../../nbs/20_models.shapes.ipynb #d95056ec
+# %% ../../nbs/20_models.shapes.ipynb #aa71b1e0
 def check_wan(config: dict) -> None:
     "Raises ValueError in one line when a parsed `config.json` is not that of a Wan2.1 transformer."
-    require(config.get('_class_name') == 'WanTransformer3DModel', f'config.json: _class_name is {config.get("_class_name")!r}, not WanTransformer3DModel; give the transformer folder of a Wan2.1 model')
+    require(config.get('_class_name') == 'WanTransformer3DModel', f'config.json: _class_name is {config.get("_class_name")!r}, not WanTransformer3DModel; give the transformer folder of a Wan2.1 model, or the task that belongs to this one')
     require(config.get('qk_norm') == 'rms_norm_across_heads', f'config.json: qk_norm={config.get("qk_norm")!r} is not known; Wan2.1 has rms_norm_across_heads')
     require(config.get('cross_attn_norm'), 'config.json: cross_attn_norm must be true, as in all released Wan2.1 models')
     wanted = config['num_attention_heads'] * config['attention_head_dim'] if config.get('image_dim') else None
