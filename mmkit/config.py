@@ -6,14 +6,14 @@
 __all__ = ['check_layout', 'Layout', 'Optim', 'Columns', 'Data', 'Clips', 'Flow', 'Sampling', 'Film', 'Loop', 'Config',
            'load_config']
 
-# %% ../nbs/01_config.ipynb #16276c5a
+# %% ../nbs/01_config.ipynb #0f938670
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .values import dumps, read, require
+from .values import check_kinds, dumps, read, require
 
 # %% ../nbs/01_config.ipynb #a32d885b
 def check_layout(layout: 'Layout') -> None:
@@ -30,7 +30,7 @@ def check_layout(layout: 'Layout') -> None:
     require(layout.cp_ulysses is None or layout.cp_ulysses >= 1, f'layout.cp_ulysses must be at least 1, not {layout.cp_ulysses}')
     require(layout.cp % layout.ulysses == 0, f'layout.cp_ulysses={layout.ulysses} does not divide layout.cp={layout.cp}; cp_kind=usp needs one that does')
 
-# %% ../nbs/01_config.ipynb #1e1cb12d
+# %% ../nbs/01_config.ipynb #c318e04b
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     "How a model is laid over ranks; data parallelism takes what is left."
@@ -47,7 +47,9 @@ class Layout:
     recompute: Literal['none', 'selective', 'full'] = 'none'
     recompute_layers: int | None = None
 
-    def __post_init__(self): check_layout(self)
+    def __post_init__(self):
+        check_kinds(self)
+        check_layout(self)
 
     @property
     def ulysses(self) -> int: return {'ulysses': self.cp, 'ring': 1, 'usp': self.cp_ulysses or max(self.cp // 2, 1)}[self.cp_kind]
@@ -62,11 +64,12 @@ class Layout:
 
     def copies(self, world: int) -> int:
         "How many copies of the model (data-parallel ranks) `world` ranks hold."
+        require(type(world) is int and world > 0, f'ranks={world!r} must be a whole number from 1')
         used = {f'layout.{name}={size}': size for name in ('tp', 'pp', 'cp') if (size := getattr(self, name)) > 1 or name == 'tp'}
         require(world % (each := math.prod(used.values())) == 0, f'{world} ranks cannot be divided by {" x ".join(used)}; use a multiple of {each} ranks, or another layout')
         return world // each
 
-# %% ../nbs/01_config.ipynb #1880b851
+# %% ../nbs/01_config.ipynb #6a45cb69
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     "AdamW, gradient clipping (0 is off) and the learning-rate schedule."
@@ -80,11 +83,12 @@ class Optim:
     clip: float = 1.0
 
     def __post_init__(self):
+        check_kinds(self)
         require(self.lr > 0, f'optim.lr must be positive, not {self.lr}')
         require(0 <= self.min_lr <= self.lr, f'optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}')
         require(self.warmup >= 0 and self.clip >= 0, f'optim.warmup={self.warmup} and optim.clip={self.clip} must not be negative')
 
-# %% ../nbs/01_config.ipynb #117cefa8
+# %% ../nbs/01_config.ipynb #43b6cdab
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     "The keys of a record and the words for its roles, for files that spell them differently."
@@ -97,7 +101,9 @@ class Columns:
     user: str = 'user'
     assistant: str = 'assistant'
 
-# %% ../nbs/01_config.ipynb #f31e7486
+    def __post_init__(self): check_kinds(self)
+
+# %% ../nbs/01_config.ipynb #73d3f199
 @dataclass(frozen=True, kw_only=True)
 class Data:
     "Conversations: files, where their media lie, length in tokens, pixel budgets, and which tokens are trained."
@@ -119,13 +125,14 @@ class Data:
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self):
+        check_kinds(self)
         require(self.max_length >= 8, f'data.max_length={self.max_length} leaves no room for a conversation; use at least 8 tokens')
         require(self.workers >= 0, f'data.workers must be 0 or more, not {self.workers}')
         for kind in ('image', 'video'):
             low, high = getattr(self, f'{kind}_min_pixels'), getattr(self, f'{kind}_max_pixels')
             require(0 <= low <= high, f'data.{kind}_min_pixels={low} must lie between 0 and data.{kind}_max_pixels={high}')
 
-# %% ../nbs/01_config.ipynb #e83b2b90
+# %% ../nbs/01_config.ipynb #51595a21
 @dataclass(frozen=True, kw_only=True)
 class Clips:
     "How clips are chosen and cut: frames, size in pixels, rate, and what is drawn by the seed."
@@ -146,6 +153,7 @@ class Clips:
     seed: int = 42
 
     def __post_init__(self):
+        check_kinds(self)
         require((self.max_height is None) == (self.max_width is None), 'clips.max_height and clips.max_width go together: give both or neither')
         require(self.max_height or self.max_hxw, 'clips.max_hxw (pixels of a frame) is needed when max_height and max_width are not given')
         require(self.num_frames % 4 == 1, f'clips.num_frames={self.num_frames} is not of the form 4k+1; use {self.num_frames // 4 * 4 + 1}')
@@ -154,7 +162,7 @@ class Clips:
         for name in ('max_height', 'max_width'): require(not (getattr(self, name) or 0) % self.hw_stride, f'clips.{name}={getattr(self, name)} is no multiple of hw_stride={self.hw_stride}')
         require(self.train_fps > 0 and self.speed_factor >= 1, f'clips.train_fps={self.train_fps} must be positive and speed_factor={self.speed_factor} at least 1')
 
-# %% ../nbs/01_config.ipynb #8d9c9780
+# %% ../nbs/01_config.ipynb #bb1c9248
 @dataclass(frozen=True, kw_only=True)
 class Flow:
     "How sigma is drawn: from the table of `steps` values as in Wan's training, or smoothly; and whether the loss is weighted by the table's bump."
@@ -166,11 +174,12 @@ class Flow:
     extra_one_step: bool = True
 
     def __post_init__(self):
+        check_kinds(self)
         require(self.shift > 0, f'flow.shift={self.shift} must be positive')
         require(self.steps > 1 and 0 <= self.sigma_min < 1, f'flow.steps={self.steps} must be above 1 and flow.sigma_min={self.sigma_min} from 0 to below 1')
         require(self.draw == 'table' or not self.weighted, f'flow.draw={self.draw!r} has no weights; set flow.weighted=false')
 
-# %% ../nbs/01_config.ipynb #41c0ca4c
+# %% ../nbs/01_config.ipynb #86b68125
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     "A clip made of noise: frames, size in pixels, steps, guidance, scheduler, negative prompt, frames per second."
@@ -186,11 +195,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        check_kinds(self)
         require(self.num_frames % 4 == 1, f'sampling.num_frames={self.num_frames} is not of the form 4k+1; use {self.num_frames // 4 * 4 + 1}')
         for name in ('height', 'width'): require(getattr(self, name) >= 16 and not getattr(self, name) % 16, f'sampling.{name}={getattr(self, name)} is not a multiple of 16')
         require(self.steps >= 1 and self.fps >= 1 and self.shift > 0, f'sampling.steps={self.steps}, fps={self.fps} and shift={self.shift} must be positive')
 
-# %% ../nbs/01_config.ipynb #c1055434
+# %% ../nbs/01_config.ipynb #965f4922
 @dataclass(frozen=True, kw_only=True)
 class Film:
     "Clips to learn from: encoded ones, or files and the rules that cut them; which times are trained, which captions are dropped, how samples are made."
@@ -204,11 +214,12 @@ class Film:
     workers: int = 2
 
     def __post_init__(self):
+        check_kinds(self)
         require(not (self.features and self.source), 'film.features and film.source are both given: encoded clips are used as they are, so give one')
         require(0 <= self.caption_dropout <= 1, f'film.caption_dropout={self.caption_dropout} is a share between 0 and 1')
         require(self.workers >= 0, f'film.workers must be 0 or more, not {self.workers}')
 
-# %% ../nbs/01_config.ipynb #23d6ab87
+# %% ../nbs/01_config.ipynb #9421fa1d
 @dataclass(frozen=True, kw_only=True)
 class Loop:
     "Steps, batch sizes in samples, the meaning of the loss, how often (in steps or minutes, 0 is never) to save, what, whether training waits for it, and how many to keep, how often to sample, and the decay of the weights' moving average."
@@ -227,6 +238,7 @@ class Loop:
     average: float = 0.0
 
     def __post_init__(self):
+        check_kinds(self)
         for name in ('steps', 'global_batch', 'micro_batch'): require(getattr(self, name) >= 1, f'loop.{name} must be at least 1, not {getattr(self, name)}')
         for name in ('save_every', 'save_minutes', 'keep', 'sample_every'): require(getattr(self, name) >= 0, f'loop.{name}={getattr(self, name)} must not be negative')
         require(not self.sample_every or self.samples is not None, 'loop.sample_every needs loop.samples, a JSON file of conversations to answer or of prompts to film')
@@ -239,11 +251,11 @@ class Loop:
         require(self.global_batch % each == 0, f'loop.global_batch={self.global_batch} is not a multiple of micro_batch x copies = {self.micro_batch} x {copies}')
         return self.global_batch // each
 
-# %% ../nbs/01_config.ipynb #e56143be
+# %% ../nbs/01_config.ipynb #ff75bca7
 @dataclass(frozen=True, kw_only=True)
 class Config:
     "All that a run needs to know."
-    task: Literal['qwen2_5_vl', 'wan2_1'] = 'qwen2_5_vl'
+    task: Literal['qwen2_5_vl', 'wan2_1'] | str = 'qwen2_5_vl'
     weights: str
     processor: str | None = None
     data: Data = field(default_factory=Data)
@@ -258,12 +270,14 @@ class Config:
     resume: int | str = 'latest'
 
     def __post_init__(self):
+        check_kinds(self)
+        require(self.task in ('qwen2_5_vl', 'wan2_1') or '.py:' in self.task, f'task={self.task!r} is not one of [\'qwen2_5_vl\', \'wan2_1\'], nor FILE.py:Class, a class of your own')
         require(self.optim.warmup < self.loop.steps, f'optim.warmup={self.optim.warmup} must be smaller than loop.steps={self.loop.steps}')
         require(self.resume != '' and (isinstance(self.resume, str) or self.resume > 0), f'resume={self.resume!r} is none of latest, weights-only, the number of a step, or the folder of a checkpoint')
         require(len(set(self.freeze)) < 3, 'freeze names every part of the model; leave at least one of vision, merger, text to train')
         require(self.task != 'wan2_1' or self.film.features or self.film.source, 'wan2_1 needs film.features (a folder that extract-features made) or film.source (a list or folder of clips)')
-        require(self.task != 'wan2_1' or not self.freeze, f'freeze={list(self.freeze)} names parts of qwen2_5_vl; wan2_1 is trained whole, leave it out')
-        require(self.task == 'wan2_1' or not (self.film.features or self.film.source), f'film is what wan2_1 learns from; task is {self.task}: set task=wan2_1, or give data')
+        require(self.task == 'qwen2_5_vl' or not self.freeze, f'freeze={list(self.freeze)} names parts of qwen2_5_vl; {self.task} is trained whole, leave it out')
+        require(self.task != 'qwen2_5_vl' or not (self.film.features or self.film.source), 'film is what wan2_1 learns from; task is qwen2_5_vl: set task=wan2_1, or give data')
 
     def check(self, world: int) -> int:
         "Micro-batches per step and rank when `world` ranks run this; raises ValueError with what to change."

@@ -11,7 +11,7 @@ from mmkit.parallel.engine import megatron
 from mmkit.ranks import run_ranks
 from mmkit.trainer.loop import build
 from mmkit.trainer.step import totals
-from mmkit.trainer.task import TASKS
+from mmkit.trainer.task import TASKS, open_task
 from mmkit.trainer.weights import whole_tensors
 
 TESTS = Path(__file__).resolve().parent
@@ -31,7 +31,7 @@ def small_buckets(size=20_000):
 
 def open_trainer(config, mesh):
     "(task, model, wrapped model) as `fit` makes them."
-    task = TASKS[config.task](config)
+    task = open_task(config)
     model, wrapped, _ = build(config, task, mesh)
     return task, model, wrapped
 

@@ -18,7 +18,7 @@ from mmkit.parallel.mesh import open_mesh
 from mmkit.trainer.checkpoint import compare_ledger, find_start, save
 from mmkit.trainer.loop import begin, fit
 from mmkit.trainer.step import train_step
-from mmkit.trainer.task import TASKS
+from mmkit.trainer.task import open_task
 from mmkit.values import override
 
 LAYOUTS = {                                     # title: ranks, the layout
@@ -76,7 +76,7 @@ def taken_up(folder, model, source, title):
     start, room = checkpoint_of(folder, model, source), folder / 'again' / f'{model}: {source} to {title}'.replace(' ', '-')
     config = override(config_of(folder, model, title), [f'resume={start}'])
     with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
-        task = TASKS[config.task](config)
+        task = open_task(config)
         training, state = begin(config, task, mesh, room)
         batches = next(steps := task.batches(mesh, state['step']))
         compare_ledger(state, task, config)
@@ -130,7 +130,7 @@ def live(folder, name, title, answer):
     "What the model in training answers, as it begins from a checkpoint of one layout: `answer(model, mesh, task)`."
     config = override(config_of(folder, name, 'one rank'), [f'resume={checkpoint_of(folder, name, title)}'])
     with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
-        task = TASKS[config.task](config)
+        task = open_task(config)
         training, _ = begin(config, task, mesh, folder / 'live')
         with torch.no_grad(): return answer(training.model[0], mesh, task)
 

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'VisionShape', 'vision_costs', 'dealt', 'check_text', 'TextShape', 'text_costs', 'QwenShape', 'WanShape',
-           'check_wan', 'rows_of', 'transformer_of', 'text_room', 'shape_of']
+           'check_wan', 'own_class', 'rows_of', 'transformer_of', 'text_room', 'shape_of']
 
-# %% ../../nbs/20_models.shapes.ipynb #2e3641e9
+# %% ../../nbs/20_models.shapes.ipynb #6f22b7cd
+import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from ..config import Config, Layout
 from ..files import load_json
@@ -114,7 +117,7 @@ def text_costs(shape: TextShape) -> list[float]:
     layer = shape.width * (2 * shape.width + 2 * shape.groups * shape.head_width + 3 * shape.hidden)
     return [float(layer)] * (shape.layers - 1) + [float(layer + shape.vocabulary * shape.width)]
 
-# %% ../../nbs/20_models.shapes.ipynb #3e908503
+# %% ../../nbs/20_models.shapes.ipynb #126310ce
 @dataclass(frozen=True)
 class QwenShape:
     "Both towers, the ids of the placeholders, and how many positions a second of video is long."
@@ -127,7 +130,7 @@ class QwenShape:
     @classmethod
     def from_hf(cls, config: dict) -> 'QwenShape':
         "The shape from a parsed `config.json`; another kind of model is an error."
-        if config.get('model_type') != 'qwen2_5_vl': raise ValueError(f'config.json: model_type is {config.get("model_type")!r}, not qwen2_5_vl')
+        if config.get('model_type') != 'qwen2_5_vl': raise ValueError(f'config.json: model_type is {config.get("model_type")!r}, not qwen2_5_vl; give the folder of a Qwen2.5-VL model, or the task that belongs to this one')
         vision = config['vision_config']
         return cls(VisionShape.from_hf(vision), TextShape.from_hf(config), config['image_token_id'], config['video_token_id'], vision.get('tokens_per_second', 2))
 
@@ -177,16 +180,30 @@ class WanShape:
         check_cut({'num_attention_heads': self.heads, 'ffn_dim': self.hidden}, layout, 'num_attention_heads')
         stages(self.costs, layout)
 
-# %% ../../nbs/20_models.shapes.ipynb #d95056ec
+# %% ../../nbs/20_models.shapes.ipynb #aa71b1e0
 def check_wan(config: dict) -> None:
     "Raises ValueError in one line when a parsed `config.json` is not that of a Wan2.1 transformer."
-    require(config.get('_class_name') == 'WanTransformer3DModel', f'config.json: _class_name is {config.get("_class_name")!r}, not WanTransformer3DModel; give the transformer folder of a Wan2.1 model')
+    require(config.get('_class_name') == 'WanTransformer3DModel', f'config.json: _class_name is {config.get("_class_name")!r}, not WanTransformer3DModel; give the transformer folder of a Wan2.1 model, or the task that belongs to this one')
     require(config.get('qk_norm') == 'rms_norm_across_heads', f'config.json: qk_norm={config.get("qk_norm")!r} is not known; Wan2.1 has rms_norm_across_heads')
     require(config.get('cross_attn_norm'), 'config.json: cross_attn_norm must be true, as in all released Wan2.1 models')
     wanted = config['num_attention_heads'] * config['attention_head_dim'] if config.get('image_dim') else None
     require(config.get('added_kv_proj_dim') == wanted, f'config.json: added_kv_proj_dim={config.get("added_kv_proj_dim")} must be {wanted} with image_dim={config.get("image_dim")}')
 
-# %% ../../nbs/20_models.shapes.ipynb #09439cbb
+# %% ../../nbs/20_models.shapes.ipynb #9200dd7a
+def own_class(task: str) -> type:
+    "The class that `FILE.py:Class` names; a ValueError says what is not there, or how running the file failed."
+    file, _, name = task.rpartition(':')
+    require(Path(file).is_file(), f'task={task!r}: there is no file {file}; correct the path (relative paths start in {Path.cwd()})')
+    spec = importlib.util.spec_from_file_location(f'own_{Path(file).stem}', file)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)         # where dataclasses and pickle look for it
+    try: spec.loader.exec_module(module)
+    except Exception as error: raise ValueError(f'task={task!r}: running {file} ends with {type(error).__name__}: {error}') from error
+    found = sorted(key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__)
+    require(name in found, f'task={task!r}: {file} defines no class {name}; it defines {found}')
+    require(hasattr(getattr(module, name), 'Shape'), f'task={task!r}: {name} has no Shape, the class whose from_hf(config.json) gives costs and check(layout)')
+    return getattr(module, name)
+
+# %% ../../nbs/20_models.shapes.ipynb #0b46c0f2
 SHAPES = {'qwen2_5_vl': QwenShape, 'wan2_1': WanShape}
 
 def rows_of(shape: QwenShape | WanShape, layout: Layout) -> dict[str, Rows]:
@@ -203,8 +220,9 @@ def text_room(folder: str | Path) -> int:
     path = Path(folder) / 'tokenizer' / 'tokenizer_config.json'
     return min(512, int(load_json(path).get('model_max_length') or 512)) if path.is_file() else 512
 
-def shape_of(config: Config) -> QwenShape | WanShape:
-    "The shape of the model that a configuration trains."
+def shape_of(config: Config) -> Any:
+    "The shape of the model that a configuration trains: a `QwenShape`, a `WanShape`, or that of a class of your own."
     file = transformer_of(config.processor or config.weights) / 'config.json'
     require(file.is_file(), f'{"processor" if config.processor else "weights"}={str(file.parent)!r} has no config.json; give a Hugging Face folder, beside MindSpeed-MM weights as processor')
-    return SHAPES[config.task].from_hf(load_json(file))
+    shape = SHAPES.get(config.task) or own_class(config.task).Shape
+    return shape.from_hf(load_json(file))

@@ -35,7 +35,7 @@ from ..parallel.moments import Moments
 from ..ranks import leave
 from .checkpoint import Saver, Training, compare_ledger, find_start, restore, weights_in
 from .step import Average, Record, peer_line, train_step
-from .task import TASKS, Task
+from .task import Task, open_task
 from .weights import load_weights, told
 
 # %% ../../nbs/57_trainer.loop.ipynb #d2985508
@@ -123,7 +123,7 @@ def fit(config: Config, folder: str | Path) -> list[Record]:
     folder, records = Path(folder), []
     with open_mesh(config.layout, pick_device(config.device), config.seed) as mesh, asked_to_stop() as asked:
         config.check(mesh.place.world)
-        task = TASKS[config.task](config)
+        task = open_task(config)
         training, state = begin(config, task, mesh, folder)
         done, saved, saver = state['step'], time.monotonic(), Saver(training, task, mesh, config, folder)
         with closing(task.batches(mesh, done)) as steps:

@@ -25,10 +25,11 @@ from ..models.shapes import QwenShape, WanShape, shape_of, text_room, transforme
 from ..parallel.stages import Rows, Stage, Stages, balanced, stages
 from ..values import require
 
-# %% ../../nbs/54_trainer.plan.ipynb #29043e66
+# %% ../../nbs/54_trainer.plan.ipynb #83ef28c2
 def check_files(config: Config) -> None:
     "Raises a one-line ValueError when something that the config names is not there."
     film = config.film
+    require(config.task != 'qwen2_5_vl' or config.data.files, 'data.files is empty: name one or more JSON or JSONL files')
     for kind, path in [('weights', config.weights), ('processor', config.processor), *(('data.files', file) for file in split_files(config.data.files)),
                        ('film.features', film.features), ('film.source', film.source), ('loop.samples', config.loop.samples)]:
         require(path is None or Path(path).exists(), f'{kind}={path!r} is not there: correct the path (relative paths start in {Path.cwd()})')
@@ -239,9 +240,10 @@ def advise(slowest: float, rows: dict[str, Rows], better: float) -> str:
     given = json.dumps({tower: [list(row) for row in each] for tower, each in rows.items()})
     return f"With layout.layers='{given}' the slowest rank would do {1 - better / slowest:.0%} less for such micro-batches."
 
-# %% ../../nbs/54_trainer.plan.ipynb #a22369b3
+# %% ../../nbs/54_trainer.plan.ipynb #c81049a9
 def plan(config: Config, ranks: int, load: Talks | Films | None = None) -> Plan:
     "The plan of a run on so many ranks, whose micro-batches hold `load` (default: as much as the settings allow); ValueError when the layout cannot be."
+    require(config.task in ('qwen2_5_vl', 'wan2_1'), f'task={config.task!r} is your own, and a plan knows the costs of qwen2_5_vl and wan2_1 only; launch it with loop.steps=3 to see what it needs')
     shape, layout = shape_of(config), config.layout
     shape.check(layout)
     size = {'float32': 4, 'bfloat16': 2}[config.dtype or pick_device(config.device).dtype]
