@@ -222,9 +222,9 @@ def same_names(listed: Sequence[Listed]) -> dict[int, str]:
     shared = Counter(os.path.basename(one.path) for one in {one.path: one for one in listed if not one.fault}.values())
     return {number: f'{shared[name]} files are called {name}' for number, one in enumerate(listed) if shared[name := os.path.basename(one.path)] > 1}
 
-# %% ../../nbs/46_datasets.video.ipynb #998f056f
+# %% ../../nbs/46_datasets.video.ipynb #ae6c2395
 class VideoClips:
-    "len and [i] -> {name, caption, frames uint8 (t, h, w, 3)}; a clip that cannot be read is replaced by the next and `replaced` says why."
+    "len and [i] -> {name, caption, frames uint8 (t, h, w, 3)}; a clip that cannot be read is replaced by the next of its size and `replaced` says why."
 
     def __init__(self, source: Any, clips: Clips = Clips(), limit: float = 60.0):
         self.clips, self.listed, self.reader = clips, list_clips(source), Reader(limit)
@@ -258,7 +258,7 @@ class VideoClips:
 
     def _repr_html_(self) -> str: return draw_clips(self)
 
-# %% ../../nbs/46_datasets.video.ipynb #fade0207
+# %% ../../nbs/46_datasets.video.ipynb #53ff9177
 def look_at(one: Listed, reader: Reader, clips: Clips) -> tuple[Take, list[str]] | str:
     "The Take of a clip with its remarks, or why it cannot be used."
     if one.fault: return one.fault
@@ -267,15 +267,16 @@ def look_at(one: Listed, reader: Reader, clips: Clips) -> tuple[Take, list[str]]
 
 
 def first_readable(clips: VideoClips, index: int) -> dict:
-    "The sample at an index of the kept clips, or the next that can be read, with `replaced=(index, reason)`."
+    "The sample at an index of the kept clips, or the next of as many frames and pixels that can be read, with `replaced=(index, reason)`."
     if not -len(clips) <= index < len(clips): raise IndexError(f'no clip {index} among {len(clips)}')
     order, index = clips.kept, int(index) % len(clips)
+    size = lambda number: (len(clips.look(number).numbers), *clips.look(number)[1:3])
     for number in order[index:] + order[:index]:
-        if number in clips.broken: continue
+        if number in clips.broken or size(number) != size(order[index]): continue            # a batch holds clips of one size
         try: sample = dict(name=clips.listed[number].name, caption=clips.look(number).caption, frames=clips.frames(number))
         except MediaError as error: clips.broken[number] = str(error)
         else: return sample if number == order[index] else {**sample, 'replaced': (index, clips.broken[order[index]])}
-    raise MediaError(f'none of the {len(clips)} clips can be read; {clips.listed[order[index]].name}: {clips.broken[order[index]]}')
+    raise MediaError(f'{clips.listed[order[index]].name} and all other clips of its size cannot be read: {clips.broken[order[index]]}')
 
 
 def make_report(clips: VideoClips) -> ClipReport:
