@@ -88,7 +88,7 @@ def server(room):
         process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *words], cwd=room, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                                    env={**os.environ, **own, 'PYTHONPATH': package_path()})
     try:
-        until(lambda: answers(f'http://127.0.0.1:{port}/api/status?token={token}'), 60)
+        until(lambda: answers(f'http://127.0.0.1:{port}/api/status?token={token}'), 150)
         yield f'http://127.0.0.1:{port}', token
     finally:
         family = psutil.Process(process.pid).children(recursive=True)
@@ -158,7 +158,7 @@ def ranks_of(folder):
 def test_the_tutorial_runs_and_its_loss_is_live(page, room):
     command(page, 'notebook:run-all-cells')
     metrics = room / 'job' / 'run' / 'metrics.jsonl'
-    until(metrics.exists, 90)
+    until(metrics.exists, 240)
     page.wait_for_function('window.pictures.size > 3')
     page.wait_for_selector('button:has-text("Stop")')
     page.evaluate("document.querySelector('.jp-OutputArea-output progress').scrollIntoView({block: 'center'})")
@@ -168,7 +168,8 @@ def test_the_tutorial_runs_and_its_loss_is_live(page, room):
     records, seen = Run(room / 'job' / 'run').records(), page.evaluate('window.seen')
     late = [min(when for step, when in seen.items() if int(step) >= record['step']) - record['time'] for record in records]
     print(f'loss on the page after its record: first {late[0]:.2f} s, median {statistics.median(late):.2f} s, last of all {max(late):.2f} s; {page.evaluate("window.pictures.size")} pictures')
-    assert late[0] <= 1 and statistics.median(late) <= 1, late
+    limit = max(1, os.getloadavg()[0] / os.cpu_count() / 2)             # one second, or more where others want the machine, too
+    assert late[0] <= limit and statistics.median(late) <= limit, late
     assert len(seen) >= 5 and page.evaluate('window.pictures.size') >= 5
     assert page.locator('button:has-text("Stop")').count() == 0 and page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
     assert page.locator('text=/% of 12 right; before/').count() == 1
@@ -176,7 +177,7 @@ def test_the_tutorial_runs_and_its_loss_is_live(page, room):
 
 def test_the_stop_button_ends_all_ranks_of_a_training(page, room):
     cell = run_cell(page, MORE[0])
-    until(lambda: (room / 'stopped' / 'metrics.jsonl').exists(), 60)
+    until(lambda: (room / 'stopped' / 'metrics.jsonl').exists(), 240)
     cell.locator('text=/running, step/').wait_for()
     processes = ranks_of('stopped')
     assert len(processes) >= 3
