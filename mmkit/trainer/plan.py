@@ -25,14 +25,14 @@ from ..models.shapes import QwenShape, WanShape, shape_of, text_room, transforme
 from ..parallel.stages import Rows, Stage, Stages, balanced, stages
 from ..values import require
 
-# %% ../../nbs/54_trainer.plan.ipynb #83ef28c2
+# %% ../../nbs/54_trainer.plan.ipynb #b893c3d9
 def check_files(config: Config) -> None:
     "Raises a one-line ValueError when something that the config names is not there."
     film = config.film
-    require(config.task != 'qwen2_5_vl' or config.data.files, 'data.files is empty: name one or more JSON or JSONL files')
     for kind, path in [('weights', config.weights), ('processor', config.processor), *(('data.files', file) for file in split_files(config.data.files)),
                        ('film.features', film.features), ('film.source', film.source), ('loop.samples', config.loop.samples)]:
         require(path is None or Path(path).exists(), f'{kind}={path!r} is not there: correct the path (relative paths start in {Path.cwd()})')
+    require(config.task != 'qwen2_5_vl' or config.data.files, 'data.files is empty: name one or more JSON or JSONL files')
 
 def check_config(config: Config, ranks: int | None) -> int:
     "The number of ranks to start (None: as many as there are devices); raises a one-line ValueError when the config cannot run here."
