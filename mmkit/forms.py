@@ -85,7 +85,7 @@ def from_words(words: Sequence[str], kind: type = Config) -> Any:
     "The value that words make from the defaults of a class. Every mistake is a one-line ValueError."
     return read(kind, words_tree(kind, words))
 
-# %% ../nbs/61_forms.ipynb #6208a86a
+# %% ../nbs/61_forms.ipynb #a84d73a6
 class Control(NamedTuple):
     "How to make a box for a kind of setting, what it shows for a JSON value, and the JSON value that is meant by what it shows."
     make: Callable[..., Any]
@@ -109,6 +109,8 @@ def control_for(hint: Any) -> Control:
     if origin is Literal: return Control(partial(ipywidgets.Dropdown, options=[('not set', None)] * optional + [(str(choice), choice) for choice in inside]))
     if origin is tuple and get_origin(inside[0]) is Literal: return Control(partial(ipywidgets.SelectMultiple, options=get_args(inside[0]), rows=len(get_args(inside[0]))), tuple, list)
     if kind == tuple[str, ...]: return Control(ipywidgets.TagsInput, list, list)
+    choices = [choice for part in inside if get_origin(part) is Literal for choice in get_args(part)]
+    if choices and str in inside: return Control(partial(ipywidgets.Combobox, options=choices))             # one of these, or words of one's own
     if hint in simple: return Control(simple[hint])
     spoken = str if kind is str else spell
     return Control(ipywidgets.Text, lambda value: '' if value is None else spoken(value), lambda text: None if text == '' else text if kind is str else parse(text))
