@@ -133,7 +133,7 @@ def heard_interrupts() -> Iterator[list]:
     finally:
         if main: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-# %% ../nbs/03_ranks.ipynb #f69944c4
+# %% ../nbs/03_ranks.ipynb #67a40405
 def package_path() -> str:
     "PYTHONPATH for a child process: the folder mmkit is imported from, then what was set before."
     home = Path(importlib.util.find_spec('mmkit').origin).parents[1]
@@ -149,8 +149,9 @@ def child_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def _free_port():
+    chance = random.SystemRandom()                    # two notebooks with one seed would else draw the same port at the same time
     while True:
-        port = random.randrange(12000, 32000)         # below those that the system gives to connections, one of which could take it before rank 0 does
+        port = chance.randrange(12000, 32000)         # below those that the system gives to connections, one of which could take it before rank 0 does
         with socket.socket() as probe:
             if probe.connect_ex(('127.0.0.1', port)): return str(port)
 
