@@ -139,7 +139,7 @@ def compare_models(jobs: dict[str, Config], device: Device, ranks: int, folder: 
             say(f'{job}: {title}, {count} ranks: {distance:.1e} from the CPU, {found["tokens_per_second"]:.0f} tokens a second')
             yield dict(job=job, run=title, ranks=count, apart=distance, allowed=allowed, good=distance <= allowed, **found)
 
-# %% ../nbs/66_conformance.ipynb #3f0942f9
+# %% ../nbs/66_conformance.ipynb #1543f71f
 def draw(operations: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Any:
     "Distances of the operations on the left, losses of all runs on the right."
     from matplotlib.figure import Figure
@@ -149,7 +149,7 @@ def draw(operations: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Any:
         mine = [one for one in operations if one['dtype'] == dtype]
         for way, mark in (('forward', 'o'), ('backward', 'x')): left.plot([max(one[way], 1e-9) for one in mine], [one['operation'] for one in mine], mark, color=colour, label=f'{dtype} {way}')
         left.axvline(ALLOWED[dtype], color=colour, lw=0.5)
-    left.set(xscale='log', title='operations: distance from the CPU'); left.tick_params(labelsize=7); left.legend(fontsize=6)
+    left.set(xscale='log', xlim=(1e-14, None), title='operations: distance from the CPU'); left.tick_params(labelsize=7); left.legend(fontsize=6, loc='lower left')
     for axis, job in zip(right, dict.fromkeys(run['job'] for run in runs)):
         for run in runs:
             if run['job'] == job: axis.plot(run['losses'], lw=1, label=run['run'])
