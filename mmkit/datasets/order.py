@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['shuffled', 'check_order', 'Order', 'ledger', 'draw_cell', 'draw_order', 'ordered_batches', 'size_name', 'turns_of',
-           'size_table', 'filled', 'turn_at', 'SizeOrder', 'draw_sizes', 'micro_batches', 'close_loader', 'leave_group',
-           'stream']
+           'size_table', 'filled', 'turn_at', 'SizeOrder', 'draw_sizes', 'check_shared_memory', 'micro_batches',
+           'close_loader', 'leave_group', 'stream']
 
-# %% ../../nbs/45_datasets.order.ipynb #9c806d02
+# %% ../../nbs/45_datasets.order.ipynb #941b5cc3
 import gc
 import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -185,7 +186,13 @@ def draw_sizes(order: SizeOrder, steps: int = 6) -> str:
     table = ''.join(f'<tr>{"".join(f"<{kind}>{cell}</{kind}>" for cell in row)}</tr>' for kind, row in [('th', head), *(('td', row) for row in rows)])
     return f'<table>{table}</table>{draw_order(order, steps)}'
 
-# %% ../../nbs/45_datasets.order.ipynb #35422e17
+# %% ../../nbs/45_datasets.order.ipynb #1e051f6a
+def check_shared_memory(least: int = 1 << 24) -> None:
+    "Raises a ValueError where fewer than `least` bytes are left of the memory in which workers hand over samples: they would wait there without a word."
+    room = shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else least
+    require(room >= least, f'/dev/shm, in which workers hand over samples, has {room} bytes left: start the container with --shm-size=16g, or set workers to 0 (data.workers=0, film.workers=0)')
+
+# %% ../../nbs/45_datasets.order.ipynb #094296f1
 def micro_batches(order: Order) -> Iterator[list[int]]:
     "The micro-batches of all steps, one after the other."
     for step in order: yield from step
@@ -208,6 +215,7 @@ def stream(dataset: Any, order: Order, collate: Callable[[Sequence], Any], worke
     "Steps, each a list of collated micro-batches; close it (or use `contextlib.closing`) to end its workers. `start`: fork, spawn or forkserver."
     from torch.utils.data import DataLoader
     order = order if first_step is None else replace(order, first_step=first_step)
+    if workers: check_shared_memory()
     several = dict(persistent_workers=True, timeout=timeout, multiprocessing_context=start, worker_init_fn=leave_group) if workers else {}
     loader = DataLoader(dataset, batch_sampler=micro_batches(order), collate_fn=collate, num_workers=workers, **several)
     gc.collect()                       # a closed mesh's process groups among the garbage would hang a forked worker that collects them
