@@ -69,12 +69,12 @@ def dumps(config: Any) -> str:
     "The value as JSON text; `read` gives it back equal."
     return json.dumps(asdict(config), indent=2, ensure_ascii=False)
 
-# %% ../nbs/00_values.ipynb #99ea819f
+# %% ../nbs/00_values.ipynb #3775bf10
 def check_kinds(config: Any) -> None:
     "Raises a one-line ValueError naming the first field of a dataclass whose value is not of the field's type."
     name = '' if type(config).__name__ == 'Config' else type(config).__name__.lower() + '.'
     for field, kind in get_type_hints(type(config)).items():
-        if not is_dataclass(kind): read(kind, getattr(config, field), name + field)
+        if not (isinstance(kind, type) and is_dataclass(kind)): read(kind, getattr(config, field), name + field)
         elif not isinstance(getattr(config, field), kind): raise ValueError(f'{name}{field}={getattr(config, field)!r} must be {kind.__name__}(...)')
 
 # %% ../nbs/00_values.ipynb #0b887034

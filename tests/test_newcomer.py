@@ -97,7 +97,7 @@ MISTAKES = {
     'typo in a name': (start('layout.tpp=2'), "no 'tpp' here; there is .*'tp'"),
     'typo in a value': (lambda folder, config: Layout(data='zero2'), r"layout.data='zero2' is not one of \['zero1', 'ddp', 'fsdp'\]"),
     'a word for a number': (lambda folder, config: Layout(tp='two'), "layout.tp='two' must be int"),
-    'a Path for a text': (lambda folder, config: replace(config, weights=folder), 'weights=PosixPath.* must be str'),
+    'a Path for a text': (lambda folder, config: replace(config, weights=folder), 'weights=(Posix)?Path.* must be str'),
     'unknown task': (start('task=qwen3'), r"task='qwen3' is not one of .*, nor FILE.py:Class"),
     'layout and ranks': (start('layout.tp=2', ranks=3), '3 ranks cannot be divided by layout.tp=2; use a multiple of 2 ranks'),
     'no ranks': (start(ranks=0), 'ranks=0 must be a whole number from 1'),

@@ -62,7 +62,7 @@ def ask() -> Extraction:
 '''
 MISTAKES = {                                    # a line of a script: what is said of it
     "mmkit.Config(wieghts='w')": 'Unexpected keyword argument "wieghts"',
-    "mmkit.Config(weights='w', task='qwen3')": 'incompatible type "Literal[\'qwen3\']"',
+    "mmkit.Loop(loss='words')": 'incompatible type "Literal[\'words\']"',
     "mmkit.Layout(data='zero9')": "Literal['zero9']",
     "mmkit.Layout(tp='2')": 'incompatible type "str"; expected "int"',
     "mmkit.Confg(weights='w')": 'Module has no attribute "Confg"',
