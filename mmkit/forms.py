@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['RED', 'AMBER', 'GREEN', 'settings', 'default_tree', 'at', 'spell', 'tree_words', 'spread', 'words_tree', 'to_words',
            'from_words', 'Control', 'without_none', 'control_for', 'make_box', 'labelled', 'lay_out', 'foresee',
-           'named_in', 'Form', 'box_changed', 'words_changed', 'refresh', 'describe', 'show_verdict', 'Words', 'show',
-           'form']
+           'named_in', 'Form', 'box_changed', 'words_changed', 'refresh', 'describe', 'show_verdict', 'show', 'form']
 
-# %% ../nbs/61_forms.ipynb #1cf3b259
+# %% ../nbs/61_forms.ipynb #8d22b52f
 import json
 import re
 import shlex
@@ -22,6 +21,7 @@ from typing import Any, Generic, Literal, NamedTuple, Union, get_args, get_origi
 
 from .config import Config
 from .trainer.plan import amount, check_files, plan
+from .trainer.view import Text
 from .values import Settings, dumps, parse, read, replace_at, require
 
 # %% ../nbs/61_forms.ipynb #a1256a74
@@ -223,7 +223,7 @@ def refresh(form: Form, words: bool = True) -> None:
     except ValueError as error: show_verdict(form, str(error))
     else: show_verdict(form, '')
 
-# %% ../nbs/61_forms.ipynb #038db583
+# %% ../nbs/61_forms.ipynb #40449b87
 RED, AMBER, GREEN = '#c0392b', '#9a6700', '#18804a'
 
 
@@ -245,19 +245,14 @@ def show_verdict(form: Form, wrong: str) -> None:
     for place, part in enumerate(form.parts):
         mark = '! ' if any(name.rpartition('.')[0] == part for name in blamed) else ''
         form.pages.set_title(place, f'{mark}{part or form.kind.__name__.lower()}{f" ({changed.count(part)})" if part in changed else ""}')
-    if form.handle: form.handle.update(Words(repr(form)))
-
-
-class Words(str):
-    "Text that a cell shows as it is, without quotes."
-    def __repr__(self) -> str: return str(self)
+    if form.handle: form.handle.update(Text(repr(form)))
 
 
 def show(form: Form) -> None:
     "Shows a form in a cell, and below it the words, which stay in a saved notebook when boxes no longer can."
     from IPython.display import display
     display({**form.widget._repr_mimebundle_(), 'text/plain': ''}, raw=True)
-    form.handle = display(Words(repr(form)), display_id=True)
+    form.handle = display(Text(repr(form)), display_id=True)
 
 
 def form(config: Settings, ranks: int | None = None) -> Form[Settings]:

@@ -9,6 +9,7 @@ from playwright.sync_api import sync_playwright
 
 from mmkit.ranks import package_path
 from mmkit.run import Run
+from test_launch import until
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))))
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
@@ -116,14 +117,6 @@ def page(server, room):
 def answers(address):
     try: return urllib.request.urlopen(address, timeout=2).status == 200
     except OSError: return False
-
-def until(condition, seconds=40):
-    "Waits for a condition; the seconds it took."
-    began = time.time()
-    while not condition():
-        assert time.time() - began < seconds, 'waited in vain'
-        time.sleep(0.05)
-    return time.time() - began
 
 def command(page, name): page.evaluate(f"(window.jupyterapp.commands.execute('{name}'), 1)")
 
