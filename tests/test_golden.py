@@ -11,6 +11,8 @@ from mmkit.converters.convert import hf_to_mm, mm_to_hf, resplit
 from mmkit.converters.folders import HFFolder, MMFolder, SafetensorsWriter, open_weights
 from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
 from mmkit.converters.weights import pieces
+from mmkit.device import pick_device
+from mmkit.parallel.engine import prepare
 
 GOLDEN = Path(__file__).parent / 'golden'
 HF = GOLDEN / 'qwen2_5_vl_hf'
@@ -200,6 +202,7 @@ def test_stale_ranks_and_wrong_layouts_are_refused(tmp_path):
 
 def test_the_file_of_a_training_is_read_without_its_settings(tmp_path):
     """What Megatron saves beside the weights: arguments with objects of its own, states of random generators. None of it is needed, nothing of it is run."""
+    prepare(pick_device('cpu'))                             # as every user of Megatron-Core, or no mesh could be opened in this process any more
     from megatron.core.transformer.enums import AttnBackend
     folder = edited(tmp_path, lambda model: model.update({'text_decoder.decoder.layers.0.mlp.linear_fc1._extra_state': None}))
     for file in folder.rglob('*.pt'):
