@@ -3,7 +3,7 @@
     python tests/benchmark_convert.py [--model qwen-3b|qwen-72b|wan-1.3b|wan-14b] [--layers N] [--rounds 3] [--warm] [--sparse] [--no-naive] [--folder DIR]
 
 A folder with the real shapes of the model is made first. Then, every round in one order: `cp -r`, Hugging Face to MindSpeed-MM
-(tp2 pp2; Wan pp2), back again, and both ways by load and save. Every turn begins with a synced disk and with its source
+(tp2 pp2; Wan pp2), back again, and both ways by load and save. Every turn begins with a synced, idle disk and with its source
 out of the page cache (--warm: in it) and ends with a sync; its time is that of the whole command, with the start of Python.
 Memory is what no file stands behind in /proc/PID/statm, every 20 ms, above what the process has when everything is imported: page cache and
 mapped files do not count, copies of tensors do. --sparse writes no data into the source, so that huge ones fit (no cp then).
@@ -20,6 +20,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from mmkit.converters.folders import SafetensorsWriter
@@ -100,8 +101,13 @@ def naive_to_hf(source, target, pattern):
 def bytes_in(folder): return sum(path.stat().st_blocks * 512 for path in folder.rglob('*') if path.is_file())
 
 def settle(source, warm):
-    "Puts the machine into the state in which every turn begins."
+    "Puts the machine into the state in which every turn begins: nothing to write, nothing under way on a disk (what a deleted folder leaves to do takes seconds)."
     os.sync()
+    busy, quiet = None, 0
+    while quiet < 5 and psutil.disk_io_counters():
+        time.sleep(0.2)
+        now = psutil.disk_io_counters()
+        busy, quiet = now, (quiet + 1 if now == busy else 0)
     for path in (path for path in source.rglob('*') if path.is_file()):
         with open(path, 'rb') as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
