@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Files', 'load_weights', 'joined', 'whole_tensors', 'whole_weights', 'with_dtype', 'layout_of', 'weight_files',
-           'bytes_of', 'write_tensors', 'link_parts', 'known_entry', 'describe', 'told', 'shared_folder', 'complete',
-           'save_weights']
+           'bytes_of', 'write_tensors', 'known_entry', 'second_name', 'parts_beside', 'room_beside', 'describe', 'told',
+           'shared_folder', 'complete', 'save_weights']
 
 # %% ../../nbs/50_trainer.weights.ipynb #f6e5e0a5
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..converters.convert import copy_rest, new_folder, write_index
+from ..converters.convert import WEIGHTS, copy_rest, write_index
 from ..converters.folders import HFFolder, MMFolder
 from ..converters.weights import Tower, check, pieces, whole
-from ..converters.writing import Later, SafetensorsWriter, behind
-from ..files import entry, sync_folder, write_manifest
+from ..converters.writing import Later, SafetensorsWriter, behind, new_folder
+from ..files import MANIFEST, entry, listed, told_if_full, write_manifest
 from ..parallel.fsdp import computed_in, every_part, fill
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import handed
@@ -107,19 +108,33 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], files: Files, folder: P
     for file, writer in writers.items(): later(0, close, file, writer)
 
 # %% ../../nbs/50_trainer.weights.ipynb #24bae079
-def link_parts(root: Path, inside: Path, names: list[str], folder: Path) -> list[str]:
-    "Gives weight files of `root` that are not of its part `inside` a second name in `folder`; returns those for which the disk cannot."
-    failed = []
-    for name in (Path(name) for name in names if inside != Path() and not Path(name).is_relative_to(inside)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        try: os.link((root / name).resolve(), folder / name)
-        except OSError: failed.append(name.as_posix())
-    return failed
-
 @lru_cache(maxsize=1024)
 def known_entry(path: Path, size: int, changed: int) -> dict[str, Any]:
     "What a manifest says of a file that is linked into every checkpoint: it is read once."
     return entry(path)
+
+def second_name(source: Path, name: str, folder: Path) -> dict[str, Any]:
+    "Gives a file a second name in the folder of a checkpoint; where the disk cannot, one of the copy in an earlier checkpoint beside it, or a copy. Returns what a manifest says of it."
+    known, target = known_entry(source, source.stat().st_size, source.stat().st_mtime_ns), folder / name
+    before = [one for one in sorted(folder.parent.glob('step-*'), reverse=True) if (one / MANIFEST).is_file() and listed(one).get(name) == known]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for other in (source, *(one / name for one in before)):
+        try: os.link(other, target)
+        except OSError: continue
+        return known
+    shutil.copyfile(source, target)
+    if entry(target) != known: raise OSError(f'{target} has other content than {source}, of which it is a copy: look after the disks')
+    return known
+
+def parts_beside(root: Path, inside: Path, names: Iterable[str]) -> list[str]:
+    "The weight files among the names in `root` that are not of its part `inside`."
+    return [Path(name).as_posix() for name in names if inside != Path() and not Path(name).is_relative_to(inside)]
+
+def room_beside(root: Path, inside: Path, target: Path) -> int:
+    "Bytes that copies of the other parts of `root` take: none on the same disk, where they get second names, nor where an earlier checkpoint has them."
+    home = next(parent for parent in target.resolve().parents if parent.exists())
+    if root.stat().st_dev == home.stat().st_dev or any(target.parent.glob('step-*')): return 0
+    return sum(path.stat().st_size for name in parts_beside(root, inside, (p.relative_to(root).as_posix() for p in root.rglob('*'))) if (path := root / name).name.endswith(WEIGHTS) and path.is_file())
 
 def describe(like: HFFolder, folder: Path, layout: dict[str, tuple[torch.dtype, tuple]]) -> None:
     "Adds what describes the weights in `folder`: index and settings."
@@ -153,20 +168,16 @@ def complete(folder: Path, root: Path, like: HFFolder, layout: dict[str, tuple[t
     every, inside = [None] * mesh.place.world, Path(like.path).relative_to(root)
     dist.all_gather_object(every, dict(written))
     if not mesh.first: return
-    others = copy_rest(root, folder)
-    describe(like, folder / inside, layout)
-    failed = link_parts(root, inside, others, folder)
-    paths = {name: (root / name).resolve() for name in others if (folder / name).exists() and not any(name in each for each in every)}
-    linked = {name: known_entry(path, path.stat().st_size, path.stat().st_mtime_ns) for name, path in paths.items() if name not in failed and os.path.samefile(path, folder / name)}
+    with told_if_full(folder):
+        linked = {name: second_name((root / name).resolve(), name, folder) for name in parts_beside(root, inside, copy_rest(root, folder))}
+        describe(like, folder / inside, layout)
     write_manifest(folder, linked | {name: one for each in every for name, one in each.items()})
-    for path in sorted(folder.rglob('*'), reverse=True): sync_folder(path)
-    for name in failed: (folder / name).symlink_to((root / name).resolve())          # of another disk: not in the manifest, which lists what lies here
 
 def save_weights(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh, like: HFFolder, target: Path, root: Path | None = None) -> None:
     "Writes the model as a Hugging Face folder like `root`, of which `like` is a part (default: the whole); all ranks call it."
     layout, root = layout_of(model, towers, mesh, like), Path(root or like.path)
     files = weight_files(like, layout, Path(like.path).relative_to(root))
-    with shared_folder(target, bytes_of(files), mesh) as folder:
+    with shared_folder(target, bytes_of(files) + room_beside(root, Path(like.path).relative_to(root), target), mesh) as folder:
         written = {}
         with behind() as later: write_tensors(whole_weights(model, towers, mesh), files, folder, mesh, later, written)
         complete(folder, root, like, layout, written, mesh)
