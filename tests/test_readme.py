@@ -15,7 +15,7 @@ from mmkit.config import Config, Data, Loop, load_config
 from mmkit.files import load_json
 from mmkit.models.shapes import QwenShape
 from mmkit.ranks import package_path
-from mmkit.run import Run, launch
+from mmkit.run import launch
 from mmkit.toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
 from mmkit.toyfilm import tiny_wan
 from mmkit.values import dumps, override
@@ -60,17 +60,20 @@ def test_every_command_that_is_named_exists():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "The folders that README names, as toys, and a run of four steps."
+    "The folders and the config that README names, as toys."
     folder, before = tmp_path_factory.mktemp('readme'), Path.cwd()
     os.chdir(folder)
     images, file = llava_toy('data', emoji_names(4), count=16, size=56)
     weights = tiny_qwen2_5_vl('ckpt/hf_path/Qwen2.5-VL-3B-Instruct', conversation_texts(file), hidden=64)
     tiny_wan('weights/Wan-AI/Wan2.1-T2V-1.3B-Diffusers', room=16)
-    config = Config(weights=str(weights), data=Data(files=(str(file),), media_dir=str(images), max_length=128, workers=0), loop=Loop(steps=4, global_batch=16, micro_batch=1))
-    launch(config, 2, name='NAME').wait()
-    Path('config.json').write_text(dumps(config))
+    Path('config.json').write_text(dumps(Config(weights=str(weights), data=Data(files=(str(file),), media_dir=str(images), max_length=128, workers=0), loop=Loop(steps=4, global_batch=16))))
     yield folder
     os.chdir(before)
+
+@pytest.fixture(scope='module')
+def run(folder):
+    "A run of four steps."
+    return launch(load_config('config.json'), 2, name='NAME').wait()
 
 def test_weights_are_converted(folder, capsys):
     line, = (line for line in commands(README) if line.startswith('mm-convert '))
@@ -82,15 +85,14 @@ def test_weights_are_converted(folder, capsys):
     assert capsys.readouterr().out.count('wrote ') == 2
     for made in ('ckpt/mm_path/Qwen2.5-VL-3B-Instruct', 'ckpt/wan2.1'): assert (Path(made) / 'release/mp_rank_00/model_optim_rng.pt').is_file()
 
-def test_what_a_run_needs_and_costs_is_said(folder, capsys):
+def test_what_a_run_needs_and_costs_is_said(run, capsys):
     for name, words in (('plan', 'layer'), ('estimate', 'the run: 5000 steps')):
         line, = (line for line in commands(README) if line.startswith(f'mmkit {name} runs'))
         assert mmkit(shlex.split(line)[1:]) == 0
         assert words in capsys.readouterr().out
 
-def test_a_run_goes_on(folder, capsys):
+def test_a_run_goes_on(run, capsys):
     line, = (line for line in commands(README) if line.startswith('mmkit resume '))
-    run = Run('runs/NAME')
     (run.folder / 'config.json').write_text(dumps(override(load_config(run.folder / 'config.json'), ['loop.steps=6'])))         # as if it had been stopped early
     assert mmkit(shlex.split(line)[1:]) == 0
     assert [record['step'] for record in run.records()] == [1, 2, 3, 4, 5, 6] and 'done: runs/NAME' in capsys.readouterr().out
