@@ -190,7 +190,7 @@ def looks(root):
                 if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and getattr(n.value.func, 'id', '') == 'print': yield f'{place(p, c)}: a print'
 
 def outputs(root):
-    "Library notebooks are saved without outputs; a tutorial has a saved picture and no error."
+    "Library notebooks are saved without outputs; a tutorial has a saved picture, no error and no widget."
     for p, cells in library(root):
         for c in cells:
             if c.get('outputs'): yield f'{place(p, c)}: a library notebook with a saved output'
@@ -199,6 +199,22 @@ def outputs(root):
         if not any('image/png' in o.get('data', {}) for o in saved): yield f'{p.name}: a tutorial without a saved picture'
         for o in saved:
             if o['output_type'] == 'error': yield f"{p.name}: a saved output is an error: {o.get('ename')}"
+            if 'application/vnd.jupyter.widget-view+json' in o.get('data', {}): yield f'{p.name}: a saved output is a widget, which is gone with its kernel; what stays is the text beside it'
+        if 'widgets' in json.loads(p.read_text(encoding='utf-8'))['metadata']: yield f'{p.name}: the state of widgets is saved'
+
+def shown_configs(root):
+    "A config in a saved output of a tutorial has exactly the settings that a Config has now."
+    from mmkit.config import Config
+    from mmkit.values import dumps, read
+    names = lambda tree, above='': {above + name for name in tree} | {inner for name, part in tree.items() if isinstance(part, dict) for inner in names(part, f'{above}{name}.')}
+    for p, cells in tutorials(root):
+        for text in (''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', [])):
+            found = re.fullmatch(r'```json\n(.*)\n```\s*', text, re.S)
+            if not found or 'task' not in (tree := json.loads(found[1])): continue
+            try: lacking = names(json.loads(dumps(read(Config, tree)))) - names(tree)
+            except ValueError as error: yield f'{p.name} shows a config of another time: {error}'
+            else:
+                if lacking: yield f'{p.name} shows a config without {", ".join(sorted(lacking))}: run it again'
 
 def weights(root):
     "A picture is at most 100 kB, a notebook at most 500 kB."
@@ -358,6 +374,10 @@ PLANTED = [
     (outputs, {'nbs/20_models.rope.ipynb': notebook(cell('1', outputs=[picture()]))}, 'saved output'),
     (outputs, tutorial(cell('1')), 'without a saved picture'),
     (outputs, tutorial(cell('1', outputs=[picture(), {'output_type': 'error', 'ename': 'KeyError', 'evalue': '', 'traceback': []}])), 'KeyError'),
+    (outputs, tutorial(cell('1', outputs=[picture(), showing({'application/vnd.jupyter.widget-view+json': {}, 'text/plain': ''})])), 'a widget'),
+    (outputs, {'nbs/tutorials/1_first.ipynb': notebook(cell('1', outputs=[picture()])).replace('"metadata": {}, "nbformat"', '"metadata": {"widgets": {}}, "nbformat"')}, 'state of widgets'),
+    (shown_configs, tutorial(cell('1', outputs=[showing({'text/markdown': '```json\n{"task": "qwen2_5_vl", "weights": "here", "layout": {"tp": 2}}\n```'})])), 'layout.sequence_parallel'),
+    (shown_configs, tutorial(cell('1', outputs=[showing({'text/markdown': '```json\n{"task": "qwen2_5_vl", "weights": "here", "layout": {"tpp": 2}}\n```'})])), "no ['tpp']"),
     (weights, tutorial(cell('1', outputs=[picture(100_001)])), 'a picture of 100 kB'),
     (weights, tutorial(cell('1', outputs=[showing({'image/svg+xml': 'x' * 100_001})])), 'a picture of 100 kB'),
     (weights, {'nbs/images/large.png': 'x' * 100_001}, 'large.png'),

@@ -42,7 +42,7 @@ def test_own_pictures_take_five_lines_of_tutorial_2(tmp_path, monkeypatch):
     own_dataset(tmp_path / 'my')
     gone, new = changes()
     assert len(new) == 5 and len(gone) == 4
-    text = '\n'.join(cell for cell in cells('2_qwen2_5_vl.ipynb') if any(word in cell for word in ('real = False', 'tiny_qwen2_5_vl', 'PRESETS[preset]', 'open_task', 'launch(config, ranks, folder=workspace / \'save_dir\')')))
+    text = '\n'.join(cell for cell in cells('2_qwen2_5_vl.ipynb') if any(word in cell for word in ('real = False', 'tiny_qwen2_5_vl', 'PRESETS[preset]', 'open_task', 'survey(conversations)', 'estimate(config, ranks)', 'launch(config, ranks, folder=workspace / \'save_dir\')')))
     text = text.replace("preset, ranks = ", f'{new[0]}\npreset, ranks = ', 1)
     for old, now in zip(gone, new[1:]):
         assert text.count(f'{old}\n') == 1, old
@@ -53,7 +53,7 @@ def test_own_pictures_take_five_lines_of_tutorial_2(tmp_path, monkeypatch):
     assert len(found['run'].records()) == 3 and all(record['loss'] > 0 for record in found['run'].records())
     said, = found['run'].samples().values()
     assert said[0]['question'].endswith('Who is this?') and said[0]['expected'].startswith('My ') and said[0]['image'].endswith('mine-0.png')
-    assert len(Conversations(found['config'].data, found['task'].like.path, found['task'].places)) == 24
+    assert len(found['conversations']) == 24
 
 
 # Mistakes
