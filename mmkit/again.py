@@ -6,7 +6,6 @@
 __all__ = ['resume', 'follow_new']
 
 # %% ../nbs/61_again.ipynb #fca315d3
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from .config import load_config
 from .files import Jsonl, load_json, write_atomic
 from .run import Run, RunFolder, check_config, progress, start
-from .trainer.folder import other_machine
+from .trainer.folder import other_machine, started
 from .values import dumps, override, require
 
 # %% ../nbs/61_again.ipynb #3b8d6fb2
@@ -32,5 +31,8 @@ def resume(run: RunFolder | str | Path, ranks: int | None = None, changes: Seque
 
 def follow_new(run: Run, print_line: Callable[[str], None] = print) -> Run:
     "As `run.follow`, without the records from before it was started again."
-    log, since = Jsonl(run.folder / 'metrics.jsonl'), json.loads((run.folder / 'log' / 'agent.json').read_text())['started']
-    return run.wait(watch=lambda: [print_line(progress(record, run.steps)) for record in log.new() if record['time'] > since])
+    log, since = Jsonl(run.folder / 'metrics.jsonl'), started(run.folder)
+    def look():
+        for record in log.new():
+            if record['time'] > since: print_line(progress(record, run.steps))
+    return run.wait(watch=look)

@@ -91,7 +91,8 @@ class Jsonl:
     "A file of one JSON object per line, written by one process and read by many."
 
     def __init__(self, path: str | Path):
-        self.path, self._clean, self._seen, self._file = Path(path), False, 0, None
+        self.path, self._clean, self._seen = Path(path), False, 0
+        self._file: int | None = None
 
     def append(self, record: dict) -> None:
         "Adds `record` as one line, visible to readers when the call returns."

@@ -133,7 +133,8 @@ def heard_interrupts() -> Iterator[list]:
     def hear(number, frame):
         heard.append(number)
         raise KeyboardInterrupt
-    heard, main = [], threading.current_thread() is threading.main_thread()         # only the main thread is interrupted
+    heard: list[int] = []
+    main = threading.current_thread() is threading.main_thread()         # only the main thread is interrupted
     before = signal.signal(signal.SIGINT, hear) if main else None
     try: yield heard
     finally:
@@ -142,8 +143,9 @@ def heard_interrupts() -> Iterator[list]:
 # %% ../nbs/03_ranks.ipynb #67a40405
 def package_path() -> str:
     "PYTHONPATH for a child process: the folder mmkit is imported from, then what was set before."
-    home = Path(importlib.util.find_spec('mmkit').origin).parents[1]
-    return os.pathsep.join([str(home), *filter(None, [os.environ.get('PYTHONPATH')])])
+    found = importlib.util.find_spec('mmkit')
+    home = Path(found.origin).parents[1] if found and found.origin else Path()
+    return os.pathsep.join([str(home.absolute()), *filter(None, [os.environ.get('PYTHONPATH')])])
 
 
 def child_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
@@ -199,11 +201,11 @@ def _kill(processes):
 # %% ../nbs/03_ranks.ipynb #db48da28
 def run_ranks(source: str, ranks: int = 2, timeout: float = 120, env: dict[str, str] | None = None) -> str:
     "What rank 0 prints when the text `source` runs as a script on `ranks` ranks; raises RankFailed, or TimeoutError after `timeout` seconds."
-    with TemporaryDirectory(prefix='ranks-') as folder:
-        folder = Path(folder)
+    with TemporaryDirectory(prefix='ranks-') as place:
+        folder = Path(place)
         script = folder / 'cell.py'
         script.write_text(source, encoding='utf-8')
-        processes = []
+        processes: list[subprocess.Popen] = []
         words = lambda rank: last_words((folder / f'error{rank}').read_text(errors='replace'))
         try:
             processes.extend(_start(script, ranks, env, folder))
@@ -225,8 +227,8 @@ def ranks_magic(line: str, cell: str) -> None:
     words = line.split()
     if len(words) > 2 or not all(word.isdigit() and int(word) for word in words):
         raise ValueError(f'%%ranks got {line!r}: write %%ranks RANKS or %%ranks RANKS SECONDS, for example %%ranks 2 120')
-    numbers = [int(word) for word in words]
-    print(run_ranks(cell, *numbers), end='')
+    ranks, timeout = [*map(int, words), *(2, 120)[len(words):]]
+    print(run_ranks(cell, ranks, timeout), end='')
 
 
 def load_ipython_extension(ipython: Any) -> None:

@@ -7,6 +7,7 @@ __all__ = ['main_of_rank', 'run_torchrun', 'keep_beating', 'main_of_agent', 'Run
            'make_folder', 'start', 'launch', 'copy_some', 'torchrun_magic', 'load_ipython_extension']
 
 # %% ../nbs/60_run.ipynb #0ebf5a46
+import itertools
 import json
 import os
 import re
@@ -174,13 +175,14 @@ def make_folder(folder: str | Path | None, name: str | None) -> Path:
         Path(folder, 'log').mkdir(parents=True)
         return Path(folder)
     wanted = name or time.strftime('%Y%m%d-%H%M%S')
-    for count in range(1, 1_000_000):
+    for count in itertools.count(1):
         path = Path('runs', wanted if count == 1 else f'{wanted}-{count}')
         path.parent.mkdir(parents=True, exist_ok=True)
         try: path.mkdir()
         except FileExistsError: continue
         (path / 'log').mkdir()
-        return path
+        break
+    return path
 
 # %% ../nbs/60_run.ipynb #caf10c9d
 def start(folder: Path, target: str, ranks: int, stay: bool = False, env: dict[str, str] | None = None, restarts: int = 0) -> Run:
@@ -209,10 +211,13 @@ def launch(config: Config | dict, ranks: int | None = None, folder: str | Path |
 # %% ../nbs/60_run.ipynb #c5a76f6a
 def copy_some(path: Path, most: int = 100_000) -> Callable[[], None]:
     "As `copy_output`, but of more than `most` bytes only the first, and from then on one line about where the rest is: a notebook keeps what it shows."
-    copy, told = copy_output(path, most), []
+    copy, told = copy_output(path, most), False
     def some():
+        nonlocal told
         copy()
-        if not told and path.exists() and path.stat().st_size > most: told.append(print(f'\n… more than {most:,} bytes: read on in {path}'))
+        if told or not path.exists() or path.stat().st_size <= most: return
+        print(f'\n… more than {most:,} bytes: read on in {path}')
+        told = True
     return some
 
 

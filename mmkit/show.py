@@ -14,9 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .curves import draw_curves, draw_line, new_figure
+if TYPE_CHECKING:
+    from IPython.display import HTML, Markdown
+    from matplotlib.figure import Figure
+
+from .curves import draw_curves, draw_line, new_figure, style
 from .files import Jsonl, load_json, read_end
 from .ranks import Interrupted
 from .run import Run
@@ -55,12 +59,12 @@ def compare(runs: Any, smooth: float = 0.0) -> 'Figure':
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     first = next(iter(lines.values()), [])
     for number, (label, records) in enumerate(lines.items()):
-        draw_line(above, records, 'loss', smooth, label, color=f'C{number}', **({} if number else {'linewidth': 5, 'alpha': 0.4}))
+        draw_line(above, records, 'loss', smooth, label, **style(number), **({} if number else {'linewidth': 5, 'alpha': 0.4}))
         apart = differences(first, records)
-        if number: below.plot(apart.keys(), [max(value, 1e-12) for value in apart.values()], color=f'C{number}', marker='.' if len(apart) < 40 else '')
+        if number: below.plot(apart.keys(), [max(value, 1e-12) for value in apart.values()], **style(number), marker='.' if len(apart) < 40 else '')
     above.set_ylabel('loss')
-    if lines: above.legend(fontsize=8)
-    below.set(xlabel='step', ylabel='relative difference', yscale='log')
+    if lines: figure.legend(*above.get_legend_handles_labels(), loc='outside right upper', fontsize=8)         # it covers no data
+    below.set(xlabel='step', ylabel='relative difference\n(1e-12: equal)', yscale='log')
     below.grid(alpha=0.3)
     return figure
 

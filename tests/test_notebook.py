@@ -72,7 +72,7 @@ def test_the_cell_says_how_training_ended(end, tmp_path):
         assert called, error.value
         seconds = time.time() - called[0]
         alive = [p.cmdline() for p in descendants() if str(tmp_path / 'run') in ' '.join(p.cmdline()) or 'mmkit.run' in ' '.join(p.cmdline())]
-    assert seconds < 10 and not alive
+    assert seconds < 10 * max(1, os.getloadavg()[0] / os.cpu_count()) and not alive              # longer where others want the machine, too
     said = str(error.value)
     if end == 'kill': assert 'rank 1' in said and 'SIGKILL' in said, said
     else: assert error.value.traceback == 'interrupted: every rank of run has ended' and json.loads((tmp_path / 'run/log/end.json').read_text())['status'] == 'stopped'

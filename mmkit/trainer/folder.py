@@ -61,7 +61,7 @@ def first_failure(folder: Path, codes: dict[int, int], torchrun_says: int) -> di
     "Which rank failed first, how, and its last words; `codes` holds the exit codes of the ranks torchrun saw fail."
     noted = {int(path.stem[4:]): load_json(path)['time'] for path in (folder / 'log').glob('rank*.failed')}
     killed = [rank for rank, code in codes.items() if code < 0 and -code not in (signal.SIGABRT, signal.SIGTERM)]
-    rank = killed[0] if killed else min(noted, key=noted.get, default=torchrun_says)
+    rank = killed[0] if killed else min(noted, key=lambda one: noted[one], default=torchrun_says)
     words = read_end(folder / 'log' / f'rank{rank}.txt') or read_end(folder / 'log' / 'torchrun.txt')
     if rank in killed: words = '\n'.join(words.strip().splitlines()[-10:])
     return {'rank': rank, 'exit_code': codes.get(rank, 1), 'words': last_words(words)}

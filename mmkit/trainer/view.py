@@ -198,7 +198,9 @@ class View(Curves):
     def __init__(self, run: RunFolder, smooth: float = 0.8, failure: bool = True):
         super().__init__()
         self.run, self.smooth, self.failure, self.live = run, smooth, failure, can_update()
-        self.log, self.records, self.sampled = Jsonl(run.folder / 'metrics.jsonl'), [], None
+        self.log = Jsonl(run.folder / 'metrics.jsonl')
+        self.records: list[dict] = []
+        self.sampled: Path | None = None
         if self.live:
             for name in ('state', 'picture', 'samples', 'words'): self.show(name, {'text/plain': ''})         # so they stand in this order on the page
             to_png(draw_curves({'': []}))               # the first picture takes a second: now, while the ranks start
