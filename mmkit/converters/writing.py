@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import room_for
+
 # %% ../../nbs/30_converters.writing.ipynb #bb437960
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
           'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
@@ -84,18 +86,19 @@ class TensorFile:
         found = (sum(map(len, parts)), *parts[0].shape[1:]) if len(parts) > 1 else tuple(parts[0].shape)
         if {x.dtype for x in parts} != {dtype} or found != tuple(shape) or len({x.shape[1:] for x in parts}) > 1: raise ValueError(f'{name} is {parts[0].dtype} {found} but {self.path} has a place for {dtype} {tuple(shape)}')
         file, checksum, places = self.file.fileno(), 0, self.checksums.get(name, ())
-        for data in (data for x in parts for data in runs(x)):
-            if places: checksum = zlib.crc32(data, checksum)
-            write_at(file, data, offset)
-            offset += len(data)
-        for place in places: write_at(file, struct.pack('<I', checksum), place)
+        with room_for(self.path):
+            for data in (data for x in parts for data in runs(x)):
+                if places: checksum = zlib.crc32(data, checksum)
+                write_at(file, data, offset)
+                offset += len(data)
+            for place in places: write_at(file, struct.pack('<I', checksum), place)
         self.left.discard(name)
         self.flusher.add(sum(x.nbytes for x in parts))
 
     def close(self) -> None:
         "Returns when the file is on the disk; raises when a tensor was never written. A second call does nothing."
         if self.file.closed: return
-        with self.file as file, self.flusher.pool:
+        with room_for(self.path), self.file as file, self.flusher.pool:
             if self.left: raise ValueError(f'{self.path} was closed without {min(map(str, self.left))}, {len(self.left)} in all')
             self.flusher.settle()
             os.fsync(file.fileno())
@@ -118,7 +121,7 @@ class SafetensorsWriter(TensorFile):
             places[name] = (start, dtype, tuple(shape))
         header = json.dumps(table, ensure_ascii=False).encode()
         header += b' ' * (-len(header) % 8)
-        Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
+        with room_for(path): Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
         super().__init__(path, {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()})
 
 # %% ../../nbs/30_converters.writing.ipynb #8cb60bc3
