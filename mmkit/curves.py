@@ -91,7 +91,8 @@ def draw_curves(lines: Mapping[str, Sequence[dict]], smooth: float = 0.8, title:
     parts = any(record.get('parts') for records in lines.values() for record in records)
     figure = new_figure(12 if parts else 9, 4.6)
     names = list(PANELS)
-    panels = figure.subplot_mosaic([row + ['parts'] * parts for row in (names[:2], names[2:])])
+    rows: list[Any] = [row + ['parts'] * parts for row in (names[:2], names[2:])]
+    panels = figure.subplot_mosaic(rows)
     for key, name in PANELS.items():
         axes = panels[key]
         for number, (label, records) in enumerate(lines.items()): draw_line(axes, records, key, smooth, label, **style(number))

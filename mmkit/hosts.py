@@ -29,7 +29,7 @@ import psutil
 from .config import Config
 from .device import Device, Place, pick_device, place
 from .files import Jsonl, load_json, read_end, write_atomic
-from .ranks import close_group, follow_parent, last_words, leave, run_target
+from .ranks import answers, close_group, follow_parent, last_words, leave, run_target
 from .run import Run, make_folder
 from .trainer.plan import check_files, shape_of
 from .values import dumps, require
@@ -219,7 +219,7 @@ def meet(names: Sequence[str], number: int, port: int, limit: float) -> Any:
     import torch.distributed as dist
     try: return dist.TCPStore(names[0], port, is_master=number == 0, wait_for_workers=False, timeout=timedelta(seconds=limit))
     except RuntimeError as error:
-        why = 'the port is in use there' if 'EADDRINUSE' in str(error) else 'is the check running there too, is the name right, does a firewall close the port?'
+        why = 'the port is in use there, perhaps by another run: give another one' if 'EADDRINUSE' in str(error) else 'is the check running there too, is the name right, does a firewall close the port?'
         raise ValueError(f'{names[number]} did not reach {names[0]}:{port} within {limit:.0f} s: {why}') from None
 
 
@@ -319,6 +319,7 @@ def launch_on(config: Config, hosts: Sequence[str], ranks: int, folder: str | Pa
               interface: str | None = None, port: int = 29500, restarts: int = 3, silence: int = 40, setup: str = '') -> Lines:
     "The Lines that train as `config` says on `ranks` ranks of each of the `hosts`, with a new run folder; see `Hosts` for the rest."
     machines = Hosts(names=tuple(hosts), ranks=ranks, interface=interface, port=port, restarts=restarts, silence=silence, setup=setup)
+    require(not answers(hosts[0], port), f'port={port} of {hosts[0]} is in use, perhaps by another run: give another one')
     return Lines(prepare_run(config, machines, folder, name), machines)
 
 # %% ../nbs/61_hosts.ipynb #cf6e4372

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN_FRAMES', 'follow_parent', 'leave', 'run_target', 'close_group', 'main_of_rank', 'last_words', 'ending',
-           'RankFailed', 'Interrupted', 'heard_interrupts', 'package_path', 'child_environment', 'run_ranks',
+           'RankFailed', 'Interrupted', 'heard_interrupts', 'package_path', 'child_environment', 'answers', 'run_ranks',
            'ranks_magic', 'load_ipython_extension']
 
 # %% ../nbs/03_ranks.ipynb #906508ee
@@ -156,12 +156,17 @@ def child_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
     return {**defaults, **os.environ, **fixed, **(changes or {})}
 
 
+def answers(host: str, port: int) -> bool:
+    "Whether a program listens at a port of a machine."
+    try: socket.create_connection((host, port), 1).close()
+    except OSError: return False
+    return True
+
+
 def _free_port():
     chance = random.SystemRandom()                    # two notebooks with one seed would else draw the same port at the same time
-    while True:
-        port = chance.randrange(12000, 32000)         # below those that the system gives to connections, one of which could take it before rank 0 does
-        with socket.socket() as probe:
-            if probe.connect_ex(('127.0.0.1', port)): return str(port)
+    while answers('127.0.0.1', port := chance.randrange(12000, 32000)): pass         # below those that the system gives to connections, one of which could take it before rank 0 does
+    return str(port)
 
 
 def _start(script, ranks, changes, outputs):
