@@ -15,6 +15,7 @@ NAMES = {
     'wan2_1_towers': 'mmkit.converters.wan2_1', 'convert_wan': 'mmkit.convert_cli', 'extract': 'mmkit.extraction', 'film': 'mmkit.trainer.film', 'open_film': 'mmkit.trainer.film',
     'llava_to_mllm': 'mmkit.datasets.llava', 'PRESETS': 'mmkit.trainer.presets', 'chat': 'mmkit.trainer.chat', 'open_chat': 'mmkit.trainer.chat',
     'from_mindspeed_mm': 'mmkit.peer', 'launch': 'mmkit.run', 'Run': 'mmkit.run', 'resume': 'mmkit.again', 'plot_losses': 'mmkit.show', 'show_samples': 'mmkit.show', 'compare': 'mmkit.show', 'watch': 'mmkit.show', 'watch_async': 'mmkit.show', 'runs': 'mmkit.show',
+    'launch_on': 'mmkit.hosts', 'Hosts': 'mmkit.hosts', 'prepare_run': 'mmkit.hosts', 'shell_script': 'mmkit.hosts', 'slurm_script': 'mmkit.hosts',
 }
 
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:       # what type checkers and editors read; tests/test_types.
     from .extraction import extract as extract
     from .forecast import estimate as estimate, speed_of as speed_of
     from .forms import form as form
+    from .hosts import Hosts as Hosts, launch_on as launch_on, prepare_run as prepare_run, shell_script as shell_script, slurm_script as slurm_script
     from .peer import from_mindspeed_mm as from_mindspeed_mm
     from .run import launch as launch, Run as Run
     from .show import plot_losses as plot_losses, show_samples as show_samples, compare as compare, watch as watch, watch_async as watch_async, runs as runs

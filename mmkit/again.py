@@ -6,7 +6,6 @@
 __all__ = ['resume', 'follow_new']
 
 # %% ../nbs/61_again.ipynb #fca315d3
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,22 +13,26 @@ from pathlib import Path
 from .config import load_config
 from .files import Jsonl, load_json, write_atomic
 from .run import Run, RunFolder, check_config, progress, start
+from .trainer.folder import other_machine, started
 from .values import dumps, override, require
 
 # %% ../nbs/61_again.ipynb #3b8d6fb2
-def resume(run: RunFolder | str | Path, ranks: int | None = None, changes: Sequence[str] = (), *, stay: bool = False, env: dict[str, str] | None = None) -> Run:
+def resume(run: RunFolder | str | Path, ranks: int | None = None, changes: Sequence[str] = (), *, stay: bool = False, env: dict[str, str] | None = None, restarts: int = 0) -> Run:
     "Starts a run that is over again, in its folder, on as many ranks as before or as said; `changes` are words such as `layout.tp=2`, or `resume=120` for an older checkpoint."
     run = Run(run.folder if isinstance(run, RunFolder) else run)
-    require(not run.running, f'{run.folder} is {run.status}: wait for its end or stop() it before it is started again')
+    require(not run.running, f'{run.folder} is {run.status}{" on " * bool(host := other_machine(run.folder))}{host or ""}: wait for its end or stop() it{" there" * bool(host)} before it is started again')
     config = load_config(run.folder / 'config.json')
     once = ['resume=latest'] * (isinstance(config.resume, int) or config.resume == 'weights-only')
     config = override(config, [*once, *changes])
     ranks = check_config(config, ranks or load_json(run.folder / 'log' / 'agent.json')['ranks'])
     for note in (run.folder / 'failure.json', run.folder / 'log' / 'end.json', *(run.folder / 'log').glob('rank*.failed')): note.unlink(missing_ok=True)
     write_atomic(run.folder / 'config.json', dumps(config))
-    return start(run.folder, 'mmkit.trainer.loop', ranks, stay, env)
+    return start(run.folder, 'mmkit.trainer.loop', ranks, stay, env, restarts)
 
 def follow_new(run: Run, print_line: Callable[[str], None] = print) -> Run:
     "As `run.follow`, without the records from before it was started again."
-    log, since = Jsonl(run.folder / 'metrics.jsonl'), json.loads((run.folder / 'log' / 'agent.json').read_text())['started']
-    return run.wait(watch=lambda: [print_line(progress(record, run.steps)) for record in log.new() if record['time'] > since])
+    log, since = Jsonl(run.folder / 'metrics.jsonl'), started(run.folder)
+    def look():
+        for record in log.new():
+            if record['time'] > since: print_line(progress(record, run.steps))
+    return run.wait(watch=look)

@@ -237,17 +237,17 @@ FROM_MINDSPEED_MM = carry_over, dict(help='make a config of an example of MindSp
 # %% ../nbs/69_cli.ipynb #08b3b925
 def launch_lines(options: Namespace) -> str:
     "Makes a run folder and writes the script that trains on several machines, or returns the line of each."
-    from mmkit.hosts import Hosts, prepare_run, shell_script, slurm_script, try_line
+    from mmkit.hosts import launch_on, shell_script, slurm_script
     names = [f'node{number + 1}' for number in range(int(options.hosts))] if options.slurm and options.hosts.isdigit() else options.hosts.split(',')
-    hosts = Hosts(names=tuple(names), ranks=options.ranks, interface=options.interface, port=options.port, restarts=options.restarts, silence=options.silence, setup=options.setup)
     for script in filter(None, (options.slurm, options.shell)):
         if Path(script).exists(): raise ValueError(f'{script} is already there: give a new name')
-    folder = prepare_run(override(load_config(options.config), options.changes), hosts, options.run).folder
-    if options.slurm: write_atomic(options.slurm, slurm_script(hosts, folder))
-    if options.shell: write_atomic(options.shell, shell_script(hosts, folder))
+    told = {word: getattr(options, word) for word in ('interface', 'port', 'restarts', 'silence', 'setup')}
+    lines = launch_on(override(load_config(options.config), options.changes), names, options.ranks, options.run, **told)
+    folder = lines.run.folder
+    if options.slurm: write_atomic(options.slurm, slurm_script(lines.hosts, folder))
+    if options.shell: write_atomic(options.shell, shell_script(lines.hosts, folder))
     if options.slurm or options.shell: return f'wrote {" and ".join(filter(None, (options.slurm, options.shell)))}; the run folder is {folder}'
-    tries, lines = [try_line(hosts, number) for number in range(len(names))], (folder / 'command.txt').read_text().splitlines()
-    return '\n'.join(f'# on {name}, to try:\n{first}\n# on {name}, to train:\n{line}\n' for name, first, line in zip(names, tries, lines)) + f'# the run folder, which every machine must see, is {folder}'
+    return repr(lines)
 
 
 LAUNCH_LINES = launch_lines, dict(help='say what to start on each of several machines, or write a script that does', usage='mmkit launch-lines CONFIG.json --hosts A,B --ranks N [--interface NAME] [--slurm FILE] [--shell FILE] [name=value ...]'), (

@@ -17,9 +17,11 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .files import LATEST, load_json
+
+if TYPE_CHECKING: from mmkit.converters.convert import Written
 
 # %% ../nbs/65_convert_cli.ipynb #f26527ee
 @dataclass(frozen=True)
@@ -298,7 +300,7 @@ def wan_towers(folder: Path, layers: list | None, tp: int, flags: Flags) -> tupl
     return towers
 
 # %% ../nbs/65_convert_cli.ipynb #af073134
-def convert_wan(method: str, source: str | Path, target: str | Path, hf_dir: str | Path | None = None, layers: list | None = None, tp: int = 1, flags: Flags = Flags(), overwrite: bool = False, lora: Lora = Lora()) -> Any:
+def convert_wan(method: str, source: str | Path, target: str | Path, hf_dir: str | Path | None = None, layers: list | None = None, tp: int = 1, flags: Flags = Flags(), overwrite: bool = False, lora: Lora = Lora()) -> 'Written':
     "What was written: hf_to_mm, resplit and merge_lora_to_base write a MindSpeed-MM folder with this layout, mm_to_hf a transformer folder like `hf_dir`."
     source, target, back = Path(source), Path(target), method == 'mm_to_hf'
     if source.resolve() == target.resolve(): raise ValueError(f'{flags.target} {target} is also the source, which is never changed: give a new folder, such as {target}_{"hf" if back else "mm"}')

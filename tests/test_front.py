@@ -160,9 +160,10 @@ def test_the_tutorial_runs_and_its_loss_is_live(page, room):
     picture(page, '2_tutorial_over')
     records, seen = Run(room / 'job' / 'run').records(), page.evaluate('window.seen')
     late = [min(when for step, when in seen.items() if int(step) >= record['step']) - record['time'] for record in records]
-    print(f'loss on the page after its record: first {late[0]:.2f} s, median {statistics.median(late):.2f} s, last of all {max(late):.2f} s; {page.evaluate("window.pictures.size")} pictures')
-    limit = max(1, os.getloadavg()[0] / os.cpu_count() / 2)             # one second, or more where others want the machine, too
-    assert late[0] <= limit and statistics.median(late) <= limit, late
+    print(f'loss on the page after its record: first {late[0]:.2f} s, median {statistics.median(late):.2f} s, 95 of 100 within {statistics.quantiles(late, n=20)[-1]:.2f} s, last of all {max(late):.2f} s; {page.evaluate("window.pictures.size")} pictures')
+    busy = os.getloadavg()[0] / os.cpu_count()
+    if busy < 1: assert late[0] <= 1 and statistics.quantiles(late, n=20)[-1] <= 1, late
+    else: assert late[0] <= max(1, busy / 2) and statistics.median(late) <= max(1, busy / 2), late              # others want the machine, too
     assert len(seen) >= 5 and page.evaluate('window.pictures.size') >= 5
     assert page.locator('button:has-text("Stop")').count() == 0 and page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
     assert page.locator('text=/% of 12 right; before/').count() == 1

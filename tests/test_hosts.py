@@ -1,8 +1,10 @@
-"Two machines, which are network namespaces with an address of their own, train from the generated scripts: the losses of one machine, a clear error when the link is cut, and the same lines again go on."
+"Two machines, which are network namespaces with an address of their own, train from the generated scripts: the losses of one machine, a clear error when the link is cut, the same lines again go on, and so do the same torchruns when a rank is killed."
 import json, os, re, subprocess, time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 import kill_test
@@ -81,6 +83,13 @@ def prepared(folder, model, steps):
 def losses(folder): return [[record[name] for name in ('step', 'loss', 'grad_norm')] for record in map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())]
 
 
+def rank_process(folder, rank):
+    "The process of a rank of the run folder."
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if 'mmkit.hosts' in (words := process.cmdline()) and str(folder) in words and process.environ().get('RANK') == str(rank): return process
+
+
 def test_the_check_names_the_machine_that_fails(machines, start):
     (first, one), (second, two) = NAMES.items()
     line = lambda number, space, limit: f'ip netns exec {space} {try_line(hosts(), number, limit)}'
@@ -109,7 +118,9 @@ def test_a_cut_link_is_a_clear_error_on_both_sides_and_the_same_script_goes_on(m
     first, second = NAMES
     for here, lost in ((first, second), (second, first)): assert re.search(f'^{here}: rank.: {here} has not heard of {lost} for 10 s', said, re.M), said[-3000:]
     assert process.returncode and Run(folder).status == 'failed' and 5 <= len(losses(folder)) < 60
-    process = start(script)
-    said, _ = process.communicate(timeout=300)
+    before, process = kill_test.lines(folder), start(script)
+    while kill_test.lines(folder) < before + 5 and process.poll() is None and time.monotonic() < deadline + 200: time.sleep(0.05)
+    rank_process(folder, 3).kill()
+    said, _ = process.communicate(timeout=300)              # the same torchruns, on both machines, start all ranks again
     assert process.returncode == 0, said[-3000:]
-    assert 'goes on from' in (folder / 'log' / 'rank0.txt').read_text() and losses(folder) == alone and Run(folder).status == 'done'
+    assert (folder / 'log' / 'rank0.txt').read_text().count('goes on from') == 2 and losses(folder) == alone and Run(folder).status == 'done'

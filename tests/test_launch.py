@@ -11,7 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+import kill_test
 from mmkit.run import Run, RunFailed, launch
+from mmkit.trainer.folder import agent_process
+from mmkit.values import dumps
 
 TARGET = '''
 import os, signal, sys, time
@@ -41,6 +44,11 @@ import sys, time
 from mmkit.run import launch
 run = launch({'mode': 'long'}, ranks=2, folder=sys.argv[1], target=sys.argv[2])
 run.wait()
+'''
+STAYS = '''
+import sys
+from mmkit import launch, load_config
+launch(load_config(sys.argv[1]), 2, folder=sys.argv[2], stay=True, restarts=1)
 '''
 
 
@@ -168,6 +176,25 @@ def test_a_run_that_stays_outlives_its_parent_and_is_found_again(tmp_path, targe
     assert run.status == 'running' and len(alive(processes)) == 3
     run.stop()
     assert not alive(processes) and run.status == 'stopped'
+
+
+def test_a_training_that_stays_is_found_again_and_goes_on_after_a_rank_was_killed(tmp_path):
+    "A training that its notebook has left: torchrun starts its ranks again from the newest checkpoint, with the losses of a run that nobody killed."
+    kill_test.write_text(tmp_path)
+    config, folder = kill_test.config_of(tmp_path, 'text', 40), tmp_path / 'killed'
+    (tmp_path / 'config.json').write_text(dumps(config))
+    subprocess.run([sys.executable, '-c', STAYS, str(tmp_path / 'config.json'), str(folder)], check=True, timeout=120)
+    run = Run(folder)
+    try:
+        until(lambda: len(run.records()) >= 5, 200)
+        agent = agent_process(folder)
+        next(process for process in agent.children() if process.environ().get('RANK') == '1').kill()
+        whole = launch(config, 2, folder=tmp_path / 'whole').wait(300)
+        assert run.wait(300).status == 'done'
+    finally: run.stop(grace=0)
+    seen = lambda run: [[record[name] for name in ('step', 'loss', 'grad_norm')] for record in run.records()]
+    assert seen(run) == seen(whole) and len(seen(run)) == 40
+    assert (folder / 'log' / 'rank0.txt').read_text().count('goes on from') == 1 and json.loads((folder / 'log' / 'agent.json').read_text())['pid'] == agent.pid
 
 
 def test_a_recycled_process_number_is_not_the_agent(failed, tmp_path):

@@ -1,4 +1,4 @@
-"What somebody does in the first hour: brings own pictures to tutorial 2 in five lines, and makes every mistake once; each is one sentence with the way out."
+"What somebody does in the first hour: brings own pictures to tutorial 2 in five lines, and makes every mistake of tutorials 1 to 3 once; each is one sentence with the way out."
 import json
 import os
 import re
@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from mmkit.config import Config, Data, Layout, Loop
+import kill_test
+from mmkit.config import Clips, Config, Data, Layout, Loop, Optim
 from mmkit.datasets.conversation import Conversations
+from mmkit.datasets.features import extract_features
 from mmkit.datasets.llava import llava_to_mllm
+from mmkit.datasets.video import VideoClips
+from mmkit.extraction import extract
+from mmkit.models.codecs import open_codecs
 from mmkit.run import Run, launch
 from mmkit.toy import conversation_texts, emoji_names, emoji_picture, llava_toy, sprite, tiny_qwen2_5_vl
+from mmkit.toyfilm import tiny_wan
 from mmkit.trainer.task import open_task
 from mmkit.values import override
 
@@ -107,9 +113,36 @@ MISTAKES = {
     'pictures in another folder': (lambda folder, config: llava_to_mllm(config.data.files[0], folder / 'made.json', folder / 'elsewhere'), 'is not a folder: give the folder that holds the pictures'),
 }
 
-@pytest.mark.parametrize('name', MISTAKES)
-def test_a_mistake_is_one_sentence(name, toy, monkeypatch):
-    (act, words), (folder, config) = MISTAKES[name], toy
+@pytest.fixture(scope='module')
+def film(tmp_path_factory):
+    "A film config that would run, and beside it clips that nobody can read and a model with other encoders."
+    folder = tmp_path_factory.mktemp('film')
+    kill_test.write_film(folder, count=2)
+    tiny_wan(folder / 'other', layers=2, ffn=96, text_dim=32)
+    (folder / 'cut').mkdir()
+    for number in range(2): (folder / 'cut' / f'{number}.mp4').write_bytes((folder / f'{number}.mp4').read_bytes()[:400])
+    shutil.copy(folder / 'films.json', folder / 'cut')
+    extract_features(VideoClips(folder / 'cut' / 'films.json', kill_test.CLIPS), open_codecs(folder / 'film', image=False), folder / 'none', progress=False)
+    return folder, kill_test.film_config(folder, Optim(), Loop(global_batch=2, steps=3))
+
+def clips(*words): return lambda folder, config: open_task(override(config, [word.format(folder) for word in words])).features()
+
+FILM_MISTAKES = {
+    'a wrong folder of a film model': (start('weights=nowhere'), "weights='nowhere' is not there: correct the path"),
+    'encoders in a wrong folder': (lambda folder, config: extract(folder / 'films.json', folder / 'features', folder / 'new', kill_test.CLIPS), 'has no vae/config.json: give a diffusers folder of Wan2.1'),
+    'no list of clips': (lambda folder, config: extract(folder / 'nothing.json', folder / 'film', folder / 'new', kill_test.CLIPS), 'no file or folder .*nothing.json: give a data.json'),
+    'no clip that can be read': (clips('film.features={}/none'), 'holds no usable features; the first: '),
+    'no features': (start('film.features={}/nowhere'), 'film.features=.* is not there: correct the path'),
+    'features of another model': (clips('weights={}/other'), 'holds latents of .*, captions of 64 numbers, and the model takes latents of .*, captions of 32 numbers: extract the features with the pipeline folder of this model'),
+    'a wrong number of frames': (lambda folder, config: Clips(num_frames=10), r'num_frames=10 is not of the form 4k\+1; use 9'),
+    'a typo in film': (start('film.featurs=here'), r"film.featurs: no 'featurs' here; there is .*'features'"),
+    'a typo in the clips of film': (start('film.clips.num_frame=9'), r"film.clips.num_frame: no 'num_frame' here; there is .*'num_frames'"),
+    'prompts that are not there': (start('loop.samples={}/prompts.json'), 'loop.samples=.* is not there: correct the path'),
+}
+
+@pytest.mark.parametrize('name', [*MISTAKES, *FILM_MISTAKES])
+def test_a_mistake_is_one_sentence(name, request, monkeypatch):
+    (act, words), (folder, config) = {**MISTAKES, **FILM_MISTAKES}[name], request.getfixturevalue('film' if name in FILM_MISTAKES else 'toy')
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
     with pytest.raises(ValueError) as caught: act(folder, config)
@@ -126,5 +159,5 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     write_atomic(tmp_path / 'kept.json', '1')
     def full(handle): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='No space left on device: make room, or give a folder on another disk.*kept.json'): write_atomic(tmp_path / 'kept.json', '2')
+    with pytest.raises(OSError, match='the disk of .* is full: make room, or give a folder on another disk.*kept.json'): write_atomic(tmp_path / 'kept.json', '2')
     assert [path.name for path in tmp_path.iterdir()] == ['kept.json'] and (tmp_path / 'kept.json').read_text() == '1'

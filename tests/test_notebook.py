@@ -18,7 +18,7 @@ CELLS = ['''
 from pathlib import Path
 from mmkit import Config, Data, Layout, Loop, Optim
 from mmkit.run import launch
-from mmkit.show import watch
+from mmkit.show import watch, watch_async
 from mmkit.toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
 images, file = llava_toy('data', emoji_names(4), count=32, size=56)
 start = tiny_qwen2_5_vl('start', conversation_texts(file), hidden=64)
@@ -56,9 +56,10 @@ def rank_process(folder, rank):
         if held == {log} and f'RANK={rank}' in open(f'/proc/{process.pid}/environ').read().split('\0') and process.ppid() != process.pid: return process
 
 
-@pytest.mark.parametrize('end', ['kill', 'interrupt'])
+@pytest.mark.parametrize('end', ['kill', 'interrupt', 'interrupt while it awaits'])
 def test_the_cell_says_how_training_ended(end, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
+    if 'awaits' in end: notebook.cells[1].source = CELLS[1].replace('watch(run)', 'await watch_async(run)')
     client = NotebookClient(notebook, timeout=200, resources={'metadata': {'path': str(tmp_path)}})
 
     def kill(): os.kill(rank_process(tmp_path, 1).pid, signal.SIGKILL)
@@ -71,10 +72,10 @@ def test_the_cell_says_how_training_ended(end, tmp_path):
         assert called, error.value
         seconds = time.time() - called[0]
         alive = [p.cmdline() for p in descendants() if str(tmp_path / 'run') in ' '.join(p.cmdline()) or 'mmkit.run' in ' '.join(p.cmdline())]
-    assert seconds < 10 and not alive
+    assert seconds < 10 * max(1, os.getloadavg()[0] / os.cpu_count()) and not alive              # longer where others want the machine, too
     said = str(error.value)
     if end == 'kill': assert 'rank 1' in said and 'SIGKILL' in said, said
-    else: assert 'interrupted: every rank' in said and json.loads((tmp_path / 'run/log/end.json').read_text())['status'] == 'stopped'
+    else: assert client.nb.cells[1].outputs[-1].traceback == ['interrupted: every rank of run has ended'] and json.loads((tmp_path / 'run/log/end.json').read_text())['status'] == 'stopped'
 
 
 USED = '''

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .folders import LATEST, HFFolder, MMFolder, open_weights
 from .weights import Piece, Runs, Tower, check, cut_rows, pieces, shards, some
 from .writing import Later, SafetensorsWriter, TensorFile, behind, file_threads, new_folder, raw, readable, touch
-from ..files import OURS, inside, told_if_full
+from ..files import OURS, inside, room_for
 
 # %% ../../nbs/32_converters.convert.ipynb #58577c83
 def strays(target: Path) -> list[str]:
@@ -222,7 +222,7 @@ def mm_to_hf(mm_dir: str | Path | MMFolder, hf_dir: str | Path, save_dir: str | 
     if any(wrong.values()): raise ValueError(f'{mm.path} and {hf_dir} are different models: ' + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names))
     size = sum(torch.Size(mm.shape(name)).numel() * mm.dtype(name).itemsize for name in (hf.copies.get(hub, hub) for hub in hf.places))
     with new_folder(save_dir, size, overwrite) as folder, progress(size, 'mm_to_hf') as bar:
-        with told_if_full(folder): others = [name for name in copy_rest(hf.path, folder) if name not in hf.shards and not name.endswith('.index.json')]
+        with room_for(folder): others = [name for name in copy_rest(hf.path, folder) if name not in hf.shards and not name.endswith('.index.json')]
         with behind() as later:
             drift = later(0, drifted, mm)
             write_like(hf, folder, mm, bar)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import sync_folder, told_if_full
+from ..files import sync_folder, room_for
 
 # %% ../../nbs/30_converters.writing.ipynb #bb437960
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
@@ -95,7 +95,7 @@ class TensorFile:
         if name not in self.left: raise ValueError(f'{self.path} {"already holds" if name in self.places else "has no place for"} {name}')
         (offset, dtype, shape), file, checksum, places = self.places[name], self.file.fileno(), 0, self.checksums.get(name, ())
         if (found := stacked(parts)) != (dtype, tuple(shape)): raise ValueError(f'{name} is {found[0]} {found[1]} but {self.path} has a place for {dtype} {tuple(shape)}')
-        with told_if_full(self.path):
+        with room_for(self.path):
             for data in (data for x in parts for data in runs(x)):
                 if places: checksum = zlib.crc32(data, checksum)
                 write_at(file, data, offset)
@@ -107,7 +107,7 @@ class TensorFile:
     def close(self) -> None:
         "Returns when the file is on the disk; raises when a tensor was never written. A second call does nothing."
         if self.file.closed: return
-        with self.file as file, self.flusher.pool, told_if_full(self.path):
+        with self.file as file, self.flusher.pool, room_for(self.path):
             if self.left: raise ValueError(f'{self.path} was closed without {min(map(str, self.left))}, {len(self.left)} in all')
             self.flusher.settle()
             os.fsync(file.fileno())
@@ -130,7 +130,7 @@ class SafetensorsWriter(TensorFile):
             places[name] = (start, dtype, tuple(shape))
         header = json.dumps(table, ensure_ascii=False).encode()
         header += b' ' * (-len(header) % 8)
-        Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
+        with room_for(path): Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
         super().__init__(path, {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()})
 
 # %% ../../nbs/30_converters.writing.ipynb #8cb60bc3
@@ -229,7 +229,7 @@ def new_folder(target: str | Path, size: int = 0, overwrite: bool = False) -> It
     handle = own(temporary)
     try:
         yield temporary
-        with told_if_full(target):
+        with room_for(target):
             for path in (*temporary.rglob('*'), temporary): sync_folder(path)
         put_in_place(temporary, target, held)
     except BaseException:

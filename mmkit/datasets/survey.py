@@ -51,17 +51,20 @@ def draw_lengths(samples: Sequence[Measured], most: int) -> bytes:
     "A PNG: how many samples have which number of tokens, and the mean share of trained, given and media tokens among those of that length."
     from matplotlib.figure import Figure
     lengths = np.array([one.tokens for one in samples])
-    places = np.linspace(0, max(lengths.max() + 1, 2), 25)
+    low, high = lengths.min(), lengths.max() + 1
+    width = -(-(high - low) // 24)                                # whole tokens, from the shortest sample to the longest
+    places = np.arange(low, high + width, width)
     where = np.digitize(lengths, places) - 1
     figure = Figure(figsize=(8, 2.6), dpi=80, layout='constrained')
-    axes, bottom = figure.subplots(), np.zeros(24)
+    axes, bottom = figure.subplots(), np.zeros(len(places) - 1)
     for name, colour, part in (('trained', '#4aa564', [one.trained for one in samples]), ('given', '#bbbbbb', [one.tokens - one.trained - one.media for one in samples]), ('pictures and clips', '#7f95d1', [one.media for one in samples])):
-        height = np.bincount(where, np.array(part) / lengths, 24)
+        height = np.bincount(where, np.array(part) / lengths, len(bottom))
         axes.bar(places[:-1], height, np.diff(places), bottom, align='edge', color=colour, label=name, edgecolor='white', linewidth=0.5)
         bottom += height
     if most <= 1.05 * places[-1]: axes.axvline(most, color='#c0392b', label=f'data.max_length={most}')
     axes.set(xlabel='tokens of a sample', ylabel='samples')
-    axes.legend(fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc='outside right upper', fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format='png')
     return picture.getvalue()

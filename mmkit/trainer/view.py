@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'DRAWING', 'thumbnail', 'answer_html', 'samples_html', 'numbers', 'state_line', 'state_html', 'log_text',
-           'failure_text', 'words_html', 'run_html', 'can_update', 'Text', 'Outputs', 'Curves', 'View', 'stop_button',
-           'remove_button', 'show_live', 'show_run']
+           'failure_text', 'words_html', 'newest_samples', 'run_html', 'can_update', 'text_alone', 'Text', 'Outputs',
+           'Curves', 'View', 'stop_button', 'remove_button', 'show_live', 'show_run']
 
 # %% ../../nbs/59_trainer.view.ipynb #9971c500
 import io
@@ -23,17 +23,18 @@ from ..curves import draw_curves, smoothed, smoothing, to_png
 from ..datasets.media import read_frames
 from ..datasets.video import film_html
 from ..files import Jsonl, load_json
-from .folder import RunFolder, duration, memory_words, progress, read_failure, seconds_left, started
+from .folder import RunFolder, duration, memory_words, other_machine, progress, read_failure, seconds_left, started
 
 # %% ../../nbs/59_trainer.view.ipynb #12e59ae8
 def thumbnail(places: Sequence[Path], name: str | None, width: int = 160) -> str:
     "HTML of the picture or film `name`, `width` pixels wide, looked for in several folders; its name when it cannot be shown."
     path = next((place / name for place in places if name and (place / name).is_file()), None)
     if path is None: return escape(f'{name} (not found)') if name else ''
-    if path.suffix == '.mp4': return film_html(path.read_bytes(), read_frames(path, video_fps=1e6, video_maxlen=6).pixels, width)
-    from PIL import Image, UnidentifiedImageError
-    try: picture = Image.open(path).convert('RGB')
-    except UnidentifiedImageError: return escape(path.name)
+    from PIL import Image
+    try:
+        if path.suffix == '.mp4': return film_html(path.read_bytes(), read_frames(path, video_fps=1e6, video_maxlen=6).pixels, width)
+        picture = Image.open(path).convert('RGB')
+    except (OSError, ValueError): return escape(f'{path.name} (not readable)')
     picture.thumbnail((width, width))
     content = io.BytesIO()
     picture.save(content, 'jpeg', quality=80)
@@ -97,7 +98,7 @@ def state_html(run: RunFolder, records: Sequence[dict], status: str) -> str:
     return ''.join(parts)
 
 
-def log_text(run: RunFolder, lines: int = 8, width: int = 200) -> str:
+def log_text(run: RunFolder, lines: int = 8, width: int = 400) -> str:
     "The last lines that rank 0 has printed, without colours, none longer than `width`."
     plain = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', run.tail(lines))
     return '\n'.join(line if len(line) <= width else line[:width - 1] + '…' for line in plain.split('\n'))
@@ -119,18 +120,30 @@ def words_html(run: RunFolder, status: str, failure: bool = True) -> str:
     return f'<pre style="{style}">{escape(told or log_text(run))}</pre>'
 
 
+def newest_samples(run: RunFolder) -> str:
+    "The newest samples as HTML, or why they cannot be read."
+    try: return samples_html(run, count=4, columns=2)
+    except (OSError, ValueError) as error: return escape(str(error))
+
+
 def run_html(run: RunFolder) -> str:
     "All of a run as static HTML: state, curves, newest samples, last words."
     records, status = run.records(), run.status
     picture = b64encode(to_png(draw_curves({'': records}))).decode() if records else ''
     curves = f'<img alt="loss" src="data:image/png;base64,{picture}">' if records else ''
-    return ''.join([state_html(run, records, status), curves, samples_html(run, count=4, columns=2), words_html(run, status)])
+    return ''.join([state_html(run, records, status), curves, newest_samples(run), words_html(run, status)])
 
 # %% ../../nbs/59_trainer.view.ipynb #f57a9039
 def can_update() -> bool:
     "Whether outputs of this process can be changed after they were shown: in a Jupyter kernel."
     from IPython import get_ipython
     return hasattr(get_ipython(), 'kernel')
+
+
+def text_alone() -> bool:
+    "Whether this process shows nothing but text: a script, or IPython in a terminal."
+    from IPython import get_ipython
+    return get_ipython() is None or hasattr(get_ipython(), 'pt_app')
 
 
 class Text(str):
@@ -185,33 +198,42 @@ class View(Curves):
     def __init__(self, run: RunFolder, smooth: float = 0.8, failure: bool = True):
         super().__init__()
         self.run, self.smooth, self.failure, self.live = run, smooth, failure, can_update()
-        self.log, self.records, self.sampled = Jsonl(run.folder / 'metrics.jsonl'), [], None
+        self.log = Jsonl(run.folder / 'metrics.jsonl')
+        self.records: list[dict] = []
+        self.sampled: Path | None = None
         if self.live:
             for name in ('state', 'picture', 'samples', 'words'): self.show(name, {'text/plain': ''})         # so they stand in this order on the page
             to_png(draw_curves({'': []}))               # the first picture takes a second: now, while the ranks start
 
     def refresh(self) -> None:
-        "Shows what has changed; where no page can be updated, all of it once the run is over."
+        "Shows what has changed; where no page can be updated, all of it once the run is over. A disk that does not answer while the run goes on is asked again with the next call."
         status = self.run.status
         running = status in ('starting', 'running')
         if running and not self.live: return
+        try: self.show_all(status, running)
+        except OSError:
+            if not running: raise
+
+    def show_all(self, status: str, running: bool) -> None:
+        "Shows what has changed, given how the run stands."
         self.records += self.log.new()
         line = [state_line(self.run, self.records, status), *(progress(record, self.run.steps) for record in self.records[-1:])]
         self.show('state', {'text/plain': '\n'.join(line), 'text/html': state_html(self.run, self.records, status)})
         self.draw(self.records, self.smooth, running)
         newest = max((self.run.folder / 'samples').glob('step-*.json'), default=None)
-        if newest != self.sampled: self.show('samples', {'text/plain': newest.stem, 'text/html': samples_html(self.run, count=4, columns=2)})
+        if newest and newest != self.sampled: self.show('samples', {'text/plain': newest.stem, 'text/html': newest_samples(self.run)})
         self.sampled = newest
         told = log_text(self.run) if status != 'failed' else failure_text(self.run, status) if self.failure else ''
         self.show('words', {'text/plain': told, 'text/html': words_html(self.run, status, self.failure)})
 
 # %% ../../nbs/59_trainer.view.ipynb #94460818
 def stop_button(run: Any, awaited: bool = False) -> Any:
-    "A stop button on the page and the handle of its output, or None where a button cannot work, as in a cell that awaits with an old ipykernel."
-    from IPython.display import display
+    "A stop button on the page and the handle of its output, or None where a button cannot work: for a run on another machine, or in a cell that awaits with an old ipykernel."
+    if not can_update() or other_machine(run.folder): return None
     import ipykernel
-    if not can_update() or awaited and ipykernel.version_info[:2] < (7, 4): return None
+    from IPython.display import display
     from ipywidgets import Button
+    if awaited and ipykernel.version_info[:2] < (7, 4): return None
     button = Button(description='Stop', icon='stop', button_style='danger')
 
     def press(_button):
@@ -231,11 +253,11 @@ def show_live(run: Any, every: float = 0.5) -> None:
     button, view = stop_button(run), View(run)
 
     def follow():
-        with suppress(OSError, ValueError):               # the folder may be deleted
-            while run.running:
-                view.refresh()
-                time.sleep(every)
-            view.refresh()
+        going = True
+        while going:
+            with suppress(OSError): going = run.running
+            with suppress(OSError, ValueError): view.refresh()               # the folder may be deleted, or not answer for a moment
+            if going: time.sleep(every)
         remove_button(button)
     view.refresh()
     threading.Thread(target=follow, daemon=True).start()

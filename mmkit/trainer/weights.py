@@ -27,7 +27,7 @@ from ..converters.convert import WEIGHTS, copy_rest, write_index
 from ..converters.folders import HFFolder, MMFolder
 from ..converters.weights import Tower, check, pieces, whole
 from ..converters.writing import Later, SafetensorsWriter, behind, new_folder
-from ..files import MANIFEST, entry, listed, told_if_full, write_manifest
+from ..files import MANIFEST, entry, listed, room_for, write_manifest
 from ..parallel.fsdp import computed_in, every_part, fill
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import handed
@@ -168,7 +168,7 @@ def complete(folder: Path, root: Path, like: HFFolder, layout: dict[str, tuple[t
     every, inside = [None] * mesh.place.world, Path(like.path).relative_to(root)
     dist.all_gather_object(every, dict(written))
     if not mesh.first: return
-    with told_if_full(folder):
+    with room_for(folder):
         linked = {name: second_name((root / name).resolve(), name, folder) for name in parts_beside(root, inside, copy_rest(root, folder))}
         describe(like, folder / inside, layout)
     write_manifest(folder, linked | {name: one for each in every for name, one in each.items()})
