@@ -1,6 +1,9 @@
 """Time and memory of conversions beside `cp` of the same bytes and beside loading everything and saving it again.
 
-    python tests/benchmark_convert.py [--model qwen-3b|qwen-72b|wan-1.3b|wan-14b] [--layers N] [--rounds 3] [--warm] [--sparse] [--no-naive] [--folder DIR]
+    python tests/benchmark_convert.py [--model qwen-3b|qwen-72b|wan-1.3b|wan-14b] [--layers N] [--rounds 3] [--warm] [--sparse] [--no-naive] [--folder DIR] [--report]
+
+It ends with code 1 and a sentence for each when a direction takes more than 1.7 times `cp` (median of the rounds) or 2 times the largest
+tensor in memory; with --report it only shows them.
 
 A folder with the real shapes of the model is made first. Then, every round in one order: `cp -r`, Hugging Face to MindSpeed-MM
 (tp2 pp2; Wan pp2), back again, and both ways by load and save. Every turn begins with a synced, idle disk and with its source
@@ -169,16 +172,26 @@ def commands(config, work, naive, copied):
     yield 'load and save, to hf', [*python, 'naive-to-hf', str(plain), str(again), str(hf)], plain, again
 
 
+TIME, MEMORY = 1.7, 2.0                        # times `cp`, times the largest tensor
+OURS = 'hf_to_mm', 'mm_to_hf'
+
+def ratios(times, name): return [one[0] / base[0] for one, base in zip(times[name], times.get('cp -r', [(float('nan'),)] * len(times[name])))]
+
+def missed(times, largest):
+    "A sentence for each bound that a direction of ours does not keep; without a `cp` there is no bound of time."
+    slow = [f'{name} took {found:.2f} times cp; {TIME} are allowed' for name in OURS if (found := statistics.median(ratios(times, name))) > TIME]
+    return slow + [f'{name} took {found:.2f} times the largest tensor in memory; {MEMORY} are allowed' for name in OURS if (found := max(one[2] for one in times[name]) / largest) > MEMORY]
+
 def table(times, largest):
     rows = [f'{"":22}{"seconds":>9}{"cpu s":>8}{"x cp":>7}{"of rounds":>14}{"memory GB":>11}{"x largest tensor":>18}']
     for name, found in times.items():
-        ratios = [one[0] / base[0] for one, base in zip(found, times.get('cp -r', [(float('nan'),)] * len(found)))]
-        memory = max(one[2] for one in found)
-        spread = f'{min(ratios):.2f}-{max(ratios):.2f}'
-        rows.append(f'{name:22}{statistics.median(one[0] for one in found):9.1f}{statistics.median(one[1] for one in found):8.1f}{statistics.median(ratios):7.2f}{spread:>14}{memory / 1e9:11.2f}{memory / largest:18.2f}')
+        each, memory = ratios(times, name), max(one[2] for one in found)
+        spread = f'{min(each):.2f}-{max(each):.2f}'
+        rows.append(f'{name:22}{statistics.median(one[0] for one in found):9.1f}{statistics.median(one[1] for one in found):8.1f}{statistics.median(each):7.2f}{spread:>14}{memory / 1e9:11.2f}{memory / largest:18.2f}')
     return '\n'.join(rows)
 
 def main():
+    "The exit code."
     if sys.argv[1:2] == ['--child']: return child(sys.argv[2], sys.argv[3:])
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument('--model', choices=MODELS, default='qwen-3b')
@@ -187,6 +200,7 @@ def main():
     parse.add_argument('--warm', action='store_true', help='the source of every turn is in the page cache')
     parse.add_argument('--sparse', action='store_true', help='the source has no data, only sizes')
     parse.add_argument('--no-naive', action='store_true', help='without loading and saving everything, which needs twice the memory of the folder')
+    parse.add_argument('--report', action='store_true', help='end with code 0 whatever was measured')
     parse.add_argument('--folder', help='where to work (the folder for temporary files)')
     args = parse.parse_args()
     config = MODELS[args.model]
@@ -203,6 +217,8 @@ def main():
                 if name != 'hf_to_mm' and 'to mm' not in name: shutil.rmtree(target)
             for left in ('mm', 'naive-mm'): shutil.rmtree(Path(work, left), ignore_errors=True)
         print(table(times, largest))
+        print(*(problems := missed(times, largest)), sep='\n', end='\n' * bool(problems))
+        return int(bool(problems) and not args.report)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': sys.exit(main())

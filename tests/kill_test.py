@@ -1,12 +1,14 @@
-"""Two ranks are killed at random moments, many of them while they save, and started again until the run is over: losses and final files are those of a run that nobody killed, to the last bit.
+"""Two ranks and all they started are killed with one signal, at random moments, many of them while they save, and started again until the run is over: losses and final files are those of a run that nobody killed, to the last bit.
 
-`python tests/kill_test.py --kills 50` does it for both models; test_resume.py with two kills each."""
-import json, random, socket, subprocess, sys, time
+`python tests/kill_test.py --kills 50` does it for both models, and fails as well when fewer than 20 kills fell into a save; test_resume.py with two kills each."""
+import json, os, random, signal, socket, subprocess, sys, time
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
+from safetensors.torch import load_file, save_file
 
 from mmkit.config import Clips, Config, Data, Film, Loop, Optim, Sampling
 from mmkit.datasets.features import extract_features
@@ -15,9 +17,18 @@ from mmkit.models.codecs import open_codecs
 from mmkit.ranks import child_environment
 from mmkit.toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
 from mmkit.toyfilm import film_clips, tiny_wan, write_exact
+from mmkit.trainer.folder import alive
 from mmkit.values import dumps
 
 CLIPS = Clips(num_frames=9, max_height=48, max_width=48)
+
+def in_two(file):
+    "Weights of one file as two files and an index, so that two ranks have something to write."
+    tensors, parts = load_file(file), [file.with_name(f'{file.stem}-0000{n}-of-00002.safetensors') for n in (1, 2)]
+    places = {name: parts[number >= len(tensors) // 2] for number, name in enumerate(sorted(tensors))}
+    for part in parts: save_file({name: x for name, x in tensors.items() if places[name] == part}, part, {'format': 'pt'})
+    file.with_name(f'{file.name}.index.json').write_text(json.dumps(dict(metadata={}, weight_map={name: part.name for name, part in places.items()})))
+    file.unlink()
 
 def write_film(folder, count=6):
     "A tiny pipeline and the features of a few clips of two lengths."
@@ -28,6 +39,7 @@ def write_film(folder, count=6):
         records.append(dict(path=f'{number}.mp4', cap=caption))
     (folder / 'films.json').write_text(json.dumps(records))
     tiny_wan(folder / 'film', layers=2, ffn=96, room=24, random_all=True, seed=3)
+    in_two(folder / 'film' / 'transformer' / 'diffusion_pytorch_model.safetensors')
     extract_features(VideoClips(folder / 'films.json', CLIPS), open_codecs(folder / 'film', image=False), folder / 'features', progress=False)
 
 def film_config(folder, optim, loop, **more):
@@ -47,28 +59,36 @@ def write_text(folder):
     "A tiny model and the conversations."
     _, file = llava_toy(folder / 'data', emoji_names(4), count=10, size=56)
     tiny_qwen2_5_vl(folder / 'text', conversation_texts(file), hidden=128, layers=2, random_all=True)
+    in_two(folder / 'text' / 'model.safetensors')
 
 def config_of(folder, model, steps):
-    "Two ranks that share the optimizer's state; the film's weights have an average, the text's are saved in the background."
+    "Two ranks that share the optimizer's state; the film's weights have an average, the text's are saved in the background, with a worker that reads ahead."
     optim, loop = Optim(lr=1e-3, warmup=2), Loop(steps=steps, global_batch=4, micro_batch=2, save_every=2, keep=2, average=0.9 * (model == 'film'), save_in_background=model == 'text')
-    return (text_config if model == 'text' else film_config)(folder, optim, loop)
+    config = (text_config if model == 'text' else film_config)(folder, optim, loop)
+    return replace(config, data=replace(config.data, workers=int(model == 'text')))
+
+RANKS = 'for rank in $(seq 0 $((WORLD_SIZE - 1))); do RANK=$rank LOCAL_RANK=$rank "$@" & ranks="$ranks $!"; done; for rank in $ranks; do wait $rank || code=1; done; exit ${code:-0}'
 
 def start(run, ranks=2):
-    "The processes of a launch of the loop in a run folder."
+    "A process, alone in its list, that starts the ranks of the loop in a run folder and ends with them; it and all below it are one group."
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    where = lambda rank: dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank))
+    changes = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     with open(run / 'log.txt', 'ab') as log:
-        return [subprocess.Popen([sys.executable, '-m', 'mmkit.trainer.loop', str(run)], env=child_environment(where(rank)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True) for rank in range(ranks)]
+        return [subprocess.Popen(['sh', '-c', RANKS, 'sh', sys.executable, '-m', 'mmkit.trainer.loop', str(run)], env=child_environment(changes), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)]
 
 def end(processes):
-    "SIGKILL for all ranks and all they started."
-    family = [other for process in processes if process.poll() is None for other in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True))]
-    for process in family:
-        try: process.kill()
-        except psutil.NoSuchProcess: pass
+    "One SIGKILL for all ranks and all they started; whether any of them was still there. Workers, which have groups of their own, must end at once by themselves."
+    there = [process for process in processes if process.poll() is None]
+    family = [other for process in there for other in psutil.Process(process.pid).children(recursive=True)]
+    for process in there: os.killpg(process.pid, signal.SIGKILL)
     for process in processes: process.wait()
+    deadline = time.monotonic() + 10
+    while any(map(alive, family)):
+        if time.monotonic() > deadline: raise TimeoutError('a rank or worker is alive after SIGKILL for the ranks')
+        time.sleep(0.01)
+    return bool(there)
 
 def until(condition, processes, seconds=90):
     "Waits for a condition, or for the end of a rank."
@@ -77,12 +97,12 @@ def until(condition, processes, seconds=90):
         if time.monotonic() > deadline: raise TimeoutError('waited in vain')
         time.sleep(0.001)
 
-def partial(run): return list((run / 'checkpoints').glob('.*.partial'))
+def partial(run): return [path for path in (run / 'checkpoints').glob('.step-*.partial') if not path.name.endswith('.old.partial')]         # on their way in, not out
 def newest(run): return max((run / 'checkpoints').glob('step-*'), default=None)
 def lines(run): return (run / 'metrics.jsonl').read_bytes().count(b'\n') if (run / 'metrics.jsonl').exists() else 0
 
 def kill_once(run, draw, saving, fresh):
-    "Starts the run and kills it at a random moment, a save if asked for; returns whether it was one (a folder is left half written)."
+    "Starts the run and kills it at a random moment, a save if asked for; returns whether it was one (a folder is left half written), and whether anything was left to kill."
     left, processes = set(partial(run)), start(run)
     try:
         if saving:
@@ -95,9 +115,9 @@ def kill_once(run, draw, saving, fresh):
         else:
             before = lines(run)
             until(lambda: lines(run) != before, processes)
-            time.sleep(draw.random())
-    finally: end(processes)
-    return bool(set(partial(run)) - left)
+            time.sleep(draw.random() * 0.3)
+    finally: hit = end(processes)
+    return bool(set(partial(run)) - left), hit
 
 def finished(run):
     "Runs to the end, whatever was there before."
@@ -114,7 +134,7 @@ def trail(run, steps):
     return [[record[name] for name in ('step', 'loss', 'grad_norm', 'lr')] for record in records], {path.relative_to(last).as_posix(): path.read_bytes() for path in last.rglob('*') if path.is_file()}
 
 def killed(folder, model, kills, saves, steps, seed=0, say=lambda words: None):
-    "Runs a model with kills and without; returns (kills during a save, problems)."
+    "Runs a model with kills, so many of them aimed at a save, and without; returns (kills during a save, problems)."
     config, draw = config_of(folder, model, steps), random.Random(seed)
     whole, broken = (folder / f'{model}-{name}' for name in ('whole', 'killed'))
     for run in (whole, broken):
@@ -123,12 +143,13 @@ def killed(folder, model, kills, saves, steps, seed=0, say=lambda words: None):
     finished(whole)
     wanted = [True] * saves + [False] * (kills - saves)
     draw.shuffle(wanted)
-    hits = 0
+    hits, late = 0, []
     for number, saving in enumerate(wanted, 1):
-        hits += kill_once(broken, draw, saving, number % 4 == 0)
+        hit, living = kill_once(broken, draw, saving, number % 4 == 0)
+        hits, late = hits + hit, late + [f'kill {number} came when the run was over'] * (not living)
         say(f'{model}: kill {number} of {kills}, after {lines(broken)} steps, {hits} of them during a save')
     (losses, files), (mine, others) = trail(whole, steps), trail(finished(broken), steps)
-    problems = [f'step {a[0]}: {a} and {b}' for a, b in zip(losses, mine) if a != b] + [f'{len(losses)} and {len(mine)} records'] * (len(losses) != len(mine))
+    problems = late + [f'step {a[0]}: {a} and {b}' for a, b in zip(losses, mine) if a != b] + [f'{len(losses)} and {len(mine)} records'] * (len(losses) != len(mine))
     return hits, problems + [name for name in files.keys() | others.keys() if files.get(name) != others.get(name)]
 
 def main():
@@ -139,9 +160,10 @@ def main():
     kills, models = vars(words.parse_args()).values()
     for model in models:
         with TemporaryDirectory(prefix='kill-') as folder:
-            folder = Path(folder)
+            folder, saves = Path(folder), kills * 3 // 5
             write_text(folder) if model == 'text' else write_film(folder)
-            hits, problems = killed(folder, model, kills, kills * 3 // 5, 3 * kills, say=lambda words: print(words, flush=True))
+            hits, problems = killed(folder, model, kills, saves, 3 * kills, say=lambda words: print(words, flush=True))
+            problems += [f'{hits} kills during a save, and {min(20, saves)} are wanted'] * (hits < min(20, saves))
             print(f'{model}: {kills} kills, {hits} during a save; {problems[:5] or "the same losses and files to the last bit"}', flush=True)
             if problems: sys.exit(1)
 

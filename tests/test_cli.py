@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import mmkit
 from mmkit.cli import mm_convert, mmkit as command
+from mmkit.convert_cli import METHODS
 from mmkit.converters.folders import MMFolder
 from mmkit.converters.wan2_1 import wan2_1_towers
 
@@ -330,15 +331,37 @@ def test_wan_is_overwritten_in_both_spellings(wan, capsys):
         check_peers('ckpt/wan', GOLDEN / 'wan2_1_t2v_pp1')
 
 
-def test_a_printed_config_is_one_that_is_understood(work, capsys):
-    for line in (HF_TO_MM, RESPLIT_QWEN, WAN_TO_MM):
-        assert does(line.rstrip() + ' --print_config') == 0
-        Path('printed.yaml').write_text(printed := capsys.readouterr().out)
-        assert does(' '.join(line.split()[:3]) + ' --config printed.yaml --print_config') == 0 and capsys.readouterr().out == printed
+def example(kind):
+    "A value of a kind of field that is not its default, as YAML and as a printed config have it."
+    from mmkit.convert_cli import LAYERS, MAYBE_LAYERS
+    return {LAYERS: [1, 2], MAYBE_LAYERS: [3, 4], int: 5, float: 6.5, bool: True, str: 'some words'}.get(kind, 7)
+
+@pytest.mark.parametrize('converter, method', [(converter, method) for converter, (_, methods) in METHODS.items() for method in methods])
+def test_every_field_of_every_method_is_read_from_a_file_and_printed(converter, method, work, capsys):
+    """What --print_config prints of a file is a file that is understood; a word of the line goes before one of the file."""
+    import yaml
+    _, fields, unused = METHODS[converter][1][method]
+    given = {name: (not default if kind is bool else example(kind)) for name, kind, default, _ in (*fields, *unused)}
+    tree = {}
+    for name, value in given.items():
+        *path, last = name.split('.')
+        inner = tree
+        for part in path: inner = inner.setdefault(part, {})
+        inner[last] = value
+    Path('there.yaml').write_text(yaml.safe_dump(tree))
+    assert does(f'mm-convert {converter} {method} --config there.yaml --print_config') == 0
+    printed = capsys.readouterr().out
+    found = yaml.safe_load(printed)
+    assert found == tree, printed
+    Path('printed.yaml').write_text(printed)
+    assert does(f'mm-convert {converter} {method} --config printed.yaml --print_config') == 0 and capsys.readouterr().out == printed
+    texts = [name for name, kind, _, _ in fields if kind is str]
+    for name in texts[:1]:
+        assert does(f'mm-convert {converter} {method} --config there.yaml --{name} other --print_config') == 0
+        assert yaml.safe_load(capsys.readouterr().out) != tree
 
 
 def test_help_names_every_field(capsys):
-    from mmkit.convert_cli import METHODS
     for converter, (_, methods) in METHODS.items():
         for method, (_, fields, unused) in methods.items():
             assert does(f'mm-convert {converter} {method} -h') == 0

@@ -332,6 +332,6 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     assert run.returncode == 0, run.stderr
     there, back = map(int, run.stdout.split())
     assert sum(sizes) > 290e6 and max(sizes) < 22e6
-    assert max(there, back) < 3 * max(sizes), (there, back)
+    assert max(there, back) < 2 * max(sizes), (there, back)
     print(f'{sum(sizes) / 1e6:.0f} MB in tensors of at most {max(sizes) / 1e6:.0f} MB took {there / 1e6:.0f} MB there, {back / 1e6:.0f} MB back')
     assert (tmp_path / 'hf' / 'model.safetensors').stat().st_size == (tmp_path / 'back' / 'model.safetensors').stat().st_size

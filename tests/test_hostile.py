@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmkit.cli import finish, mm_convert
-from mmkit.convert_cli import convert_qwen, convert_wan
+from mmkit.convert_cli import Lora, convert_qwen, convert_wan
 from mmkit.converters.folders import HFFolder, MMFolder, load_peer_file, open_weights
 from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
 from mmkit.converters.wan2_1 import wan2_1_towers
@@ -50,6 +50,14 @@ def qwen(method, mm='mm', hf=HF, target='out'):
     return lambda: convert_qwen(method, SimpleNamespace(**folders, hf_config=SimpleNamespace(hf_dir=str(hf)), parallel_config=layout))
 
 def wan(method, source, hf=None): return lambda: convert_wan(method, source, 'out', hf)
+
+def with_adapters(folder):
+    "The four conversions that merge the adapters of a folder into good weights."
+    layout, hf = SimpleNamespace(llm_pp_layers=[4], vit_pp_layers=[3], tp_size=1), SimpleNamespace(hf_dir=str(HF))
+    base, lora = dict(mm_dir=GOLDEN / 'qwen2_5_vl_tp1', source_dir=GOLDEN / 'qwen2_5_vl_tp1', save_hf_dir='out', target_dir='out', hf_config=hf, parallel_config=layout), Lora(folder, 16.0)
+    for method in ('mm_to_hf', 'merge_lora_to_base'):
+        yield lambda: convert_qwen(method, SimpleNamespace(**base), lora=lora)
+        yield lambda: convert_wan(method, GOLDEN / 'wan2_1_t2v_pp1', 'out', WAN, lora=lora)
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -97,11 +105,12 @@ PT = {
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('what', PT)
 def test_a_hostile_pt_file_is_refused_by_every_reader(what, here, capsys):
-    for path in ('mm/release/mp_rank_00', 'features'): Path(path).mkdir(parents=True)
-    rank, feature = Path('mm/release/mp_rank_00/model_optim_rng.pt'), Path('features/clip.pt')
+    for path in ('mm/release/mp_rank_00', 'adapters/iter_0000020/mp_rank_00', 'features'): Path(path).mkdir(parents=True)
+    rank, adapter, feature = Path('mm/release/mp_rank_00/model_optim_rng.pt'), Path('adapters/iter_0000020/mp_rank_00/model_optim_rng.pt'), Path('features/clip.pt')
     Path('mm/latest_checkpointed_iteration.txt').write_text('release')
+    Path('adapters/latest_checkpointed_iteration.txt').write_text('20')
     Path('data.jsonl').write_text(json.dumps(dict(path='clip.mp4', cap='a clip', file='features/clip.pt')))
-    PT[what](rank); PT[what](feature)
+    for file in (rank, adapter, feature): PT[what](file)
     for towers in (qwen2_5_vl_towers(CONFIG), wan2_1_towers(WAN_CONFIG)):
         for read in (lambda: MMFolder('mm', towers), lambda: open_weights('mm', towers)): refused(read, rank)
     if what not in ('a shape of 10^12 numbers', 'a sparse tensor', 'a model that is a tensor', 'names that are numbers'): refused(lambda: load_peer_file(rank), rank)
@@ -109,9 +118,12 @@ def test_a_hostile_pt_file_is_refused_by_every_reader(what, here, capsys):
     refused(lambda: Features('.'), feature)
     ends(wan('mm_to_hf', 'mm', WAN), rank, capsys)
     ends(qwen('mm_to_hf'), rank, capsys)
+    for merge in with_adapters('adapters'): ends(merge, 'adapters', capsys)
     if what != 'a payload among the weights': return
     assert mm_convert(f'WanConverter resplit --cfg.source_path mm --cfg.target_path out --cfg.hf_dir {WAN}'.split()) == 1       # and once from the words of the line
     assert rank.name in capsys.readouterr().err and not Path('was_here').exists() and not Path('out').exists()
+    assert mm_convert(f'WanConverter mm_to_hf --cfg.source_path {GOLDEN / "wan2_1_t2v_pp1"} --cfg.target_path out --cfg.hf_dir {WAN} --cfg.lora_path adapters --lora_alpha 16'.split()) == 1
+    assert str(adapter) in capsys.readouterr().err and not Path('was_here').exists() and not Path('out').exists()
 
 
 def header(table, data=b'', size=None):

@@ -43,6 +43,7 @@ GPT_ARGS="
     --no-load-optim \  # not loaded
     --no-load-rng \
     --no-save-optim \
+    --no-save-rng \
     --use-distributed-optimizer --overlap-grad-reduce \
     --recompute-granularity full --recompute-method block --recompute-num-layers 2 \
 "
@@ -117,6 +118,16 @@ def test_qwen(tree):
     assert (data.files, data.media_dir, data.max_length, data.image_max_pixels, data.train_on_prompt, data.shuffle, data.workers) == (('./a.json', './b.json'), './data', 512, 4096, True, False, 3)
     assert (data.columns.images, data.columns.videos, data.columns.role) == ('pictures', 'videos', 'from')
     assert (config.weights, config.processor, config.freeze, config.dtype, config.seed, config.resume) == ('ckpt/mm', './hf', ('vision', 'merger'), 'bfloat16', 7, 'weights-only')
+
+
+def test_what_megatron_leaves_out_of_a_checkpoint_has_its_word_here(tree):
+    "The four flags of the quick start: two of them decide, and what of the other two remains to be said is said."
+    fates = {field.name: fate for field, fate in from_mindspeed_mm('examples/qwen').fates if field.name.startswith('--no-')}
+    assert {name: dict(fate.settings) for name, fate in fates.items()} == {'--no-load-optim': {'resume': 'weights-only'}, '--no-save-optim': {'loop.save_optimizer': False}, '--no-load-rng': {}, '--no-save-rng': {}}
+    assert 'weights-only' in fates['--no-load-rng'].words and 'always saved' in fates['--no-save-rng'].words
+    for flag in fates: edit(tree / 'examples/qwen/train.sh', f'    {flag} \\', '    \\')
+    config = from_mindspeed_mm('examples/qwen').config
+    assert (config.resume, config.loop.save_optimizer) == ('latest', True)
 
 
 def test_wan(tree):
