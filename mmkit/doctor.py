@@ -116,7 +116,7 @@ def room(name: str, folder: str | Path, least: float, remedy: str) -> Finding:
 def machine() -> Iterator[Finding]:
     "Devices, cores, shared memory and disk."
     asked = {name: answer(lambda device=device: device.present() and device.count(), 0) for name, device in DEVICES.items() if name != 'cpu'}
-    present, failed = [f'{count} {name}' for name, (count, _) in asked.items() if count], [words for _, words in asked.values() if words]
+    present, failed = [f'{count} {name}' for name, (count, _) in asked.items() if count], [words for name, (_, words) in asked.items() if words and name != 'npu']      # what is wrong with an NPU stands in its own rows
     yield Finding('devices', ', '.join(present) or f'CPU, {os.cpu_count()} cores', 'any', '; '.join(failed))
     yield room('shared memory', '/dev/shm', 1e9, 'start the container with --shm-size=16g, or set data.workers=0')
     yield room('disk', Path.cwd(), 10e9, 'checkpoints go where the run folder is: choose one with more room, --run FOLDER')
