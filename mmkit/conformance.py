@@ -122,6 +122,7 @@ def draw_operations(axis: Any, operations: list[dict[str, Any]]) -> None:
     if failed: axis.plot([1.0] * len(failed), failed, '*', color='C3', label='too far, or failed')
     axis.set(xscale='log', xlim=(LEAST / 3, 3), title='operations: difference from the CPU / largest value'); axis.tick_params(labelsize=7); axis.legend(fontsize=6, loc='lower left')
 
+# %% ../nbs/66_conformance.ipynb #12880593
 def draw_runs(axis: Any, runs: list[dict[str, Any]]) -> None:
     "How far the loss of every run is from the CPU's, step by step, with its speed."
     reference = next((run['losses'] for run in runs if run['run'] == 'CPU' and 'losses' in run), [])

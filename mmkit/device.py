@@ -73,6 +73,7 @@ def wrong_release(torch: str | None, npu: str | None) -> str | None:
     torch = torch.split('+')[0]
     return f"torch-npu {npu} is installed, but torch is {torch}, so there is no NPU for mmkit: `pip install 'torch-npu=={torch}.*'`, or uninstall torch-npu"
 
+# %% ../nbs/00_device.ipynb #6ac18bd7
 def not_loaded(library: str, words: str) -> str:
     "Why a library of CANN could not be loaded, of which the system's loader says these words."
     lost = words.partition(':')[0]

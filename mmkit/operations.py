@@ -87,6 +87,7 @@ class Around(torch.autograd.Function):
                     for whole, part, where in zip(sums, parts, at): whole[:, where] += part
         return *(x.to(gradient.dtype) for x in sums), None, None, None
 
+# %% ../nbs/65_operations.ipynb #dd822791
 def around(causal: bool) -> Callable[..., Tensor]:
     "Attention within the segments on a ring of two; two tokens are added to the last segment, since four must divide a row."
     return lambda q, k, v: Around.apply(q, k, v, [*LENGTHS[:-1], LENGTHS[-1] + 2], causal, 2)
