@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from .config import Config
-from .device import Device, Place, pick_device, place
+from .device import INTERFACES, NPU_DEFAULTS, Device, Place, npu_installed, pick_device, place
 from .files import Jsonl, load_json, read_end, write_atomic
 from .ranks import answers, close_group, follow_parent, last_words, leave, run_target
 from .run import Run, make_folder
@@ -64,7 +64,8 @@ def environment_words(hosts: Hosts) -> list[str]:
     "The environment of a rank as words NAME=value."
     fixed = ['OMP_NUM_THREADS=1', 'CUDA_DEVICE_MAX_CONNECTIONS=1', 'PYTHONUNBUFFERED=1', 'PYTHONFAULTHANDLER=1', 'MPLBACKEND=agg',
              'TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1']      # ranks that save are not killed; each restart meets at a new place, not among old addresses
-    return fixed + [f'{kind}_SOCKET_IFNAME={hosts.interface}' for kind in ('GLOO', 'NCCL', 'HCCL', 'TP') if hosts.interface]
+    own = [f'{name}=${{{name}:-{value}}}' for name, value in NPU_DEFAULTS.items() if npu_installed() and f'{name}={value}' not in fixed]      # what a machine has set itself wins
+    return fixed + own + [f'{name}={hosts.interface}' for name in INTERFACES if hosts.interface]
 
 
 def plain_name(folder: Path) -> str:

@@ -13,6 +13,7 @@ from mmkit.trainer.loop import build
 from mmkit.trainer.step import totals
 from mmkit.trainer.task import TASKS, open_task
 from mmkit.trainer.weights import whole_tensors
+from mmkit.values import largest
 
 TESTS = Path(__file__).resolve().parent
 LIMIT = 1e-5                                    # largest difference over largest value
@@ -42,19 +43,19 @@ def step_gradients(task, wrapped, mesh, batches):
     return total / (count / mesh.cp.size), dict(whole_tensors(held, task.towers, mesh))        # every rank of cp counts the whole row
 
 def apart(mine: Tensor, theirs: Tensor) -> float:
-    "Largest absolute difference over largest absolute value; where the reference is zero, only zero is near."
+    "Largest absolute difference over largest absolute value; where the reference is zero, only zero is near, and to what is not finite nothing is."
+    if mine.shape != theirs.shape: return float('inf')
     difference, size = (mine - theirs).abs().max().item(), theirs.abs().max().item()
-    if mine.shape != theirs.shape or difference != difference: return float('inf')
-    return difference / size if size else (float('inf') if difference else 0.0)
+    return largest([difference / size if size else (float('inf') if difference else 0.0)])
 
 def furthest(mine, theirs):
     "(distance, name) of the tensor that is furthest from its reference; different names are infinitely far."
     if differ := mine.keys() ^ theirs.keys(): return float('inf'), f'only on one side: {sorted(differ)[:3]}'
-    return max((apart(mine[name], theirs[name]), name) for name in mine)
+    return max((apart(mine[name], theirs[name]), name) for name in mine)           # none of them is not-a-number
 
 def over_ranks(distance):
     "The largest of a number over all ranks."
-    x = torch.tensor(float(distance))
+    x = torch.tensor(largest([distance]))                   # the largest of a number and not-a-number is either, by the order of the ranks
     torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
     return x.item()
 

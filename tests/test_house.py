@@ -144,7 +144,7 @@ def class_names(root):
 def npu_words(root):
     "torch_npu and hccl stand only in the device, the engine and the fused operations."
     for name, text in modules(root):
-        if name not in NPU_MODULES and (word := re.search(r'torch_npu|hccl', text)): yield f'mmkit.{name} says {word[0]}'
+        if name not in NPU_MODULES and (word := re.search(r'torch_npu|hccl', text, re.I)): yield f'mmkit.{name} says {word[0]}'
 
 def environment(root):
     "The environment is read only where a process begins."
@@ -360,6 +360,7 @@ PLANTED = [
     (class_names, {'mmkit/models/utils.py': ''}, 'no home'),
     (npu_words, rope_module('import torch_npu'), 'torch_npu'),
     (npu_words, rope_module('backend = "hccl"'), 'hccl'),
+    (npu_words, rope_module('name = "HCCL_SOCKET_IFNAME"'), 'HCCL'),
     (environment, rope_module('import os\nx = os.environ["HOME"]'), 'environ'),
     (environment, rope_module('from os import getenv'), 'getenv'),
     (required, rope_module('import pytest'), 'imports pytest'),

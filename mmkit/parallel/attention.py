@@ -31,8 +31,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]      # (b s h d), (b s g d),
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     "Scaled dot-product attention, (b s h d) with g key heads that divide h; `mask` is True where a query may look."
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return mixed.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 # %% ../../nbs/12_parallel.attention.ipynb #87dd0cab
 def stacking(lengths: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -270,8 +269,10 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, hidden: Tenso
 
 # %% ../../nbs/12_parallel.attention.ipynb #de3cbbd5
 def npu_attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    "`attend` by the NPU's kernel."
+    "`attend` by the NPU's kernel; a mask has a row for every query and a column for every key, and is the same for all rows and heads, for all heads, or for none."
     require(not (causal and mask is not None), 'a mask and causal at once')
+    forms = [(*ahead, q.shape[1], k.shape[1]) for ahead in ((), (1, 1), (len(q), 1), (len(q), q.shape[2]))]
+    require(mask is None or mask.dtype == torch.bool and mask.shape in forms, f'a mask of {getattr(mask, "shape", ())} and {getattr(mask, "dtype", None)}: one of bool with one of the shapes {forms} is wanted')
     return fused_attention(q, k, v, causal, None if mask is None else ~mask)[0]
 
 def npu_segments(lengths: Sequence[int], causal: bool, device: torch.device | str = 'cpu', at_once: int = 1024) -> Attend:

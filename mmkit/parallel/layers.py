@@ -103,7 +103,7 @@ def npu_swiglu(x: Tensor) -> Tensor:
     "`swiglu` by the NPU's kernel."
     import torch_npu
     require(x.shape[-1] % 2 == 0, f'{x.shape[-1]} numbers are no gate and value side by side')
-    return torch_npu.npu_swiglu(x, dim=-1)
+    return torch_npu.npu_swiglu(x.contiguous(), dim=-1)             # it reads memory in order, whatever the strides
 
 swiglu = by_device(swiglu, npu=npu_swiglu)
 
@@ -133,8 +133,11 @@ class Layer(nn.Module):
 def npu_turned(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
     "x (b s h d) turned by the NPU's kernel with cosines and sines (b or 1, s, d), in their format."
     import torch_npu
-    fits = cos.shape == sin.shape and len(cos) in (1, len(x)) and cos.shape[1:] == (x.shape[1], x.shape[3])
+    (b, s, h, d), pairs = x.shape, mode == 'interleave'
+    fits = cos.shape == sin.shape and len(cos) in ((1,) if pairs else (1, b)) and cos.shape[1:] == (s, d)
     require(fits, f'cosines of {tuple(cos.shape)} and sines of {tuple(sin.shape)} for queries or keys of {tuple(x.shape)}')
+    require(d % 2 == 0 and d < 896 and (b * h < 1000 if pairs else max(b, h) < 1000), f'the NPU turns no {b} rows of {h} heads of {d}: heads are even and below 896, '
+            + ('rows times heads' if pairs else 'rows, and heads,') + ' below 1000')
     return torch_npu.npu_rotary_mul(x.to(cos.dtype), cos[:, :, None], sin[:, :, None], rotary_mode=mode).to(x.dtype)
 
 # %% ../../nbs/13_parallel.layers.ipynb #96b5c2dc

@@ -1,9 +1,14 @@
 """Tests on emulated NPUs. They are collected only in the environment of prepare.py, and the end of every run says what was proved, or that nothing was."""
 import os
+import sys
+from pathlib import Path
 
 EMULATED, MINDSPEED = os.environ.get('NPU_EMULATOR'), os.environ.get('MINDSPEED')
 collect_ignore_glob = [] if EMULATED else ['test_*.py']
 if not MINDSPEED: collect_ignore_glob.append('test_mindspeed*.py')
+else:                                                       # the others are the same with it as without: neither they nor processes that they start find it
+    apart = lambda paths: [path for path in paths if path != str(Path(MINDSPEED).resolve())]
+    sys.path[:], os.environ['PYTHONPATH'] = apart(sys.path), os.pathsep.join(apart(os.environ['PYTHONPATH'].split(os.pathsep)))
 
 PROVED = '''Proved on emulated NPUs: this code calls torch_npu 2.13.0 with arguments that the wheel's own host code accepts, wires autograd, devices and
 process groups right, and gives the CPU's numbers when each fused operator obeys its documented formula.

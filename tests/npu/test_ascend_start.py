@@ -25,7 +25,8 @@ def test_an_npu_is_taken_where_there_is_one():
     assert npu_facts()['chip'].startswith('Ascend')
     found = {one.name: one for one in doctor()}
     assert found['torch-npu'].good and found['chip'].found == npu_facts()['chip'] and found['devices'].found == '2 npu'
-    assert bool(found['MindSpeed'].remedy) == ('MINDSPEED' not in os.environ) or found['MindSpeed'].remedy == INSTALL_MINDSPEED
+    assert (found['MindSpeed'].found, found['MindSpeed'].remedy) == ('not installed', INSTALL_MINDSPEED)        # test_mindspeed.py has the other
+    assert found['CANN'].found == found['NPU driver'].found == '-' and found['CANN'].good          # the emulated CANN has no version
 
 def test_the_settings_are_defaults():
     ask = 'import os; from mmkit.device import torch_module; torch_module("npu"); print(os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["PYTORCH_NPU_ALLOC_CONF"])'
@@ -57,6 +58,45 @@ def test_without_cann_there_is_one_sentence_and_the_cpu():
     assert 'set_env.sh' in errors.splitlines()[-1] and errors.splitlines()[-1].startswith('ValueError')
     said, errors = python('from mmkit.cli import mmkit; mmkit(["doctor"])', **without_cann())
     assert 'set_env.sh' in next(line for line in said.splitlines() if ' CANN ' in line) and 'Traceback' not in errors
+
+def other_wheel(folder, version, says):
+    "The variables of a process that finds, before the real one, a torch-npu of another version that fails with these words when it is imported."
+    info = folder / f'torch_npu-{version}.dist-info'
+    info.mkdir(), (folder / 'torch_npu').mkdir()
+    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: torch-npu\nVersion: {version}\n')
+    (info / 'entry_points.txt').write_text('[torch.backends]\ntorch_npu = torch_npu:_autoload\n')
+    (folder / 'torch_npu' / '__init__.py').write_text(f'raise ImportError({says!r})')
+    return dict(os.environ, PYTHONPATH=os.pathsep.join([str(folder), os.environ['PYTHONPATH']]), TORCH_DEVICE_BACKEND_AUTOLOAD=None)
+
+PICK = 'import mmkit, torch; from mmkit.device import pick_device; print(torch.ones(1).item(), pick_device().name)'
+EXAMINE = 'from mmkit.cli import mmkit; mmkit(["doctor"])'
+
+def row(said, name): return next(line for line in said.splitlines() if f' {name} ' in line)
+
+def test_a_wheel_for_another_torch_is_one_sentence(tmp_path):
+    wrong = other_wheel(tmp_path, '2.7.1.post2', 'undefined symbol: _ZN3c10')
+    said, errors = python(PICK, **wrong)
+    assert said == '1.0 cpu' and errors.count('UserWarning') == 1 and 'torch-npu 2.7.1.post2 is installed, but torch is 2.13.0' in errors and 'Traceback' not in errors
+    said, errors = python('import mmkit; from mmkit.device import pick_device; pick_device("npu")', **wrong)
+    assert errors.splitlines()[-1].startswith('ValueError') and "'torch-npu==2.13.0.*'" in errors.splitlines()[-1]
+    said, errors = python(EXAMINE, **wrong)
+    assert "pip install 'torch-npu==2.13.0.*'" in row(said, 'torch-npu') and 'ok' in row(said, 'CANN') and 'Traceback' not in errors
+
+def test_a_wheel_that_does_not_load_stands_in_the_table(tmp_path):
+    failing = other_wheel(tmp_path, '2.13.0', 'undefined symbol: _ZN3c10')
+    said, errors = python(EXAMINE, **failing)
+    assert 'torch_npu is installed, but cannot be loaded (undefined symbol: _ZN3c10)' in row(said, 'CANN') and 'Traceback' not in errors and row(said, 'disk'), said
+
+def test_a_container_without_the_driver_is_told_so(tmp_path):
+    "CANN's library is there, but the driver's, which it needs, is not."
+    (tmp_path / 'empty.c').write_text('int empty;')
+    for name, needs in (('ascend_hal', []), ('hccl', ['-Wl,--no-as-needed', f'-L{tmp_path}', '-lascend_hal'])):
+        subprocess.run(['gcc', '-shared', '-fPIC', '-o', tmp_path / f'lib{name}.so', tmp_path / 'empty.c', *needs], check=True)
+    (tmp_path / 'libascend_hal.so').unlink()
+    bare = {**without_cann(), 'LD_LIBRARY_PATH': str(tmp_path)}
+    said, errors = python(PICK, **bare)
+    assert said == '1.0 cpu' and errors.count('UserWarning') == 1 and 'libascend_hal.so' in errors and '/usr/local/Ascend/driver' in errors and 'set_env.sh' not in errors
+    assert 'libascend_hal.so: cannot open shared object file' in row(python(EXAMINE, **bare)[0], 'CANN')
 
 def test_a_machine_without_torch_npu_never_notices():
     clean = without_cann()

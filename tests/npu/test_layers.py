@@ -10,6 +10,7 @@ from mmkit.models.rope import apply_rope, cos_sin, rope_1d, turn_pairs
 from mmkit.parallel import attention
 from mmkit.parallel.attention import Cache, attend, fused_attention, npu_segments, npu_tiles, ring_tiles, segments, tile, tile_gradients
 from mmkit.parallel.layers import npu_turned, rms_norm, swiglu
+from mmkit.values import largest
 
 LIMIT = 1e-5                                    # largest difference over largest value, in float32
 
@@ -31,7 +32,14 @@ def on(place, function, inputs):
 def apart(mine, theirs):
     "Largest difference over largest value, of several tensors; values near zero (the gradient of a query that sees one key) count as 0.1."
     assert [x.shape for x in mine] == [x.shape for x in theirs]
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=0.1)).item() for a, b in zip(mine, theirs))
+    return largest(((a - b).abs().max() / b.abs().max().clamp(min=0.1)).item() for a, b in zip(mine, theirs))
+
+def test_not_a_number_is_far():
+    "Also where it is not the first of several."
+    good, bad = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    assert apart([good, bad], [good, good]) == apart([good, good], [good, bad]) == float('inf') and apart([good], [good]) == 0
+    def broken(x): return (x, x * torch.nan) if x.device.type == 'npu' else (x, x)
+    with pytest.raises(AssertionError): same(broken, good, fused=())
 
 def same(function, *inputs, fused, change=lambda x: x):
     "The function gives the CPU's result and gradients on the NPU, and `fused` operators of these names ran there; `change` puts the NPU's result into the twin's order."
@@ -56,12 +64,26 @@ def test_attention_under_a_mask():
     same(lambda q, k, v: attend(q, k, v, mask=shown[:, None, None].to(q.device)), *rows(3, 1, 4, 2, 8, 9), fused=BOTH)
     with pytest.raises(ValueError, match='a mask and causal'): attend(*(x.npu() for x in rows(1, 4, 2, 2, 8)), causal=True, mask=shown.npu())
 
+@pytest.mark.parametrize('ahead', ((), (1, 1), (3, 1), (3, 4)), ids=str)
+def test_every_form_of_a_mask(ahead):
+    "SS, 11SS, B1SS and BNSS; any other shape is refused, and so are numbers, which `~` would turn into others that all hide."
+    shown = (seeded(*ahead, 5, 9) > 0) | (torch.arange(9) == 0)
+    same(lambda q, k, v: attend(q, k, v, mask=shown.to(q.device)), *rows(3, 5, 4, 2, 8, 9), fused=BOTH)
+    q, k, v = (x.detach().npu() for x in rows(3, 5, 4, 2, 8, 9))
+    for wrong in (shown.to(torch.uint8), shown.float(), shown[..., :1, :], shown[..., :8], torch.ones(1, 4, 5, 9, dtype=torch.bool), torch.ones(3, 2, 5, 9, dtype=torch.bool), torch.ones(9, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match='one of bool with one of the shapes'): attend(q, k, v, mask=wrong.npu())
+
 LENGTHS = [[3, 8, 1, 4], [4, 4, 8], [13, 3, 0], [16], [1] * 16, [0, 5, 0, 11]]
 
 @pytest.mark.parametrize('lengths', LENGTHS, ids=str)
 @pytest.mark.parametrize('causal', (False, True))
 @pytest.mark.parametrize('b, h, g', ((1, 4, 2), (2, 3, 3)))
 def test_segments(lengths, causal, b, h, g): same(lambda q, k, v: segments(lengths, causal, q.device)(q, k, v), *rows(b, 16, h, g, 8), fused=BOTH)
+
+@pytest.mark.parametrize('device', ('npu', 'npu:0', torch.device('npu')), ids=str)
+def test_a_device_may_be_a_text(device):
+    same(lambda q, k, v: segments([3, 8, 1, 4], True, device if q.device.type == 'npu' else 'cpu')(q, k, v), *rows(1, 16, 4, 2, 8), fused=BOTH)
+    assert segments([3, 13], True, device).__qualname__.startswith('npu_segments') and ring_tiles([16], True, 0, 2, device) == npu_tiles([16], True, 0, 2)
 
 def test_more_segments_than_the_kernel_takes_at_once():
     lengths, inputs = [2, 3, 1, 4] * 5, rows(2, 50, 2, 1, 8)
@@ -86,7 +108,7 @@ def around(lengths, causal, ring, make_tiles, place):
     for rank in range(ring):
         mixed = torch.zeros(2, half, 2, 2, 8, device=place)
         total, tiles = torch.full((2, 2, 2, half), -torch.inf, device=place), make_tiles(lengths, causal, rank, ring, place)
-        for other in range(ring):
+        for other in ((rank - step) % ring for step in range(ring)):         # its own first, as a ring turns: then every query has seen a key
             for mine, theirs, shown in tiles[other]:
                 attention.add_tile(mixed[:, mine], total[..., mine], *tile(take(q, rank)[:, mine], *(take(x, other)[:, theirs] for x in (k, v)), shown))
         pull = take(seeded(*q.shape, seed=5), rank).unflatten(2, (2, 2))
@@ -112,6 +134,8 @@ def test_norm(shape, epsilon):
 
 @pytest.mark.parametrize('shape', ((5, 1, 10), (3, 34), (2,)), ids=str)
 def test_swiglu(shape): same(swiglu, seeded(*shape).requires_grad_(), fused=('npu_swiglu', 'npu_swiglu_backward'))
+
+def test_swiglu_of_strides(): same(lambda x: swiglu(x.transpose(0, 1)), seeded(3, 5, 8).requires_grad_(), fused=('npu_swiglu', 'npu_swiglu_backward'))
 
 @pytest.mark.parametrize('b, s, h, d', ((1, 7, 3, 16), (2, 5, 1, 80), (2, 16, 2, 2)))
 def test_rope_of_halves(b, s, h, d):
@@ -159,6 +183,11 @@ def test_shapes_that_do_not_fit_are_refused_by_us():
     cos, sin = (x.npu() for x in cos_sin(rope_1d(torch.arange(6)[None], 8, 100.0), torch.float32))
     for wrong in ((cos[:, :5], sin[:, :5]), (cos[..., :4], sin[..., :4]), (cos, sin[:, :3]), (cos.repeat(3, 1, 1), sin.repeat(3, 1, 1))):
         with pytest.raises(ValueError, match='cosines'): npu_turned(q, *wrong, mode='half')
+    ones = lambda *shape: torch.ones(shape, device='npu')
+    for mode, shape, turns in (('half', (1000, 1, 1, 8), (1, 1, 8)), ('half', (1, 1, 1000, 8), (1, 1, 8)), ('interleave', (10, 1, 100, 8), (1, 1, 8)), ('half', (1, 1, 1, 896), (1, 1, 896)), ('half', (1, 1, 1, 7), (1, 1, 7))):
+        with pytest.raises(ValueError, match='the NPU turns no'): npu_turned(ones(*shape), ones(*turns), ones(*turns), mode)
+    for mode, shape in (('half', (999, 1, 2, 8)), ('interleave', (3, 1, 333, 8)), ('half', (2, 1, 2, 894))): npu_turned(ones(*shape), ones(1, 1, shape[-1]), ones(1, 1, shape[-1]), mode)
+    with pytest.raises(ValueError, match='cosines'): npu_turned(ones(2, 1, 2, 8), ones(2, 1, 8), ones(2, 1, 8), 'interleave')
     with pytest.raises(ValueError, match='a weight of'): rms_norm(q, torch.ones(7, device='npu'), 1e-6)
     with pytest.raises(ValueError, match='gate and value'): swiglu(q[..., :7])
 
@@ -187,5 +216,7 @@ def test_the_twin_tells(monkeypatch, changed):
 def test_a_shape_tells(monkeypatch, changed):
     "A layout or a number of heads that is another one's has the wrong shape on the meta device, or no result; mmkit compares it."
     from torch._subclasses import FakeTensorMode
+    call = lambda: fused_attention(*(torch.empty(2, 6, 4, 8, device='npu') for _ in range(3)), causal=False)
+    with FakeTensorMode(): assert call()[0].shape == (2, 6, 4, 8)
     calling(monkeypatch, **changed)
-    with FakeTensorMode(), pytest.raises((ValueError, RuntimeError, IndexError)): fused_attention(*(torch.empty(2, 6, 4, 8, device='npu') for _ in range(3)), causal=False)
+    with FakeTensorMode(), pytest.raises(ValueError, match='the fused attention made'): call()

@@ -1,6 +1,6 @@
 """MindSpeed's real adaptor patches Megatron-Core on an emulated NPU, and a patched model gives the numbers of a plain one on the CPU.
 
-Collected only with MINDSPEED=FOLDER, a copy of MindSpeed's source at the commit that README names, which prepare.py puts on PYTHONPATH."""
+Collected only with MINDSPEED=FOLDER, a copy of MindSpeed's source at the commit that README names."""
 import json
 import os
 import subprocess
@@ -50,15 +50,21 @@ json.dump(found, open(out, 'w'))
 dist.destroy_process_group()
 '''
 
+def with_mindspeed(): return {**os.environ, 'PYTHONPATH': os.pathsep.join([os.environ['PYTHONPATH'], os.environ['MINDSPEED']])}
+
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
     "What the model gives: on the NPU under MindSpeed, on the CPU without; in two processes, because the adaptor cannot be undone."
     folder = tmp_path_factory.mktemp('mindspeed')
     (folder / 'model.py').write_text(MODEL)
     for side in ('npu', 'cpu'):
-        ran = subprocess.run([sys.executable, '-W', 'ignore', folder / 'model.py', side, folder / side], env=os.environ, capture_output=True, text=True, timeout=300)
+        ran = subprocess.run([sys.executable, '-W', 'ignore', folder / 'model.py', side, folder / side], env=with_mindspeed(), capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr[-3000:]
     return {side: json.loads((folder / side).read_text()) for side in ('npu', 'cpu')}
+
+def test_the_doctor_sees_it():
+    ask = 'from mmkit.doctor import doctor; print([(one.found, one.remedy) for one in doctor() if one.name == "MindSpeed"])'
+    assert subprocess.run([sys.executable, '-c', ask], env=with_mindspeed(), capture_output=True, text=True, timeout=120).stdout.strip() == "[('installed', '')]"
 
 def test_the_adaptor_patches_megatron(found):
     assert found['npu']['device'] == 'npu' and found['npu']['patches'] > 70

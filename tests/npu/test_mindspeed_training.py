@@ -1,4 +1,4 @@
-"""The training of test_training.py with MindSpeed's adaptor around Megatron-Core, on one rank and on two: the same losses."""
+"""The training of test_training.py with MindSpeed's adaptor around Megatron-Core, on one rank and on two, saved and begun again too: the same losses."""
 import os
 
 import pytest
@@ -9,6 +9,6 @@ from npu.test_training import compare, cpu  # noqa: F401  a fixture
 @pytest.mark.parametrize('ranks', (1, 2))
 def test_mindspeed_gives_the_losses_of_the_cpu(cpu, ranks, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([os.environ['PYTHONPATH'], os.environ['MINDSPEED']]))
-    found = parity.on_ranks('npu.test_training', 'on_npu', cpu[0], ranks, 500)
+    found = parity.on_ranks('npu.test_training', 'on_npu', cpu[0], ranks, 900)
     assert all(row['mindspeed'] for row in found.values())
-    compare(found, cpu[1], capsys)
+    compare(cpu[0], found, cpu[1], capsys)

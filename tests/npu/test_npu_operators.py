@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 import torch_npu
 
+from mmkit.values import largest
+
 LIMIT = 1e-5                                        # largest difference over largest value
 COMPRESSED = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 
@@ -19,8 +21,15 @@ def same(mine, theirs, gradient, inputs, twins, name, backward):
     "Results and gradients agree, and the operator and its gradient were called once each."
     assert apart(mine, theirs) < LIMIT
     found, wanted = torch.autograd.grad(mine, inputs, gradient.npu()), torch.autograd.grad(theirs, twins, gradient)
-    assert max(map(apart, found, wanted)) < LIMIT
+    assert largest(map(apart, found, wanted)) < LIMIT
     assert npu_emulator.calls == {name: 1, backward: 1}
+
+def test_not_a_number_is_far():
+    "In a result, and in the second of two gradients."
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    x2, y2 = (one.detach().npu().requires_grad_() for one in (x, y))
+    for made in (x2 + y2 * torch.nan, x2 + y2 + (y2 - 1).sqrt() * 0):
+        with pytest.raises(AssertionError, match='(nan|inf) < 1e-05'): same(made, x + y, torch.ones(2), (x2, y2), (x, y), 'none', 'none')
 
 @pytest.fixture(autouse=True)
 def counted_anew():
@@ -98,15 +107,15 @@ def test_gradients_of_tiles_sum_to_those_of_the_whole_row(layout):
     gradient = torch.randn_like(whole)
     tiles = [[cut(x.detach()) for x in (q, *part)] for part in zip(k.chunk(2, 1), v.chunk(2, 1))]
     found = [torch_npu.npu_fusion_attention(*tile, **way, scale=8**-0.5) for tile in tiles]
-    largest = torch.maximum(found[0][1], found[1][1])
-    shares = [part[2] * (part[1] - largest).exp() for part in found]
+    highest = torch.maximum(found[0][1], found[1][1])
+    shares = [part[2] * (part[1] - highest).exp() for part in found]
     total = sum(shares)
     spread = lambda x: cut(x[..., :1].transpose(1, 2).expand(2, 10, 4, 8))
     joined = sum(part[0] * spread(share / total) for part, share in zip(found, shares))
     assert apart(joined, cut(whole)) < LIMIT
-    pulled = [torch_npu.npu_fusion_attention_grad(*tile, cut(gradient.npu()), **way, softmax_max=largest, softmax_sum=total, attention_in=joined, scale_value=8**-0.5) for tile in tiles]
+    pulled = [torch_npu.npu_fusion_attention_grad(*tile, cut(gradient.npu()), **way, softmax_max=highest, softmax_sum=total, attention_in=joined, scale_value=8**-0.5) for tile in tiles]
     mine = pulled[0][0] + pulled[1][0], *(torch.cat([a, b], 1 if layout == 'BSND' else 0) for a, b in zip(pulled[0][1:3], pulled[1][1:3]))
-    assert max(map(apart, mine, map(cut, torch.autograd.grad(whole, (q2, k2, v2), gradient)))) < LIMIT
+    assert largest(map(apart, mine, map(cut, torch.autograd.grad(whole, (q2, k2, v2), gradient)))) < LIMIT
 
 def test_without_a_mask_mode_and_window_do_nothing():
     "As the documentation says: raw npu_fusion_attention without a mask sees everything."

@@ -44,6 +44,8 @@ BY_THE_FORMULA = {
     'gamma of another length': (lambda: torch_npu.npu_rms_norm(Q, torch.zeros(7).npu()), 'gamma'),
     'cos of another length': (lambda: torch_npu.npu_rotary_mul(Q, torch.zeros(1, 9, 1, 8).npu(), Q[:1, :, :1]), 'r1'),
     'half of cos': (lambda: torch_npu.npu_rotary_mul(Q, torch.zeros(1, 16, 1, 4).npu(), torch.zeros(1, 16, 1, 4).npu()), 'r1'),
+    'heads of 896 to turn': (lambda: torch_npu.npu_rotary_mul(Q.repeat(1, 1, 1, 112), *[torch.zeros(1, 16, 1, 896).npu()] * 2), 'below 896'),
+    'swiglu of a transposed tensor': (lambda: torch_npu.npu_swiglu(Q.transpose(1, 2)), 'contiguous'),
     'a communicator of no group': (lambda: torch_npu.npu_all_gather_base_mm(torch.zeros(4, 256).npu(), torch.zeros(256, 8).npu(), 'x', 2), 'get_hccl_comm_name'),
 }
 NOT_EMULATED = {
@@ -68,6 +70,7 @@ def test_the_same_calls_made_right_are_taken():
     "Nothing above is refused for another reason than the one that is named."
     attend(), attend(atten_mask=WHOLE.npu()), attend(layout='BNSD', heads=16), attend(PACKED, PACKED, PACKED, layout='TND', **ENDS)
     torch_npu.npu_rms_norm(Q, Q[0, 0, 0], epsilon=1e-6), torch_npu.npu_rotary_mul(Q, Q[:1, :, :1], Q[:1, :, :1], 'half')
+    torch_npu.npu_swiglu(Q.transpose(1, 2).contiguous())
 
 def test_a_missing_scale_is_seen_in_the_numbers():
     "No check can refuse it: the operator's default scale is 1, not 1 / sqrt(d)."

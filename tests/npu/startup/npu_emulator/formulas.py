@@ -34,6 +34,7 @@ def rotated(x, mode):
 def rotary_mul(input, r1, r2, rotary_mode, **options):
     "npu_rotary_mul: input · r1 + rotated input · r2."
     plain_only('npu_rotary_mul', options, rotate=None)
+    if input.shape[-1] % 2 or input.shape[-1] >= 896: raise ValueError(f'npu_rotary_mul takes an even D below 896, not {input.shape[-1]}')
     for name, x in (('r1', r1), ('r2', r2)):
         if x.dim() != input.dim() or x.shape[-1] != input.shape[-1] or any(a not in (1, b) for a, b in zip(x.shape, input.shape)):
             raise ValueError(f'{name} {tuple(x.shape)} does not fit an input of {tuple(input.shape)}')
@@ -44,7 +45,8 @@ def rotary_mul_gradient(grad, input, r1, r2, rotary_mode):
     return gradients(lambda *x: rotary_mul(*x, rotary_mode), (input, r1, r2), grad)
 
 def swiglu(input, dim):
-    "npu_swiglu: the first half, gated by itself, times the second."
+    "npu_swiglu: the first half, gated by itself, times the second; the documentation takes no tensor that is not contiguous."
+    if not input.is_contiguous(): raise ValueError(f'npu_swiglu takes contiguous tensors, not strides {input.stride()} of {tuple(input.shape)}')
     a, b = input.float().chunk(2, dim)
     return torch.nn.functional.silu(a) * b
 
