@@ -141,7 +141,7 @@ def test_the_steps_hold_what_they_should(house):
         assert len(set(one['sigmas'])) == GLOBAL and len(two['sigmas']) == GLOBAL // 2 and set(two['sigmas']) < set(one['sigmas'])     # each copy draws its own part
         assert all(len(parts) == 10 and any(part is not None for part in parts) for parts in one['parts'])
 
-def test_layouts_never_change_the_answer(house, capsys):
+def test_layouts_never_change_the_answer(house, record_property):
     folder, found = house
     rows = []
     for title, (ranks, model, _) in rows_of(folder).items():
@@ -150,7 +150,7 @@ def test_layouts_never_change_the_answer(house, capsys):
         gradient, name = parity.furthest(*(load_file(folder / f'{row}.safetensors') for row in (title, like)))
         rows.append([title, ranks, far(found[title]['losses'], found[like]['losses']), far(found[title]['norms'], found[like]['norms']), gradient, name])
     text = parity.table(['layout', 'ranks', 'losses', 'norms', 'first gradients', 'furthest gradient'], rows)
-    with capsys.disabled(): print(f'\n\nLargest relative difference from one rank and one clip at a time, {steps_of(folder)} steps of AdamW, fp32\n\n{text}\n')
+    record_property('table', f'Largest relative difference from one rank and one clip at a time, {steps_of(folder)} steps of AdamW, fp32\n\n{text}')
     assert all(max(row[2], row[4]) <= parity.LIMIT for row in rows), text
 
 def test_a_pipeline_adds_in_the_same_order(house):

@@ -115,10 +115,10 @@ def judged(folder, found):
         good = good and not bad and all(same.values()) and rate == records[model][SAVED]['lr'] and rows[-1][2] <= (1e-2 if model == 'film' else 1e-6)
     return parity.table(['checkpoint -> layout', 'tensors that differ', 'loss of the next step'], rows), good
 
-def test_every_layout_takes_up_every_checkpoint(house, capsys):
+def test_every_layout_takes_up_every_checkpoint(house, record_property):
     found = matrix(house)
     text, good = judged(house, found)
-    with capsys.disabled(): print(f'\n\n{text}\n')
+    record_property('table', text)
     assert good and len(found) == 16 + 5 + 5, text
 
 def answers_of(model, mesh, ids):

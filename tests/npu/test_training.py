@@ -77,7 +77,7 @@ def on_cpu(folder): return run(folder, 'cpu', [title for title, row in ROWS.item
 
 def apart(mine, theirs): return max(abs(a - b) / abs(b) for a, b in zip(mine, theirs))
 
-def compare(npu, cpu, capsys):
+def compare(npu, cpu, record_property):
     "Prints how far the NPU's losses and norms are from the CPU's, and which fused operators ran how often; asserts that they are near."
     rows = []
     for title, row in npu.items():
@@ -88,7 +88,7 @@ def compare(npu, cpu, capsys):
         lacking = FUSED[ROWS[title][1]] - set(row['ran'])
         assert lacking == CUT.get(title, set()), (title, lacking)
     text = parity.table(['on emulated NPUs', 'ranks', 'steps', 'losses', 'norms', 'fused operators of rank 0'], rows)
-    with capsys.disabled(): print(f'\n\nLargest relative difference from the CPU, {"with" if any(row["mindspeed"] for row in npu.values()) else "without"} MindSpeed\n\n{text}\n')
+    record_property('table', f'Largest relative difference from the CPU, {"with" if any(row["mindspeed"] for row in npu.values()) else "without"} MindSpeed\n\n{text}')
     for title, _, _, losses, norms, _ in rows: assert losses <= (ROUGH if 'bfloat16' in title else LIMIT) and norms <= (ROUGH if 'bfloat16' in title else 10 * LIMIT), text
 
 @pytest.fixture(scope='session')
@@ -104,7 +104,7 @@ def test_it_learns_on_the_cpu(cpu):
     assert all(found[model]['losses'][-1] < found[model]['losses'][0] for model in MODELS), found
 
 @pytest.mark.parametrize('ranks', (1, 2))
-def test_npus_give_the_losses_of_the_cpu(cpu, ranks, capsys):
+def test_npus_give_the_losses_of_the_cpu(cpu, ranks, record_property):
     found = parity.on_ranks('npu.test_training', 'on_npu', cpu[0], ranks, 500)
     assert not any(row['mindspeed'] for row in found.values())
-    compare(found, cpu[1], capsys)
+    compare(found, cpu[1], record_property)
