@@ -159,7 +159,7 @@ def attentions():
     return [[f'{heads}, {groups}', kind, large, *map(max, zip(*each))] for (heads, groups, kind, large), each in found.items()]
 
 def late_messages(folder):
-    "Losses of a step of two turns over two ranks, as usual, and with messages that are read long after they were sent: their tensors kept meanwhile, and let go as Megatron would by default."
+    "Losses of a step of two turns over two ranks, as usual, and with messages of the first that are read long after they were sent: their tensors kept meanwhile, and let go as Megatron would by default."
     config, losses, send = config_of(folder, 'pp 2, two turns'), [], dist.isend
     with ThreadPoolExecutor(1) as later:
         def isend(tensor, *args, **options):
@@ -173,8 +173,8 @@ def late_messages(folder):
             with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
                 task, _, wrapped = parity.open_trainer(config, mesh)
                 wrapped[0].config.deallocate_pipeline_outputs |= let_go
-                dist.isend = dist.distributed_c10d.isend = isend if late else send
-                try: losses.append(parity.step_gradients(task, wrapped, mesh, next(task.batches(mesh))[:2])[0])
+                dist.isend = dist.distributed_c10d.isend = isend if late and mesh.first else send
+                try: losses.append(parity.step_gradients(task, wrapped, mesh, next(task.batches(mesh))[:4])[0])
                 finally: dist.isend = dist.distributed_c10d.isend = send
     return losses
 
