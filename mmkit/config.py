@@ -44,7 +44,7 @@ class Layout:
     cp_kind: Literal['ulysses', 'ring', 'usp'] = 'ulysses'
     cp_ulysses: int | None = None
     data: Literal['zero1', 'ddp', 'fsdp'] = 'zero1'
-    overlap: bool = False
+    overlap: bool = False           # of ddp and zero1; fsdp always does
     recompute: Literal['none', 'selective', 'full'] = 'none'
     recompute_layers: int | None = None
 

@@ -53,14 +53,14 @@ def film_shape(config: Config) -> WanShape:
 # %% ../nbs/62_forecast.ipynb #6e8fb054
 def talk_costs(config: Config, ranks: int, samples: Sequence[Measured]) -> np.ndarray:
     "Operations (n, pp) that each sample adds to a micro-batch for a rank at each place of the pipeline."
-    merge, known = talk_shape(config).vision.merge, {}
+    merge, known, count = talk_shape(config).vision.merge, {}, config.loop.micro_batch
     def cost(tokens, grids, trained):
-        found = plan(config, ranks, Talks((*tokens, 8), (*grids, (1, merge, merge)), trained + 1))       # beside a small one: a micro-batch without a picture costs a blank one
+        found = plan(config, ranks, Talks((*tokens * count, 8), (*grids * count, (1, merge, merge)), trained * count + 1))       # beside a small one: a micro-batch without a picture costs a blank one
         return np.array([place.flops / found.count for place in found.places])
     least = cost((), (), 0)
     for one in samples:
         key = one.tokens, one.grids, one.trained
-        if key not in known: known[key] = cost(key[:1], *key[1:]) - least
+        if key not in known: known[key] = (cost(key[:1], *key[1:]) - least) / count
     return np.array([known[one.tokens, one.grids, one.trained] for one in samples])
 
 

@@ -46,7 +46,9 @@ def pytest_make_collect_report(collector):
     if report.skipped and os.environ.get('CI'): report.outcome, report.longrepr = 'failed', f'skipped, and CI skips nothing: {report.longrepr}'
 
 def pytest_terminal_summary(terminalreporter):
-    "Outside CI every skip is named with its reason; what is not collected is named everywhere."
+    "The tables that tests recorded, also those of workers; what is not collected, and outside CI every skip, with its reason."
+    for name, text in (pair for reports in terminalreporter.stats.values() for report in reports for pair in getattr(report, 'user_properties', ()) if getattr(report, 'when', '') == 'call'):
+        if name == 'table': terminalreporter.write_line(f'\n{text}\n')
     if REFUSED: terminalreporter.write_line(f'not collected: test_hosts.py, two machines that train together, which takes root and `ip netns` ({REFUSED})')
     if DISKLESS: terminalreporter.write_line(f'not collected: test_full_disk.py, a disk that fills up, which takes the right to mount one ({DISKLESS})')
     if MISSING and not WANTED: terminalreporter.write_line(f'not collected: test_front.py, a notebook in a real browser, which takes {MISSING}')

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmkit.converters.weights import pieces, whole
 from mmkit.parallel.data import accumulate, gradients
 from mmkit.parallel.engine import megatron
 from mmkit.ranks import run_ranks
@@ -36,10 +37,20 @@ def open_trainer(config, mesh):
     model, wrapped, _ = build(config, task, mesh)
     return task, model, wrapped
 
+def differing(held, task, mesh):
+    "Names of parameters that every tensor-parallel rank holds whole, of whose gradients `held` the ranks have not the same bits; whole tensors are taken from rank 0, which would hide it."
+    found = []
+    for k, name in ((k, piece.mm) for k, chunk in enumerate(pieces(task.towers)) for piece in chunk if piece.rule.split is whole and piece.mm in held.get(k, ())):
+        every = [torch.empty_like(held[k][name]) for _ in range(mesh.tp.size)]
+        torch.distributed.all_gather(every, held[k][name].contiguous(), group=mesh.tp.group)
+        if any(not torch.equal(x, every[0]) for x in every): found.append(name)
+    return found
+
 def step_gradients(task, wrapped, mesh, batches):
     "(mean loss, whole gradients by Hugging Face name) of a step over this rank's micro-batches, on every rank."
     total, count = totals(mesh, *accumulate(wrapped, iter(batches), len(batches), task.forward, task.loss)[:2])
     held = {chunk.module.module.stage.index: gradients(chunk, mesh) for chunk in wrapped}
+    assert not (names := differing(held, task, mesh)), f'gradients differ over tensor-parallel ranks: {names}'
     return total / (count / mesh.cp.size), dict(whole_tensors(held, task.towers, mesh))        # every rank of cp counts the whole row
 
 def apart(mine: Tensor, theirs: Tensor) -> float:
@@ -58,6 +69,10 @@ def over_ranks(distance):
     x = torch.tensor(largest([distance]))                   # the largest of a number and not-a-number is either, by the order of the ranks
     torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
     return x.item()
+
+def took(seconds):
+    "How long the ranks of each world took, in words."
+    return ', '.join(f'{ranks} rank{"s" * (ranks > 1)} {spent:.0f} s' for ranks, spent in seconds.items())
 
 def table(head, rows):
     "Rows as a table in Markdown; small numbers with two digits."

@@ -72,13 +72,13 @@ def theirs(folders):
     "Latents by diffusers for both kinds of model and all cases."
     return {(name, case): by_diffusers(folders / name, sampling, PROMPTS, images) for name, images in (('t2v', None), ('i2v', pictures())) for case, sampling in CASES.items()}
 
-def test_latents_are_those_of_diffusers(folders, theirs, capsys):
+def test_latents_are_those_of_diffusers(folders, theirs, record_property):
     rows = []
     for name, images in (('t2v', None), ('i2v', pictures())):
         with open_film(folders / name, device='cpu') as studio:
             for case, sampling in CASES.items(): rows.append([name, case, parity.apart(latents_of(studio, sampling, images, 2), theirs[name, case]), parity.apart(*theirs[name, case])])
             rows.append([name, 'unipc, one by one', parity.apart(latents_of(studio, CASES['unipc, guidance 3'], images), theirs[name, 'unipc, guidance 3']), None])
-    with capsys.disabled(): print('\n\nLatents: largest difference from diffusers over largest value, fp32\n\n' + parity.table(['model', 'sampling', 'latents', 'of the two prompts'], rows) + '\n')
+    record_property('table', 'Latents: largest difference from diffusers over largest value, fp32\n\n' + parity.table(['model', 'sampling', 'latents', 'of the two prompts'], rows))
     assert len(rows) == 14 and all(row[2] <= parity.LIMIT and (row[3] or 1) > 0.1 for row in rows), rows
     assert min(parity.apart(theirs[name, 'unipc, guidance 3'], theirs[name, f'unipc, guidance {other}']) for name in ('t2v', 'i2v') for other in ('1', '3, negative')) > 1e-3      # the cases do differ
 

@@ -146,6 +146,16 @@ def npu_words(root):
     for name, text in modules(root):
         if name not in NPU_MODULES and (word := re.search(r'torch_npu|hccl', text, re.I)): yield f'mmkit.{name} says {word[0]}'
 
+def one_path(root):
+    "A model does not ask how it is laid out: no word of the world's size, no comparison of an axis; what is counted before there is a model (costs, shapes) may."
+    axes, last = {'tp', 'pp', 'cp', 'vpp', 'dp', 'dp_cp', 'ulysses', 'ring'}, lambda n: getattr(n, 'attr', getattr(n, 'id', ''))
+    sizes = lambda n: isinstance(n, ast.Attribute) and (n.attr == 'size' and last(n.value) in axes | {'axis'} or n.attr in axes and last(n.value) == 'layout')
+    for name, text in modules(root):
+        if not name.startswith('models.') or name in ('models.costs', 'models.shapes'): continue
+        for n in ast.walk(ast.parse(text)):
+            if isinstance(n, (ast.Name, ast.Attribute)) and 'world' in (word := last(n)): yield f'mmkit.{name}, line {n.lineno}, says {word}'
+            if isinstance(n, ast.Compare) and any(map(sizes, (n.left, *n.comparators))): yield f'mmkit.{name}, line {n.lineno}, compares the size of an axis'
+
 def environment(root):
     "The environment is read only where a process begins."
     for name, text in modules(root):
@@ -361,6 +371,10 @@ PLANTED = [
     (npu_words, rope_module('import torch_npu'), 'torch_npu'),
     (npu_words, rope_module('backend = "hccl"'), 'hccl'),
     (npu_words, rope_module('name = "HCCL_SOCKET_IFNAME"'), 'HCCL'),
+    (one_path, rope_module('import os\nx = world_size'), 'says world_size'),
+    (one_path, rope_module('def f(mesh): return mesh.layout.pp > 1'), 'compares'),
+    (one_path, rope_module('def f(layout): return layout.vpp == 1'), 'compares'),
+    (one_path, rope_module('def f(mesh): return 1 if mesh.tp.size != 1 else 2'), 'compares'),
     (environment, rope_module('import os\nx = os.environ["HOME"]'), 'environ'),
     (environment, rope_module('from os import getenv'), 'getenv'),
     (required, rope_module('import pytest'), 'imports pytest'),

@@ -1,5 +1,6 @@
 """What a plan says before anything is started is what a rank then has and does; and what cannot be is refused before anything is started."""
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -28,7 +29,9 @@ from mmkit.values import override, dumps
 
 TALK, FROZEN = ['loop.micro_batch=2'], 'freeze=["vision", "merger"]'
 FILM, WORDS = ['loop.micro_batch=4'], 'x y z ' * 20
+LONG = 'data.files=["LONG"]'                    # words only, and so many that attention is a third of the work
 ROWS = {                                        # title: (ranks, model, words)
+    'tiny': (1, 'tiny', TALK), 't2v': (1, 't2v', FILM),
     'tiny, two layers again, average': (1, 'tiny', [*TALK, 'layout.recompute=full', 'layout.recompute_layers=2', 'loop.average=0.9']), 'tiny, frozen': (1, 'tiny', [*TALK, FROZEN]),
     'tiny, selective, bfloat16': (1, 'tiny', [*TALK, 'layout.recompute=selective', 'dtype=bfloat16', 'layout.data=ddp']), 'i2v, selective': (1, 'i2v', [*FILM, 'layout.recompute=selective']),
     'tiny, tp 2': (2, 'tiny', [*TALK, 'layout.tp=2']), 'tiny, tp 2, sequence parallel, recompute': (2, 'tiny', [*TALK, 'layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full']),
@@ -36,6 +39,8 @@ ROWS = {                                        # title: (ranks, model, words)
     'tied, pp 2, text on both': (2, 'tied', [*TALK, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[2, 2]]}']),
     'tiny, pp 2, frozen': (2, 'tiny', [*TALK, FROZEN, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}']),
     'tiny, cp 2, Ulysses': (2, 'tiny', [*TALK, 'layout.cp=2']), 'tiny, cp 2, ring': (2, 'tiny', [*TALK, 'layout.cp=2', 'layout.cp_kind=ring']),
+    'tiny, cp 2, ring, a long row': (2, 'tiny', [LONG, 'layout.cp=2', 'layout.cp_kind=ring']), 'tiny, cp 2, ring, two long samples, recompute': (2, 'tiny', [LONG, *TALK, 'layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full']),
+    'tied, pp 2, text on the second': (2, 'tied', [*TALK, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}']),
     'tiny, dp 2, ddp': (2, 'tiny', [*TALK, 'layout.data=ddp']), 'tiny, dp 2, zero1': (2, 'tiny', TALK), 'tiny, dp 2, fsdp': (2, 'tiny', [*TALK, 'layout.data=fsdp']),
     'i2v, tp 2, sequence parallel': (2, 'i2v', [*FILM, 'layout.tp=2', 'layout.sequence_parallel=true']), 't2v, pp 2': (2, 't2v', [*FILM, 'layout.pp=2']),
     'i2v, cp 2, ring, recompute': (2, 'i2v', [*FILM, 'layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full', 'layout.data=ddp']), 't2v, dp 2, fsdp': (2, 't2v', [*FILM, 'layout.data=fsdp']),
@@ -45,8 +50,9 @@ def write_models(folder):
     "Four tiny models, conversations that are all of one length, each about a picture of one size, and clips of one size."
     names = emoji_names(12)
     for number, name in enumerate(names): emoji_picture(name, number, 150).resize((140, 168)).save(folder / f'{number}.png')
-    talk = lambda number: [dict(role='user', content='<image>\nWhat is this?'), dict(role='assistant', content=WORDS)]
-    (folder / 'talks.json').write_text(json.dumps([dict(images=[f'{number}.png'], messages=talk(number)) for number in range(12)]))
+    talk = lambda question, answer: [dict(role='user', content=question), dict(role='assistant', content=answer)]
+    (folder / 'talks.json').write_text(json.dumps([dict(images=[f'{number}.png'], messages=talk('<image>\nWhat is this?', WORDS)) for number in range(12)]))
+    (folder / 'long.json').write_text(json.dumps([dict(messages=talk('What is this?', WORDS * 7))] * 12))
     sizes = dict(hidden=192, layers=4, heads=4, kv_heads=2, ffn=512, vision_hidden=128, vision_depth=4, vision_heads=4, vision_ffn=384, window=56, full_attention=(1, 3))
     for name in ('tiny', 'tied'): tiny_qwen2_5_vl(folder / name, [WORDS, 'What is this?'], random_all=True, tied=name == 'tied', seed=3, **sizes)
     for number, frames in enumerate(film_clips()[0][:8]): write_exact(folder / f'{number}.mp4', frames)
@@ -58,6 +64,7 @@ def write_models(folder):
 def config_of(folder, title):
     "The configuration of a row."
     _, model, words = ROWS[title]
+    words = [word.replace('LONG', str(folder / 'long.json')) for word in words]
     common = dict(weights=str(folder / model), optim=Optim(lr=1e-3, decay='constant'), loop=Loop(steps=5, global_batch=8), dtype='float32')
     if model in ('t2v', 'i2v'): return override(Config(task='wan2_1', film=Film(features=str(folder / f'features-{model}'), caption_dropout=0.0, workers=0), **common), words)
     return override(Config(data=Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, workers=0), **common), words)
@@ -93,18 +100,24 @@ def house(tmp_path_factory):
     "Tiny models, and what every rank of every row measured and planned."
     folder = tmp_path_factory.mktemp('plan')
     write_models(folder)
-    return folder, {title: ranks for world in (1, 2) for title, ranks in parity.on_ranks('test_plan', 'train', folder, world, 300).items()}
+    return folder, {title: ranks for world in (1, 2) for title, ranks in parity.on_ranks('test_plan', 'train', folder, world, 900).items()}
 
-def test_a_rank_is_and_does_what_was_planned(house, capsys):
-    "Parameters exactly; operations within 1 % (a ring makes scores again on the way back: 3 %); bytes sent within 1 % and a few numbers for the record; memory within 10 %."
+def test_a_rank_is_and_does_what_was_planned(house, record_property):
+    "Parameters exactly; operations within 1 % and bytes sent within 1 % and a few numbers for the record; memory within 10 %."
     rows, far = [], lambda mine, planned: abs(mine - planned) / planned if planned else float(mine > 0)
     for title, ranks in house[1].items():
         for rank, (mine, planned) in enumerate(ranks):
             rows.append([title, rank, mine[0] - planned[0], far(mine[1], planned[1]), far(max(mine[2] - 1000, 0), planned[2]), mine[3] / 1e6, planned[3] / 1e6, mine[3] / planned[3] - 1])
     text = parity.table(['layout', 'rank', 'parameters', 'operations', 'sent', 'MB measured', 'MB planned', 'memory'], rows)
-    with capsys.disabled(): print(f'\n\nHow far a rank is from its plan\n\n{text}\n')
+    record_property('table', f'How far a rank is from its plan\n\n{text}')
     for title, _, parameters, operations, sent, *_, memory in rows:
-        assert parameters == 0 and operations < (0.03 if 'ring' in title else 0.01) and sent < 0.01 and abs(memory) < 0.1, (title, text)
+        assert parameters == 0 and operations < 0.01 and sent < 0.01 and abs(memory) < 0.1, (title, text)
+
+def test_memory_falls_as_the_model_is_cut(house):
+    "Measured, on the fullest rank."
+    fullest = {title: max(mine[3] for mine, _ in ranks) for title, ranks in house[1].items()}
+    for base, cuts in (('tiny', ('tp 2', 'pp 2, two turns', 'dp 2, fsdp')), ('t2v', ('pp 2', 'dp 2, fsdp'))):
+        assert all(fullest[f'{base}, {cut}'] < 0.9 * fullest[base] for cut in cuts), fullest
 
 def test_the_plan_of_the_settings_is_the_fullest(house):
     config = config_of(house[0], 'tiny, dp 2, zero1')
@@ -143,10 +156,24 @@ def test_what_cannot_be_is_refused_at_once(house, monkeypatch):
     assert len(asked) >= 25 and not loaded and not (folder / 'runs').exists()
 
 def test_the_commands_plan_and_train_answer_from_a_shell(house):
-    folder, start = house[0], time.perf_counter()
-    ask = lambda *words: subprocess.run([sys.executable, '-c', 'import sys; from mmkit.cli import mmkit; sys.exit(mmkit(sys.argv[1:]))', *words], capture_output=True, text=True, cwd=folder)
+    "Each in at most two seconds of a processor, its start included; by the clock it depends on who else works here."
+    def ask(*words):
+        before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        said = subprocess.run([sys.executable, '-c', 'import sys; from mmkit.cli import mmkit; sys.exit(mmkit(sys.argv[1:]))', *words], capture_output=True, text=True, cwd=house[0])
+        assert (seconds := sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before) < 2, (words, seconds)
+        return said
     told = ask('plan', 'tiny.json', '--ranks', '8', 'layout.pp=2')
-    assert told.returncode == 0 and time.perf_counter() - start < 2 and 'vision 0-2' in told.stdout and len(told.stdout.splitlines()) == 4, (told, time.perf_counter() - start)
+    assert told.returncode == 0 and 'vision 0-2' in told.stdout and len(told.stdout.splitlines()) == 4, told
     for command in ('plan', 'train'):
         refused = ask(command, 'tiny.json', '--ranks', '8', 'layout.tp=4')
         assert refused.returncode == 1 and refused.stderr.startswith('mmkit: ') and 'use a tp of 1 or 2' in refused.stderr and len(refused.stderr.splitlines()) == 1, refused
+
+def test_the_plan_of_a_large_model_is_there_at_once(tmp_path):
+    "Qwen2.5-VL-72B in eighty stages."
+    vision = dict(hidden_act='silu', depth=32, hidden_size=1280, num_heads=16, intermediate_size=3456, out_hidden_size=8192, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+    large = dict(model_type='qwen2_5_vl', vision_config=vision, image_token_id=1, video_token_id=2, num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, intermediate_size=29568,
+        vocab_size=152064, rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling={'type': 'mrope', 'mrope_section': [16, 24, 24]})
+    (tmp_path / 'config.json').write_text(json.dumps(large))
+    config = override(Config(weights=str(tmp_path), loop=Loop(global_batch=64), dtype='bfloat16'), ['layout.tp=8', 'layout.pp=8', 'layout.vpp=10'])
+    start = time.process_time()
+    assert len(plan(config, 64).places) == 8 and time.process_time() - start < 0.5

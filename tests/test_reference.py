@@ -237,18 +237,18 @@ def test_positions(house):
             if not torch.equal(fifth, sample['positions']) or not torch.equal(fourth, sample['positions']): differ.add(str(case))
     assert differ == {'long video', str(rates)}
 
-def check_rows(rows, capsys, title):
-    with capsys.disabled(): print(f'\n\n{title}\n\n' + parity.table(['layout', 'model', 'step', 'logits', 'loss', 'gradients', 'furthest gradient'], rows) + '\n')
+def check_rows(rows, record_property, title):
+    record_property('table', f'{title}\n\n' + parity.table(['layout', 'model', 'step', 'logits', 'loss', 'gradients', 'furthest gradient'], rows))
     wrong = [row for row in rows if not max(x for x in row[3:6] if x is not None) <= parity.LIMIT]
     assert not wrong, parity.table(['layout', 'model', 'step', 'logits', 'loss', 'gradients', 'furthest gradient'], wrong)
 
-def test_one_rank_is_transformers(one, capsys):
+def test_one_rank_is_transformers(one, record_property):
     assert len(one['rows']) == len(LAYOUTS[1]) * len(MODELS) * len(CASES)
-    check_rows(one['rows'], capsys, 'Largest difference from transformers over largest value, fp32, one rank')
+    check_rows(one['rows'], record_property, 'Largest difference from transformers over largest value, fp32, one rank')
 
-def test_two_ranks_are_transformers(two, capsys):
+def test_two_ranks_are_transformers(two, record_property):
     assert len(two['rows']) == 3 * len(MODELS) * len(CASES) + 2 * len(MODELS)
-    check_rows(two['rows'], capsys, 'Largest difference from transformers over largest value, fp32, two ranks')
+    check_rows(two['rows'], record_property, 'Largest difference from transformers over largest value, fp32, two ranks')
 
 def test_recompute_gives_the_same_bits_and_does_recompute(one, two):
     for found in (one, two):

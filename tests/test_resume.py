@@ -174,9 +174,9 @@ def judged(folder, found):
         rows.append([title, len(bad), far['loss'], far['grad_norm']])
     return parity.table(['checkpoint -> layout', 'what differs', 'loss of the next step', 'its gradient'], rows), wrong
 
-def test_every_layout_takes_up_every_checkpoint(house, found, capsys):
+def test_every_layout_takes_up_every_checkpoint(house, found, record_property):
     text, wrong = judged(house, found)
-    with capsys.disabled(): print(f'\n\n{text}\n')
+    record_property('table', text)
     assert not wrong and len(found) == 36 + 6 + 5 + 11, '\n'.join(wrong)
 
 def test_a_checkpoint_opens_in_transformers_and_diffusers_and_answers_as_the_model_did_in_training(house, found):

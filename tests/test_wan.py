@@ -192,22 +192,22 @@ def test_no_weight_is_zero_or_one(house):
     for name in MODELS:
         for key, x in load_file(house / name / 'diffusion_pytorch_model.safetensors').items(): assert not ((x == 0) | (x == 1)).any(), key
 
-def check_rows(house, rows, capsys, ranks):
+def check_rows(house, rows, record_property, ranks):
     "Prints the rows, with diffusers' own rounding in float32 beside ours, and holds them to the limit."
     rounding = json.loads((house / 'rounding.json').read_text())
     head = ['layout', 'model', 'step', 'answers', 'loss', 'gradients', 'those of diffusers in fp32', 'furthest gradient']
     rows = [[*row[:6], rounding[f'{row[1]}, {row[2]}'], row[6]] for row in rows]
-    with capsys.disabled(): print(f'\n\nLargest difference from diffusers in float64 over largest value, fp32, {ranks}\n\n' + parity.table(head, rows) + '\n')
+    record_property('table', f'Largest difference from diffusers in float64 over largest value, fp32, {ranks}\n\n' + parity.table(head, rows))
     wrong = [row for row in rows if not max(row[3:6]) <= parity.LIMIT]
     assert not wrong, parity.table(head, wrong)
 
-def test_one_rank_is_diffusers(house, one, capsys):
+def test_one_rank_is_diffusers(house, one, record_property):
     assert len(one['rows']) == len(LAYOUTS[1]) * len(MODELS) * len(CASES)
-    check_rows(house, one['rows'], capsys, 'one rank')
+    check_rows(house, one['rows'], record_property, 'one rank')
 
-def test_two_ranks_are_diffusers(house, two, capsys):
+def test_two_ranks_are_diffusers(house, two, record_property):
     assert len(two['rows']) == 3 * len(MODELS) * len(CASES) + 2 * len(MODELS)
-    check_rows(house, two['rows'], capsys, 'two ranks')
+    check_rows(house, two['rows'], record_property, 'two ranks')
 
 def test_recompute_does_recompute(one, two):
     micro = sum(map(len, CASES.values()))

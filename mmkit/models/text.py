@@ -54,7 +54,7 @@ class Head(nn.Module):
 
 # %% ../../nbs/22_models.text.ipynb #9a97cae3
 def mark_tied(tower: nn.Module) -> None:
-    "Marks the weight that stages of a tied model hold twice, in Megatron's words: `shared` is the copy that does not count in the norm of the gradient."
+    "Marks the weight that stages of a tied model hold twice, in Megatron's words: `shared` is the copy that does not count in the norm of the gradient. A tower in one piece has no copy."
     if hasattr(tower, 'embedding'): tower.embedding['word_embeddings'].weight.shared_embedding = True
     if hasattr(tower, 'output_layer'): tower.output_layer.weight.shared_embedding = tower.output_layer.weight.shared = True
 
@@ -71,8 +71,8 @@ class TextTower(nn.Module):
         self.decoder = nn.ModuleDict({'layers': nn.ModuleList(text_layer(shape, config, mesh.layout) for _ in held)})
         if held.stop == shape.layers:
             self.decoder['final_layernorm'] = Norm(config, shape.width, shape.epsilon)
-            if not shape.tied or mesh.layout.pp > 1: self.output_layer = Head(config, shape.vocabulary // mesh.tp.size, shape.width)
-        if shape.tied and mesh.layout.pp > 1: mark_tied(self)
+            if not shape.tied or held.start > 0: self.output_layer = Head(config, shape.vocabulary // mesh.tp.size, shape.width)
+        if shape.tied and len(held) < shape.layers: mark_tied(self)
 
     def embed(self, ids: Tensor) -> Tensor:
         "Vectors (s 1 width) for ids (s), the whole row on every rank."

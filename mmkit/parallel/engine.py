@@ -100,7 +100,7 @@ def repair_jit(module: Any) -> None:
     module.jit_fuser = lambda function: function
 
 def repair_norm(module: Any) -> None:
-    "The norms of single gradients are added in float64: rounded to float32 the sum is the same in any order, so over any pipeline."
+    "The norms of single gradients are added in float64: rounded to float32 the sum is almost always the same in any order, so over any pipeline."
     module.l2_norm_impl = lambda _chunk, _overflow, gradients, _each: (torch.stack([x.norm() for x in gradients[0]]).double().norm(), None)
     plain = module.get_grad_norm_fp32
     module.get_grad_norm_fp32 = lambda gradients, *rest, **options: plain(gradients if len(gradients) else [torch.zeros(1)], *rest, **options)      # or a rank without any would add in float32

@@ -10,6 +10,7 @@ __all__ = ['Rows', 'COLORS', 'Stage', 'cell', 'Stages', 'cut', 'balanced', 'laye
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from ..config import Layout
@@ -57,20 +58,23 @@ class Stages(tuple):
         return f'<table>{"".join("<tr>" + "".join(cell(stage, self.pp) for stage in turn) + "</tr>" for turn in turns)}</table>'
 
 # %% ../../nbs/10_parallel.stages.ipynb #e7b152ed
-def cut(costs: Sequence[float], count: int) -> list[int]:
+@lru_cache(maxsize=64)
+def cut(costs: tuple[float, ...], count: int) -> tuple[int, ...]:
     "Where `count` consecutive groups of costs end, none of them empty, the largest sum as small as can be."
     sums = list(accumulate(costs, initial=0.0))
-    best = [(total, [end]) for end, total in enumerate(sums)]                    # of the first so many layers in one group
+    best = {end: (sums[end], (end,)) for end in range(1, len(sums))}             # of the first so many layers in one group
     for groups in range(2, count + 1):
-        best = [min(((max(best[start][0], sums[end] - sums[start]), [*best[start][1], end]) for start in range(groups - 1, end)), default=(float('inf'), []))
-                for end in range(len(sums))]
-    return best[-1][1]
+        room = range(groups - 1, len(costs) - count + groups)                    # where the group before may end: some layers are left for each of the others
+        largest = lambda start, end: (max(best[start][0], sums[end] - sums[start]), best[start][1])
+        chosen = {end + 1: min(largest(start, end + 1) for start in range(groups - 1, end + 1)) for end in room}
+        best = {end: (cost, (*ends, end)) for end, (cost, ends) in chosen.items()}
+    return best[len(costs)][1]
 
 def balanced(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str, Rows]:
     "Rows of layers for each tower, given what each of its layers costs: the largest stage is as cheap as it can be."
     owner, count = [tower for tower, each in costs.items() for _ in each], layout.pp * layout.vpp
     require(len(owner) >= count, f'layout.pp={layout.pp} x layout.vpp={layout.vpp} makes {count} stages, but the model has {len(owner)} layers; use a smaller pp or vpp')
-    ends = cut([cost for each in costs.values() for cost in each], count)
+    ends = cut(tuple(cost for each in costs.values() for cost in each), count)
     counts = {tower: [owner[start:end].count(tower) for start, end in zip([0, *ends], ends)] for tower in costs}
     return {tower: tuple(tuple(row[turn * layout.pp:][:layout.pp]) for turn in range(layout.vpp)) for tower, row in counts.items()}
 

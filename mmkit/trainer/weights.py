@@ -37,7 +37,7 @@ def load_weights(model: Sequence[nn.Module], source: HFFolder | MMFolder, towers
     "Fills the parameters of this rank's stages from a Hugging Face or MindSpeed-MM folder; a ValueError names what does not fit."
     check(towers, source, mesh.tp.size)
     empty = {(chunk.stage.index, name): p for chunk in model for name, p in chunk.named_parameters()}
-    found = [((k, piece.mm), piece) for k, chunk in enumerate(pieces(towers)) for piece in chunk if k % mesh.pp.size == mesh.pp.rank]
+    found = [((k, piece.mm), piece) for k, chunk in enumerate(pieces(towers)) for piece in chunk if k % mesh.pp.size == mesh.pp.rank and ((k, piece.mm) in empty or not piece.rule.copy)]
     if differ := {place for place, _ in found} ^ empty.keys(): raise ValueError(f'table and model differ in {sorted(differ)[:4]}')
     size = sum(p.nbytes for p in empty.values())
     with torch.no_grad(), tqdm(total=size, desc='weights', unit='B', unit_scale=True, disable=not mesh.first or size < 1e9) as bar:
@@ -74,7 +74,7 @@ def with_dtype(tree: dict, name: str) -> dict:
 def layout_of(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh, like: HFFolder) -> dict[str, tuple[torch.dtype, tuple]]:
     "Dtype, of the live parameter, and shape of every tensor in the files of `like`."
     held = {chunk.stage.index: dict(chunk.named_parameters()) for chunk in model}
-    mine = {hub: computed_in(held[k][piece.mm]) for k, chunk in enumerate(pieces(towers)) if k in held for piece in chunk for hub in piece.hf}
+    mine = {hub: computed_in(held[k][piece.mm]) for k, chunk in enumerate(pieces(towers)) if k in held for piece in chunk if not piece.rule.copy for hub in piece.hf}
     told = [mine] * mesh.pp.size
     dist.all_gather_object(told, mine, group=mesh.pp.group)
     dtypes = {hub: dtype for each in told for hub, dtype in each.items()}

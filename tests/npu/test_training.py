@@ -113,7 +113,7 @@ def judge(title, row, like, ran, strange, wanted):
     if row['mindspeed'] and found.get(adam, 0) > wanted[adam] and found[adam] % (wanted[adam] // GROUPS) == 0: found[adam] = wanted[adam]        # every step one call for every weight
     if found != wanted: yield f'{title}: fused operators ran {found} times, not {wanted}'
 
-def compare(folder, npu, cpu, capsys):
+def compare(folder, npu, cpu, record_property):
     "Prints how far the NPU's losses and norms are from the CPU's, and which fused operators ran how often on all ranks; asserts that they are near and that none was left out."
     rows, wrong = [], []
     for title, row in npu.items():
@@ -122,7 +122,7 @@ def compare(folder, npu, cpu, capsys):
         rows.append([title, ROWS[title][0], len(row['losses']), relative(row['losses'], like['losses']), relative(row['norms'], like['norms']), counts])
         wrong += judge(title, row, like, ran, strange, expected(folder, title, ran.get('tiles', 0)))
     text = parity.table(['on emulated NPUs', 'ranks', 'steps', 'losses', 'norms', 'fused operators of all ranks'], rows)
-    with capsys.disabled(): print(f'\n\nLargest relative difference from the CPU, {"with" if any(row["mindspeed"] for row in npu.values()) else "without"} MindSpeed\n\n{text}\n')
+    record_property('table', f'Largest relative difference from the CPU, {"with" if any(row["mindspeed"] for row in npu.values()) else "without"} MindSpeed\n\n{text}')
     assert not wrong, '\n'.join(wrong)
 
 def test_what_is_wrong_is_said():
@@ -147,7 +147,7 @@ def test_it_learns_on_the_cpu(cpu):
     assert all(found[model]['losses'][-1] < found[model]['losses'][0] for model in MODELS), found
 
 @pytest.mark.parametrize('ranks', (1, 2))
-def test_npus_give_the_losses_of_the_cpu(cpu, ranks, capsys):
+def test_npus_give_the_losses_of_the_cpu(cpu, ranks, record_property):
     found = parity.on_ranks('npu.test_training', 'on_npu', cpu[0], ranks, 900)
     assert not any(row['mindspeed'] for row in found.values())
-    compare(cpu[0], found, cpu[1], capsys)
+    compare(cpu[0], found, cpu[1], record_property)
