@@ -45,12 +45,14 @@ def runs(x: Tensor, limit: int = 1 << 22) -> Iterator[memoryview]:
     for part in x.split(max(rows, 1)): yield from runs(part if rows else part[0], limit)
 
 
-def write_at(file: int, data: memoryview | bytes, place: int) -> None:
-    "Writes all of `data` into an open file, from `place` on."
+def write_at(file: int, data: memoryview | bytes, place: int, path: str | Path = '') -> int:
+    "Writes all of `data` into an open file, from `place` on, and returns the place behind it; where the disk is full, `path` is named."
     data = memoryview(data)
-    while data:
-        count = os.pwrite(file, data, place)
-        data, place = data[count:], place + count
+    with room_for(path):
+        while data:
+            count = os.pwrite(file, data, place)
+            data, place = data[count:], place + count
+    return place
 
 # %% ../../nbs/30_converters.writing.ipynb #ca8d79cc
 class Flusher:
@@ -86,12 +88,10 @@ class TensorFile:
         found = (sum(map(len, parts)), *parts[0].shape[1:]) if len(parts) > 1 else tuple(parts[0].shape)
         if {x.dtype for x in parts} != {dtype} or found != tuple(shape) or len({x.shape[1:] for x in parts}) > 1: raise ValueError(f'{name} is {parts[0].dtype} {found} but {self.path} has a place for {dtype} {tuple(shape)}')
         file, checksum, places = self.file.fileno(), 0, self.checksums.get(name, ())
-        with room_for(self.path):
-            for data in (data for x in parts for data in runs(x)):
-                if places: checksum = zlib.crc32(data, checksum)
-                write_at(file, data, offset)
-                offset += len(data)
-            for place in places: write_at(file, struct.pack('<I', checksum), place)
+        for data in (data for x in parts for data in runs(x)):
+            if places: checksum = zlib.crc32(data, checksum)
+            offset = write_at(file, data, offset, self.path)
+        for place in places: write_at(file, struct.pack('<I', checksum), place, self.path)
         self.left.discard(name)
         self.flusher.add(sum(x.nbytes for x in parts))
 
