@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .config import load_config
-from .files import Jsonl, load_json, write_atomic
-from .run import Run, RunFolder, check_config, progress, start
-from .trainer.folder import other_machine, started
+from .files import load_json, write_atomic
+from .run import Run, RunFolder, check_config, start
+from .trainer.folder import new_lines, other_machine, started
 from .values import dumps, override, require
 
 # %% ../nbs/61_again.ipynb #3b8d6fb2
@@ -31,8 +31,4 @@ def resume(run: RunFolder | str | Path, ranks: int | None = None, changes: Seque
 
 def follow_new(run: Run, print_line: Callable[[str], None] = print) -> Run:
     "As `run.follow`, without the records from before it was started again."
-    log, since = Jsonl(run.folder / 'metrics.jsonl'), started(run.folder)
-    def look():
-        for record in log.new():
-            if record['time'] > since: print_line(progress(record, run.steps))
-    return run.wait(watch=look)
+    return run.wait(watch=new_lines(run, print_line, since=started(run.folder)))

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 from .curves import draw_curves, draw_line, new_figure, style
 from .files import Jsonl, load_json, read_end
 from .ranks import Interrupted
-from .run import Run
-from .trainer.folder import RunFolder, duration, started
+from .run import Run, stopped_by_interrupt
+from .trainer.folder import RunFolder, duration, new_lines, started
 from .trainer.plan import Plan, amount
 from .trainer.view import View, remove_button, samples_html, stop_button, text_alone
 
@@ -131,7 +131,7 @@ def show_samples(run: RunFolder | str | Path, step: int | None = None, count: in
 # %% ../nbs/61_show.ipynb #ecc4e98a
 def looks(run: Run, smooth: float) -> Callable[[], None]:
     "A function that shows what is new about a run with every call: on a page, or as lines of text where there is none."
-    return run.lines() if text_alone() else View(run, smooth, failure=False).refresh            # the error has the traceback
+    return new_lines(run) if text_alone() else View(run, smooth, failure=False).refresh            # the error has the traceback
 
 
 def watch(run: Run, every: float = 0.25, smooth: float = 0.8) -> None:
@@ -150,6 +150,6 @@ async def watch_async(run: Run, every: float = 0.25, smooth: float = 0.8) -> Non
         while run.running:
             look()
             await asyncio.sleep(every)
-    except (KeyboardInterrupt, asyncio.CancelledError): raise AwaitInterrupted(run.interrupt(look)) from None
+    except (KeyboardInterrupt, asyncio.CancelledError): raise AwaitInterrupted(stopped_by_interrupt(run, look)) from None
     finally: remove_button(button)
     run.wait(watch=look)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['alive', 'agent_process', 'other_machine', 'read_status', 'first_failure', 'full_disk', 'read_failure', 'progress',
-           'duration', 'memory_words', 'RunFolder', 'seconds_left', 'started']
+           'duration', 'memory_words', 'RunFolder', 'new_lines', 'seconds_left', 'started']
 
 # %% ../../nbs/58_trainer.folder.ipynb #4beb76bf
 import json
@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,15 @@ class RunFolder:
     def tail(self, lines: int = 20, rank: int = 0) -> str:
         "The last lines a rank has printed (of its last 64 KB)."
         return '\n'.join(read_end(self.folder / 'log' / f'rank{rank}.txt').rstrip('\n').split('\n')[-lines:])
+
+# %% ../../nbs/58_trainer.folder.ipynb #c6f8c514
+def new_lines(run: RunFolder, print_line: Callable[[str], None] = print, every: int = 1, since: float = 0.0) -> Callable[[], None]:
+    "A function that prints a line for the record of every so many steps, and of the last, as far as they are new and from after the time `since`."
+    log = Jsonl(run.folder / 'metrics.jsonl')
+    def look():
+        for record in log.new():
+            if record.get('time', since + 1) > since and (record['step'] % every == 0 or record['step'] == run.steps): print_line(progress(record, run.steps))
+    return look
 
 # %% ../../nbs/58_trainer.folder.ipynb #76946912
 def seconds_left(records: Sequence[dict], steps: int | None, since: float = 0.0) -> float | None:
