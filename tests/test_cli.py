@@ -361,6 +361,14 @@ def test_every_field_of_every_method_is_read_from_a_file_and_printed(converter, 
         assert yaml.safe_load(capsys.readouterr().out) != tree
 
 
+@pytest.mark.parametrize('converter', METHODS)
+def test_a_field_of_a_file_that_no_method_has_is_named(converter, work, capsys):
+    for text in ('cfg: {stranger: 1}\n', 'stranger: 1\n'):
+        Path('there.yaml').write_text(text)
+        said = inside(f'mm-convert {converter} hf_to_mm --config there.yaml', capsys, code=2)
+        assert 'stranger' in said and said.count('\n') == 1, said
+
+
 def test_help_names_every_field(capsys):
     for converter, (_, methods) in METHODS.items():
         for method, (_, fields, unused) in methods.items():

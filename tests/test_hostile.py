@@ -1,18 +1,24 @@
 """Files of strangers, sent through every reader: no code runs, each ends in one sentence that names the file, at once and in little memory."""
 import gc, io, json, os, pickle, resource, shutil, struct, time, zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import kill_test
 from mmkit.cli import finish, mm_convert
+from mmkit.config import Loop, Optim
 from mmkit.convert_cli import Lora, convert_qwen, convert_wan
 from mmkit.converters.folders import HFFolder, MMFolder, load_peer_file, open_weights
 from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
 from mmkit.converters.wan2_1 import wan2_1_towers
 from mmkit.datasets.features import Features, read_pt, read_tensors
-from mmkit.files import load_json
+from mmkit.files import STATE, load_json, write_manifest
+from mmkit.trainer.checkpoint import find_start
+from mmkit.trainer.loop import fit
 
 GOLDEN = Path(__file__).parent / 'golden'
 HF, WAN = GOLDEN / 'qwen2_5_vl_hf', GOLDEN / 'wan2_1_t2v_hf'
@@ -25,7 +31,7 @@ class Payload:
     def __reduce__(self): return {os.system: (os.system, ('touch was_here',)), eval: (eval, ("open('was_here', 'w')",)), open: (io.open, ('was_here', 'w'))}[self.how]
 
 
-def refused(read, file, limit=200e6):
+def refused(read, file, limit=200e6, time_limit=2):
     "`read` raises one ValueError of one line that names `file`, in a second and little memory, and nothing was run."
     gc.collect()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -33,7 +39,7 @@ def refused(read, file, limit=200e6):
     seconds, grown = time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     said = str(caught.value)
     assert Path(file).name in said and '\n' not in said and len(said) < 1000, said
-    assert seconds < 2 and grown < limit, (seconds, grown)
+    assert seconds < time_limit and grown < limit, (seconds, grown)
     assert not Path('was_here').exists()
 
 def ends(command, file, capsys):
@@ -223,3 +229,88 @@ def test_a_hostile_latest_file_is_refused(word, here):
     shutil.copytree(GOLDEN / 'qwen2_5_vl_tp1', 'mm')
     Path('mm/latest_checkpointed_iteration.txt').write_bytes(word)
     refused(lambda: MMFolder('mm', qwen2_5_vl_towers(CONFIG)), 'latest_checkpointed_iteration.txt')
+
+
+# Checkpoints of a stranger, with a manifest that fits
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "The config of a small training of two steps, and its checkpoints."
+    folder = tmp_path_factory.mktemp('trained')
+    kill_test.write_text(folder)
+    config = kill_test.text_config(folder, Optim(lr=1e-3), Loop(steps=3, global_batch=2, save_every=1))
+    fit(replace(config, loop=replace(config.loop, steps=2)), folder / 'run')
+    return config, folder / 'run' / 'checkpoints'
+
+def goes_on(config, checkpoints, change):
+    "A new run that goes on from a copy of the first checkpoint with `change(folder)` and a manifest that fits."
+    for old in ('run', 'step-0000001'): shutil.rmtree(old, ignore_errors=True)
+    folder = Path(shutil.copytree(checkpoints / 'step-0000001', 'step-0000001'))
+    change(folder)
+    write_manifest(folder)
+    return lambda: fit(replace(config, resume=str(folder)), 'run')
+
+def noticed(read, file, what):
+    "Nothing, or in a list what `read` does instead of refusing the file."
+    try: refused(read, file, time_limit=60)
+    except (Exception, pytest.fail.Exception) as error: return [f'{what}: {type(error).__name__} {" ".join(str(error).split())[:200]}']
+    return []
+
+STATES = {'a list': b'[]', 'a number': b'1', 'null': b'null', 'nothing': b'', 'cut': b'{"step": 1', 'deep': b'[' * 200_000 + b']' * 200_000, 'no text': b'\xff\xfe\x00', 'a pickle': pickle.dumps(Payload())}
+FIELDS = {
+    'step': ['x', None, True, 1.5, -1, 0, 2, 10**30, [1]], 'adam_steps': ['x', None, -1, 1.5, 10**30], 'average_steps': ['x', -1, 10**30], 'optimizer': ['x', None], 'frozen': ['vision', None, 7],
+    'ledger': [None, 'x', [], {'stranger': 1}]}
+
+@pytest.mark.parametrize('what', STATES)
+def test_a_state_that_is_no_state_is_refused(what, trained, here):
+    refused(goes_on(*trained, lambda folder: (folder / STATE).write_bytes(STATES[what])), STATE, time_limit=60)
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_a_state_with_a_field_that_no_training_writes_is_refused(name, trained, here):
+    "Each field with another kind of value or one that cannot be, and without it."
+    def change(value):
+        def write(folder):
+            state = {key: x for key, x in load_json(folder / STATE).items() if key != name}
+            (folder / STATE).write_text(json.dumps(state if value is ... else state | {name: value}))
+        return write
+    wrong = [words for value in (..., *FIELDS[name]) for words in noticed(goes_on(*trained, change(value)), STATE, f'{name}={value!r}')]
+    assert not wrong, '\n'.join(wrong)
+
+def other(change):
+    "Gives the first tensor of a file in a checkpoint another value."
+    def write(file):
+        tensors = load_file(file)
+        name = max(tensors, key=lambda name: tensors[name].numel())
+        save_file(tensors | change(name, tensors[name]), file)
+    return write
+
+MOMENTS = {
+    'a wrong shape': other(lambda name, x: {name: x[:-1].contiguous()}), 'another order of dims': other(lambda name, x: {name: x.T.contiguous()}), 'one number': other(lambda name, x: {name: x.flatten()[:1].clone()}), 'one row': other(lambda name, x: {name: x[:1].clone()}),
+    'no numbers': other(lambda name, x: {name: x[:0].clone()}), 'whole numbers': other(lambda name, x: {name: x.long()}), 'yes and no': other(lambda name, x: {name: x > 0}), 'a stranger': other(lambda name, x: {'stranger.weight': x[:1].clone()}),
+    **{what: lambda file, what=what: file.write_bytes(SAFETENSORS[what]) for what in ('nothing', 'cut data', 'a header of 2^63 - 1 bytes', 'a shape that overflows', 'overlapping tensors', 'a pickle')}}
+
+@pytest.mark.parametrize('kind', ['exp_avg', 'exp_avg_sq'])
+def test_moments_that_no_training_writes_are_refused(kind, trained, here):
+    file = f'training/optimizer-{kind}-00001-of-00002.safetensors'
+    wrong = [words for what, change in MOMENTS.items() for words in noticed(goes_on(*trained, lambda folder: change(folder / file)), file, what)]
+    assert not wrong, '\n'.join(wrong)
+
+LOOPS = ['vocab.json', 'config.json', 'manifest.json', STATE, 'model-00001-of-00002.safetensors', 'training/optimizer-exp_avg-00001-of-00002.safetensors', 'training']
+
+@pytest.mark.parametrize('name', LOOPS)
+def test_a_link_to_itself_in_a_checkpoint_is_named_and_the_one_before_taken(name, trained, here):
+    config, checkpoints = trained
+    shutil.copytree(checkpoints, 'run/checkpoints')
+    loop, said = Path('run/checkpoints/step-0000002', name), []
+    shutil.rmtree(loop) if loop.is_dir() else loop.unlink()
+    loop.symlink_to(loop.name)
+    refused(lambda: find_start(replace(config, resume=2), Path('run'), said.append), name)
+    assert find_start(config, Path('run'), said.append) == Path('run/checkpoints/step-0000001') and name in said[0], said
+
+@pytest.mark.parametrize('name', ['vocab.json', 'config.json', 'model.safetensors.index.json', next(HF.glob('*.safetensors')).name])
+def test_a_link_to_itself_in_a_model_is_named(name, here, capsys):
+    shutil.copytree(HF, 'hf')
+    (loop := Path('hf', name)).unlink(missing_ok=True)
+    loop.symlink_to(loop.name)
+    refused(lambda: HFFolder('hf'), loop)
+    for command in (qwen('hf_to_mm', hf='hf'), qwen('mm_to_hf', mm=GOLDEN / 'qwen2_5_vl_tp1', hf='hf')): ends(command, loop, capsys)

@@ -2,6 +2,7 @@
 
 `python tests/test_resume.py` prints every pair of layouts for both models. The kills are in kill_test.py, of which this file runs a short version."""
 import json, os, random, re, shutil, signal, struct, sys, time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -308,7 +309,7 @@ def damages(folder):
     "(what is done, the names in a checkpoint that a message may give, the function of the folder and a source of chance that does it), for every file of a checkpoint."
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*')) if path.is_file()]
     on = lambda name, do: lambda copy, draw: do(copy / name, draw)
-    cases = [(f'{name}: {what}', [name], on(name, do)) for name in names for what, do in EVERY.items() if (name, what) != ('manifest.json', 'the last byte cut off')]
+    cases = [(f'{name}: {what}', [name], on(name, do)) for name in names for what, do in EVERY.items()]
     shards = [name for name in names if name.endswith('.safetensors')]
     cases += [(f'{name}: {what}', [name if do is header else str(Path(name).with_name('stranger.safetensors'))], on(name, do)) for name in shards for what, do in TENSORS.items()]
     cases += [(f'{name}: ../../x', [name], on(name, astray)) for name in names if name.endswith('.safetensors.index.json')]
@@ -356,6 +357,28 @@ def test_damage_of_any_file_is_found_before_use_and_the_checkpoint_before_is_tak
         shutil.rmtree(newest, ignore_errors=True)
         assert step_of(run).is_dir() and whole.is_dir()
     assert not unnoticed and len(cases) >= 130, f'{len(unnoticed)} of {len(cases)}:\n' + '\n'.join(unnoticed[:20])
+
+@pytest.mark.parametrize('model', MODELS[:2])
+def test_a_fall_back_is_told_in_one_message_and_a_wished_step_in_the_same_words(house, tmp_path, model):
+    config, run = own_run(house, model, tmp_path)
+    bad, said = step_of(run, STEPS) / 'training' / 'optimizer-exp_avg-00002-of-00002.safetensors', []
+    flipped(-1)(bad, random.Random(0))
+    with pytest.raises(ValueError, match=str(bad)): find_start(replace(config, resume=STEPS), run, said.append)
+    assert find_start(config, run, said.append) == step_of(run) and len(said) == 1 and str(bad) in said[0], said
+
+def test_damage_of_a_file_that_all_checkpoints_share_is_told_as_such(house, tmp_path):
+    "A film's codec and text encoder lie once on the disk, under a name in the base folder and one in each checkpoint."
+    config, run = own_run(house, 'film', tmp_path)
+    for name in ('vae/diffusion_pytorch_model.safetensors', 'text_encoder/model.safetensors'):
+        shared = step_of(run) / name
+        assert shared.samefile(step_of(run, STEPS) / name) and shared.samefile(tmp_path / 'film' / name)
+        before = shared.read_bytes()
+        shared.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))                 # in place, as a failing disk does
+        with pytest.raises(ValueError) as caught: find_start(config, run, lambda words: None)
+        said = str(caught.value)
+        assert name in said and 'share' in said and config.weights in said and '\n' not in said, said
+        shared.write_bytes(before)
+        assert find_start(config, run) == step_of(run, STEPS)
 
 # Kills
 
