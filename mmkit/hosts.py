@@ -240,10 +240,8 @@ def add_up(store: Any, device: Device, rank: int, world: int, limit: float) -> f
 # %% ../nbs/61_hosts.ipynb #15639a54
 def wait_for(store: Any, key: str, end: float) -> bool:
     "Whether a key is in the store before the clock shows `end`."
-    while not store.check([key]):
-        if time.monotonic() > end: return False
-        time.sleep(0.05)
-    return True
+    while not (found := store.check([key])) and time.monotonic() <= end: time.sleep(0.05)
+    return found
 
 
 def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> str:
