@@ -154,7 +154,7 @@ def attentions():
                 with open_mesh(Layout(cp=world, cp_kind=kind), pick_device('cpu')) as mesh:
                     mine = row_places(32, mesh.layout)[mesh.cp.rank]
                     shared = results(row_attention(lengths, causal, mesh), mine)
-                    distance = parity.over_ranks(max(((x - y[:, mine]).abs().max() / y.abs().max()).item() for x, y in zip(shared, exact if scale > 1 else alone)))
+                    distance = parity.over_ranks(torch.stack([(x - y[:, mine]).abs().max() / y.abs().max() for x, y in zip(shared, exact if scale > 1 else alone)]).max().nan_to_num(torch.inf))
                     found.setdefault((heads, groups, kind, scale > 1), []).append([distance, max(map(parity.apart, alone, exact))])
     return [[f'{heads}, {groups}', kind, large, *map(max, zip(*each))] for (heads, groups, kind, large), each in found.items()]
 
