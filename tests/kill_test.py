@@ -67,13 +67,17 @@ def config_of(folder, model, steps):
     config = (text_config if model == 'text' else film_config)(folder, optim, loop)
     return replace(config, data=replace(config.data, workers=int(model == 'text')))
 
-RANKS = 'for rank in $(seq 0 $((WORLD_SIZE - 1))); do RANK=$rank LOCAL_RANK=$rank "$@" & ranks="$ranks $!"; done; for rank in $ranks; do wait $rank || code=1; done; exit ${code:-0}'
+def free_port(chance=random.SystemRandom()):
+    "A port below those that the system gives to connections, one of which could take it before the first rank does."
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(('127.0.0.1', port := chance.randrange(12000, 32000))): return port
+
+RANKS = 'for rank in $(seq 0 $((WORLD_SIZE - 1))); do RANK=$rank LOCAL_RANK=$rank "$@" & ranks="$ranks $!"; done; for rank in $ranks; do wait $rank || kill -s KILL 0; done'
 
 def start(run, ranks=2):
-    "A process, alone in its list, that starts the ranks of the loop in a run folder and ends with them; it and all below it are one group."
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
+    "A process, alone in its list, that starts the ranks of the loop in a run folder and ends with them, and with SIGKILL for all when one fails; they are one group."
+    port = free_port()
     changes = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     with open(run / 'log.txt', 'ab') as log:
         return [subprocess.Popen(['sh', '-c', RANKS, 'sh', sys.executable, '-m', 'mmkit.trainer.loop', str(run)], env=child_environment(changes), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)]
