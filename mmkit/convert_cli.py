@@ -13,6 +13,7 @@ __all__ = ['LAYERS', 'MAYBE_LAYERS', 'NEEDED', 'NEW', 'OVERWRITE', 'LORA', 'REMO
 # %% ../nbs/65_convert_cli.ipynb #bb0f0861
 import json
 import re
+import traceback
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -141,7 +142,11 @@ def convert_parser() -> Any:
     from jsonargparse import ArgumentParser
 
     class OneSentence(ArgumentParser):
-        def error(self, message, ex=None): self.exit(2, f'mm-convert: {" ".join(message.split())}: --help shows what is possible\n')
+        def error(self, message, ex=None):
+            if isinstance(ex, KeyError):         # jsonargparse looks for the subcommand of a strange field in vain and says that; the field is what it was looking at
+                *_, (frame, _) = traceback.walk_tb(ex.__traceback__)
+                message = f'{str(frame.f_locals.get("key", message)).split(".", 2)[-1]} is no field of this method'
+            self.exit(2, f'mm-convert: {" ".join(message.split())}: --help shows what is possible\n')
 
     parser = OneSentence(prog='mm-convert', description='Converts weights between Hugging Face and MindSpeed-MM folders, with the memory of one tensor.')
     converters = parser.add_subcommands(dest='converter')
