@@ -82,18 +82,15 @@ MERGE = (
     ('cfg.source_dir', str, NEEDED, 'MindSpeed-MM folder with the weights that the adapters were trained on'), ('cfg.target_dir', str, NEEDED, f'MindSpeed-MM folder to write, in the same layout; {NEW}'),
     *layout_fields('parallel_config', ' of both'), ('cfg.hf_config.hf_dir', str, None, 'Hugging Face folder with the config.json of the model; needed only when its text heads are not 128 numbers wide'), *LORA, REMOTE, OVERWRITE)
 RESPLIT = (
-    ('cfg.source_dir', str, NEEDED, 'MindSpeed-MM folder to read: around release or iter_0000500, or this one itself'),
-    ('cfg.target_dir', str, NEEDED, f'MindSpeed-MM folder to write; {NEW}'),
+    ('cfg.source_dir', str, NEEDED, 'MindSpeed-MM folder to read: around release or iter_0000500, or this one itself'), ('cfg.target_dir', str, NEEDED, f'MindSpeed-MM folder to write; {NEW}'),
     *layout_fields('source_parallel_config', ' of the source'), *layout_fields('target_parallel_config', ' of the target'),
     ('cfg.hf_config.hf_dir', str, None, 'Hugging Face folder with the config.json of the model; needed only when its text heads are not 128 numbers wide'), REMOTE, OVERWRITE)
 
 # %% ../nbs/65_convert_cli.ipynb #c0d8033b
 def unused_fields(config: str) -> tuple:
     "The fields of a layout that stand for what Qwen2.5-VL has not."
-    return ((f'cfg.{config}.vit_tp_size', int, 0, 'one tp_size holds for both towers'),
-            (f'cfg.{config}.ep_size', int, 1, 'the model has no experts'),
-            (f'cfg.{config}.audio_tp_size', int, 0, 'the model has no audio tower'),
-            (f'cfg.{config}.audio_pp_layers', Any, None, 'the model has no audio tower'))
+    return ((f'cfg.{config}.vit_tp_size', int, 0, 'one tp_size holds for both towers'), (f'cfg.{config}.ep_size', int, 1, 'the model has no experts'),
+            (f'cfg.{config}.audio_tp_size', int, 0, 'the model has no audio tower'), (f'cfg.{config}.audio_pp_layers', Any, None, 'the model has no audio tower'))
 
 
 COMMON = ('cfg.common_model_config', Any, None, 'everything is read from config.json or from the files')
@@ -136,16 +133,14 @@ METHODS = {
         'merge_lora_to_base': ('MindSpeed-MM folder and LoRA weights to one folder', (*WAN, *LORA, ('use_npu', bool, True, 'accepted; merging takes no device')), WAN_UNUSED[:1]),
         **{name: (f'not possible, {reason}', REFUSED_FIELDS, ()) for name, reason in WAN_REFUSED.items()}})}
 
-
+# %% ../nbs/65_convert_cli.ipynb #7a3aa68a
 def convert_parser() -> Any:
     "The parser of mm-convert."
     from jsonargparse import ArgumentParser
 
     class OneSentence(ArgumentParser):
         def error(self, message, ex=None):
-            if isinstance(ex, KeyError):         # jsonargparse looks for the subcommand of a strange field in vain and says that; the field is what it was looking at
-                *_, (frame, _) = traceback.walk_tb(ex.__traceback__)
-                message = f'{str(frame.f_locals.get("key", message)).split(".", 2)[-1]} is no field of this method'
+            if isinstance(ex, KeyError): message = f'{[frame.f_locals.get("key", message) for frame, _ in traceback.walk_tb(ex.__traceback__)][-1].split(".", 2)[-1]} is no field of this method'      # jsonargparse names the method here
             self.exit(2, f'mm-convert: {" ".join(message.split())}: --help shows what is possible\n')
 
     parser = OneSentence(prog='mm-convert', description='Converts weights between Hugging Face and MindSpeed-MM folders, with the memory of one tensor.')
