@@ -221,8 +221,8 @@ def check_manifest(folder: str | Path, contents: bool = True) -> list[str]:
     for name in unlisted(folder, files): raise ValueError(f'{folder / name} is not in the manifest: remove it, or use an older checkpoint')
     with ThreadPoolExecutor(8) as pool:
         try:
-            for name, found in zip(files, pool.map(sha256, [folder / name for name in files])) if contents else ():
-                if found != files[name]['sha256']: raise ValueError(f'{folder / name} has other content than its manifest says: {shared(folder / name)}')
+            for name, content in zip(files, pool.map(sha256, [folder / name for name in files])) if contents else ():
+                if content != files[name]['sha256']: raise ValueError(f'{folder / name} has other content than its manifest says: {shared(folder / name)}')
         finally: pool.shutdown(cancel_futures=True)
     return list(files)
 

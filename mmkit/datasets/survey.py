@@ -50,6 +50,7 @@ def fills(lengths: Sequence[int] | np.ndarray, micro_batch: int, most: int, mult
 def draw_lengths(samples: Sequence[Measured], most: int) -> bytes:
     "A PNG: how many samples have which number of tokens, and the mean share of trained, given and media tokens among those of that length."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     lengths = np.array([one.tokens for one in samples])
     low, high = lengths.min(), lengths.max() + 1
     width = -(-(high - low) // 24)                                # whole tokens, from the shortest sample to the longest
@@ -63,7 +64,7 @@ def draw_lengths(samples: Sequence[Measured], most: int) -> bytes:
         bottom += height
     if most <= 1.05 * places[-1]: axes.axvline(most, color='#c0392b', label=f'data.max_length={most}')
     axes.set(xlabel='tokens of a sample', ylabel='samples')
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc='outside right upper', fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format='png')
