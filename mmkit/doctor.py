@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKED_AT', 'READERS', 'OPTIONAL', 'Finding', 'wanted_versions', 'package', 'packages', 'optional_parts', 'chips',
-           'answer', 'ascend', 'amount', 'room', 'machine', 'port_free', 'machines', 'Report', 'doctor']
+           'answer', 'ascend', 'amount', 'room', 'how_many', 'machine', 'port_free', 'machines', 'Report', 'doctor']
 
 # %% ../nbs/62_doctor.ipynb #77b0af83
 import importlib.metadata
@@ -16,10 +16,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .device import DEVICES, INSTALL_MINDSPEED, npu_facts, npu_installed, npu_trouble, same_release, version_of, wrong_release
+from .device import DEVICES, INSTALL_MINDSPEED, Device, npu_facts, npu_installed, npu_trouble, same_release, version_of, wrong_release
 
 # %% ../nbs/62_doctor.ipynb #0e517ad9
 @dataclass(frozen=True)
@@ -113,9 +114,13 @@ def room(name: str, folder: str | Path, least: float, remedy: str) -> Finding:
     free = shutil.disk_usage(folder).free if Path(folder).is_dir() else 0
     return Finding(name, f'{amount(free)} free', f'{amount(least)} or more', '' if free >= least else remedy)
 
+def how_many(device: Device) -> int:
+    "How many of a device are here."
+    return device.count() if device.present() else 0
+
 def machine() -> Iterator[Finding]:
     "Devices, cores, shared memory and disk."
-    asked = {name: answer(lambda device=device: device.present() and device.count(), 0) for name, device in DEVICES.items() if name != 'cpu'}
+    asked = {name: answer(partial(how_many, device), 0) for name, device in DEVICES.items() if name != 'cpu'}
     present, failed = [f'{count} {name}' for name, (count, _) in asked.items() if count], [words for name, (_, words) in asked.items() if words and name != 'npu']      # what is wrong with an NPU stands in its own rows
     yield Finding('devices', ', '.join(present) or f'CPU, {os.cpu_count()} cores', 'any', '; '.join(failed))
     yield room('shared memory', '/dev/shm', 1e9, 'start the container with --shm-size=16g, or set data.workers=0')
