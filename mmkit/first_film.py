@@ -59,8 +59,8 @@ def film_strip(one: Any, every: int, scale: int, room: int = 96) -> np.ndarray:
     return np.array(strip)
 
 def film_sheet(films: Sequence[Any], every: int = 2, scale: int = 2, across: int = 2) -> 'Image.Image':
-    "A picture of films, `across` of them in a row: of each its prompt and every so many frames, enlarged `scale` times."
-    return contact_sheet([film_strip(one, every, scale) for one in films], columns=across)
+    "A picture of films, in 96 colours, `across` of them in a row: of each its prompt and every so many frames, enlarged `scale` times."
+    return contact_sheet([film_strip(one, every, scale) for one in films], columns=across).quantize(96)         # a third of the bytes in a saved notebook
 
 def judged(names: Sequence[str], folder: str | Path, clips: dict[str, Films]) -> dict[str, dict[str, float]]:
     "The judge's scores of real clips, of the same through the codec of a pipeline folder, of filled outlines, and of named sets of films."
