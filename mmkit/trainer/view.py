@@ -189,7 +189,7 @@ class Curves(Outputs):
         began = time.monotonic()
         with DRAWING: picture = to_png(draw_curves({'': records}, smooth))
         self.show('picture', {'image/png': b64encode(picture).decode(), 'text/plain': 'curves'})
-        self.pause = time.monotonic() + min(10, 9 * (time.monotonic() - began))             # a tenth of a core, which ranks on a CPU need
+        self.pause = time.monotonic() + min(2 + len(records) / 200, 9 * (time.monotonic() - began))       # short runs stay lively; long ones leave ranks on a CPU nine tenths of a core
 
 # %% ../../nbs/59_trainer.view.ipynb #361d0334
 class View(Curves):
