@@ -117,7 +117,7 @@ def test_memory_falls_as_the_model_is_cut(house):
     "Measured, on the fullest rank."
     fullest = {title: max(mine[3] for mine, _ in ranks) for title, ranks in house[1].items()}
     for base, cuts in (('tiny', ('tp 2', 'pp 2, two turns', 'dp 2, fsdp')), ('t2v', ('pp 2', 'dp 2, fsdp'))):
-        assert all(fullest[f'{base}, {cut}'] < 0.9 * fullest[base] for cut in cuts), fullest
+        assert all(fullest[f'{base}, {cut}'] < fullest[base] for cut in cuts), fullest
 
 def test_the_plan_of_the_settings_is_the_fullest(house):
     config = config_of(house[0], 'tiny, dp 2, zero1')
