@@ -119,7 +119,7 @@ def test_the_film_tutorial_learns(tmp_path):
     "Tutorial 3 whole, with fewer steps than it shows: things take shape long before they move the asked way."
     notebook = nbformat.read(Path(__file__).parent.parent / 'nbs' / 'tutorials' / '3_wan2_1.ipynb', 4)
     cell, = (cell for cell in notebook.cells if "toy, steps = model == 'toy', 4500" in cell.source)
-    cell.source = cell.source.replace('4500', '500')
+    cell.source = cell.source.replace('4500', '300')
     notebook.cells.append(nbformat.v4.new_code_cell("print(json.dumps([result.scores, result.apart, [record['loss'] for record in run.records()]]))"))
     NotebookClient(notebook, timeout=600, resources={'metadata': {'path': str(tmp_path)}}).execute()
     scores, apart, losses = json.loads(notebook.cells[-1].outputs[0].text)
@@ -130,13 +130,13 @@ def test_the_film_tutorial_learns(tmp_path):
 
 
 def test_the_layouts_tutorial_shows_one_curve(tmp_path):
-    "Tutorial 4 with four of its eleven layouts; all of them, and more, are in test_layouts.py."
+    "Tutorial 4 with two of its eleven layouts; all of them, and more, are in test_layouts.py."
     notebook = nbformat.read(Path(__file__).parent.parent / 'nbs' / 'tutorials' / '4_same_loss.ipynb', 4)
     place, = (number for number, cell in enumerate(notebook.cells) if cell.source.startswith('layouts = {'))
-    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("layouts = {name: layouts[name] for name in ('one process', 'pp 2, in turns', 'dp 2, fsdp', 'pp 2 x cp 2')}"))
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("layouts = {name: layouts[name] for name in ('one process', 'pp 2 x cp 2')}"))
     notebook.cells.append(nbformat.v4.new_code_cell('print(len(apart), max(apart.values()))'))
     NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(tmp_path)}}).execute()
-    assert notebook.cells[-1].outputs[0].text.startswith('4 ') and sum('image/png' in str(cell.get('outputs')) for cell in notebook.cells) == 1
+    assert notebook.cells[-1].outputs[0].text.startswith('2 ') and sum('image/png' in str(cell.get('outputs')) for cell in notebook.cells) == 1
 
 
 def test_a_model_of_ones_own_has_one_loss(tmp_path):

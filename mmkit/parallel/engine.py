@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FACTORIES', 'ANYWHERE', 'ON_CPU', 'MINDSPEED_OPTIONS', 'WITHOUT_MINDSPEED', 'NAMES', 'LOADED', 'Idle', 'CpuCuda',
            'on_cpu', 'CpuTorch', 'TypeName', 'answer_with_type', 'answer_for_cuda', 'repair_random', 'repair_jit',
-           'repair_norm', 'repair_fp8', 'FusedAdamW', 'repair_mappings', 'repair_optimizer', 'Repairing', 'Finder',
-           'repairs', 'load_mindspeed', 'prepare_npu', 'prepared_for', 'prepare', 'load_names', 'megatron']
+           'repair_norm', 'repair_fp8', 'repair_groups', 'FusedAdamW', 'repair_mappings', 'repair_optimizer',
+           'Repairing', 'Finder', 'repairs', 'load_mindspeed', 'prepare_npu', 'prepared_for', 'prepare', 'load_names',
+           'megatron']
 
 # %% ../../nbs/10_parallel.engine.ipynb #d4b68ced
 import contextlib
@@ -111,6 +112,19 @@ def repair_fp8(module: Any) -> None:
     quantize = module.quantize_param_shard
     module.quantize_param_shard = lambda parameters, *rest: quantize(parameters, *rest) if len(parameters) else None
 
+def repair_groups(module: Any) -> None:
+    "Of the groups that Megatron makes in one call, those of the same ranks are one."
+    initialize, create = module.initialize_model_parallel, module.create_group
+    def initialize_once(*arguments, **options):
+        made = {}
+        def create_once(ranks, **more):
+            if tuple(ranks) not in made: made[tuple(ranks)] = create(ranks, **more)
+            return made[tuple(ranks)]
+        module.create_group = create_once
+        try: return initialize(*arguments, **options)
+        finally: module.create_group = create
+    module.initialize_model_parallel = initialize_once
+
 # %% ../../nbs/10_parallel.engine.ipynb #6942c5b3
 class FusedAdamW(torch.optim.AdamW):
     "torch's AdamW in its fused form, the twin of Apex's FusedAdam."
@@ -135,6 +149,7 @@ ANYWHERE = {
 ON_CPU = {
     'megatron.core.tensor_parallel.random': repair_random,
     'megatron.core.jit': repair_jit,
+    'megatron.core.parallel_state': repair_groups,
     'megatron.core.optimizer.clip_grads': repair_norm,
 }
 

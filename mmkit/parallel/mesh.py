@@ -97,7 +97,7 @@ def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int
     state = megatron().parallel_state
     state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None, context_parallel_size=layout.cp,
         hierarchical_context_parallel_sizes=[layout.ulysses, layout.ring], create_gloo_process_groups=False)
-    inner, outer = state.get_hierarchical_context_parallel_groups()[-2:]          # Megatron never forgets those of earlier meshes
+    inner, outer = state.get_hierarchical_context_parallel_groups()
     groups = (state.get_tensor_model_parallel_group(), state.get_context_parallel_group(), inner, outer,
         state.get_data_parallel_group(), state.get_data_parallel_group(with_context_parallel=True), state.get_pipeline_model_parallel_group())
     mesh = Mesh(layout, device, here, *map(axis, groups))
@@ -109,7 +109,8 @@ def close_mesh() -> None:
     if not dist.is_initialized(): return
     state = megatron().parallel_state
     state.destroy_model_parallel()
-    state._EMBEDDING_GLOBAL_RANKS = state._POSITION_EMBEDDING_GLOBAL_RANKS = None       # what Megatron forgets to forget; the next mesh may be a pipeline
+    state._EMBEDDING_GLOBAL_RANKS = state._POSITION_EMBEDDING_GLOBAL_RANKS = state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None     # what Megatron forgets to
+    state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS.clear()                                    # forget: the next mesh may be a pipeline, and groups have threads
     dist.destroy_process_group()
 
 # %% ../../nbs/11_parallel.mesh.ipynb #61a0297b

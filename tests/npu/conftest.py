@@ -18,6 +18,10 @@ WITH = f"MindSpeed: its adaptor from {MINDSPEED} patched Megatron-Core in these 
 WITHOUT = 'MindSpeed: nothing; its tests are collected with MINDSPEED=FOLDER, the source at the commit that README names.'
 NOTHING = 'tests/npu: not collected, this environment has no emulated NPUs; python tests/npu/prepare.py FOLDER pytest tests/npu has.'
 
+def pytest_configure(config):
+    "Ranks import the tests, too, and must know how long to train."
+    os.environ['NPU_STEPS'] = str(config.getoption('steps') or 4)
+
 def pytest_terminal_summary(terminalreporter):
     "The last words of a run."
     for line in [PROVED, WITH if MINDSPEED else WITHOUT] if EMULATED else [NOTHING]: terminalreporter.write_line(line)
