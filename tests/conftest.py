@@ -30,7 +30,7 @@ def pytest_collect_file(file_path):
     if MISSING and WANTED and file_path.name == 'test_front.py': raise RuntimeError(f'test_front.py takes {MISSING}: install it, or set MMKIT_NO_BROWSER=1 to test without a browser')
 
 def pytest_addoption(parser):
-    parser.addoption('--steps', type=int, default=0, help='train so many steps under every layout (test_layouts.py, test_film_layouts.py); by default as many as show a difference')
+    parser.addoption('--steps', type=int, default=0, help='train so many steps under every layout (test_layouts.py, test_film_layouts.py) and in every run on emulated NPUs (npu/test_training.py); by default a few')
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):

@@ -109,8 +109,9 @@ def close_mesh() -> None:
     if not dist.is_initialized(): return
     state = megatron().parallel_state
     state.destroy_model_parallel()
-    state._EMBEDDING_GLOBAL_RANKS = state._POSITION_EMBEDDING_GLOBAL_RANKS = state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None     # what Megatron forgets to
-    state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS.clear()                                    # forget: the next mesh may be a pipeline, and groups have threads
+    # What Megatron forgets to forget: the next mesh may be a pipeline, and a group that somebody still holds keeps its threads.
+    state._EMBEDDING_GLOBAL_RANKS = state._POSITION_EMBEDDING_GLOBAL_RANKS = state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+    state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS.clear()
     dist.destroy_process_group()
 
 # %% ../../nbs/11_parallel.mesh.ipynb #61a0297b
