@@ -111,7 +111,7 @@ def judge(title, row, like, ran, strange, wanted):
         if not relative(row[what], like[what]) <= limit: yield f'{title}: {what} {row[what]} are not {like[what]}'
     if len(row['losses']) != STEPS or strange: yield f'{title}: {len(row["losses"])} steps, in formats that an NPU hardly has: {strange}'
     found = {name: count for name, count in ran.items() if name.startswith(('npu_', '_fused'))}
-    if row['mindspeed'] and found.get(adam, 0) > wanted[adam] and found[adam] % (wanted[adam] // GROUPS) == 0: found[adam] = wanted[adam]        # every step one call for every weight
+    if row['mindspeed'] and found.get(adam, 0) > wanted[adam] and found[adam] % STEPS == 0: found[adam] = wanted[adam]        # every step one call for every weight of a rank; they do not all hold as many
     if found != wanted: yield f'{title}: fused operators ran {found} times, not {wanted}'
 
 def compare(folder, npu, cpu, record_property):
