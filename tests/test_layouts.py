@@ -56,7 +56,7 @@ ROWS = {                                        # title: (ranks, what differs fr
     'pp 4, an empty stage': (4, ['layout.pp=4', 'layout.layers={"vision": [[2, 2, 0, 0]], "text": [[0, 0, 0, 4]]}'], 'tp 1, one by one'),
     'pp 2, cp 2, ring': (4, ['layout.pp=2', 'layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'pp 2, two turns, dp 2, fsdp': (4, ['layout.pp=2', 'layout.vpp=2', 'layout.data=fsdp', 'loop.micro_batch=2'], 'tp 1, one by one'),
-    'tp 2, pp 2': (4, ['layout.tp=2', 'layout.pp=2'], 'tp 1, one by one'),
+    'tp 2, pp 2': (4, ['layout.tp=2', 'layout.pp=2', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'tp 2, sequence parallel, pp 2': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'every weight moved by its last bit': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
     'loss by sample': (1, ['loop.loss=sample', 'loop.micro_batch=8'], None),
@@ -105,7 +105,7 @@ def config_of(folder, title):
     "The configuration of a row."
     data = Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, video_max_pixels=8000, workers=0)
     loop = Loop(steps=steps_of(folder, title), global_batch=GLOBAL, save_every=SHORT * (ROWS[title][2] is None))
-    plain = Config(weights=str(folder / 'tiny'), data=data, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant', eps=1e-8, clip=1.0), loop=loop, dtype='float32')
+    plain = Config(weights=str(folder / 'tiny'), data=data, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant', weight_decay=0.1, eps=1e-8, clip=1.0), loop=loop, dtype='float32')
     words = [word.replace('TIED', str(folder / 'tied')).replace('TALKS', str(folder / 'talks.json')) for word in ROWS[title][1]]
     return override(plain, words + [f'weights={folder / "moved"}'] * (title == CONTROL))
 
@@ -141,18 +141,18 @@ def first_gradients(config, folder, title):
 
 def attentions():
     "For each way to share rows of several samples among the ranks of this world: [heads and key heads, way, whether scores go up to 100, how far results and gradients are from attention on one rank, or from float64 where scores are large, how far one rank is from float64]."
-    found, draw, world = {}, torch.Generator().manual_seed(0), place().world
-    for heads, groups, scale in ((4, 2, 1), (4, 1, 1), (4, 4, 1), (4, 2, 40)):
-        q, k, v, weight = (torch.randn(2, 32, n, 8, generator=draw) * size for n, size in ((heads, scale), (groups, 1), (groups, 1), (heads, 1)))
-        def results(attention, places, number=torch.float32):
-            inputs = [x[:, places].to(number).requires_grad_() for x in (q, k, v)]
-            mixed = attention(*inputs)
-            return [x.detach() for x in (mixed, *torch.autograd.grad((mixed * weight[:, places]).sum(), inputs))]
-        for lengths, causal in (([5, 16, 1, 10], True), ([32], True), ([29, 3], False)):
-            alone, exact = (results(segments(lengths, causal), slice(None), number) for number in (torch.float32, torch.float64))
-            for kind in ('ulysses', 'ring', 'usp'):
-                with open_mesh(Layout(cp=world, cp_kind=kind), pick_device('cpu')) as mesh:
-                    mine = row_places(32, mesh.layout)[mesh.cp.rank]
+    found, world = {}, place().world
+    for kind in ('ulysses', 'ring', 'usp'):
+        with open_mesh(Layout(cp=world, cp_kind=kind), pick_device('cpu')) as mesh:
+            mine, draw = row_places(32, mesh.layout)[mesh.cp.rank], torch.Generator().manual_seed(0)
+            for heads, groups, scale in ((4, 2, 1), (4, 1, 1), (4, 4, 1), (4, 2, 40)):
+                q, k, v, weight = (torch.randn(2, 32, n, 8, generator=draw) * size for n, size in ((heads, scale), (groups, 1), (groups, 1), (heads, 1)))
+                def results(attention, places, number=torch.float32):
+                    inputs = [x[:, places].to(number).requires_grad_() for x in (q, k, v)]
+                    mixed = attention(*inputs)
+                    return [x.detach() for x in (mixed, *torch.autograd.grad((mixed * weight[:, places]).sum(), inputs))]
+                for lengths, causal in (([5, 16, 1, 10], True), ([32], True), ([29, 3], False)):
+                    alone, exact = (results(segments(lengths, causal), slice(None), number) for number in (torch.float32, torch.float64))
                     shared = results(row_attention(lengths, causal, mesh), mine)
                     distance = parity.over_ranks(torch.stack([(x - y[:, mine]).abs().max() / y.abs().max() for x, y in zip(shared, exact if scale > 1 else alone)]).max().nan_to_num(torch.inf))
                     found.setdefault((heads, groups, kind, scale > 1), []).append([distance, max(map(parity.apart, alone, exact))])
