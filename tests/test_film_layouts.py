@@ -35,14 +35,14 @@ LAYOUTS = {                                     # title: ranks, what differs fro
     'recompute of two blocks': (1, ['layout.recompute=full', 'layout.recompute_layers=2', 'loop.micro_batch=4']),
     'from files': (1, ['film.features=null', 'film.source=SOURCE']),
     'tp 2': (2, ['layout.tp=2', 'loop.micro_batch=4']),
-    'tp 2, sequence parallel': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'loop.micro_batch=2']),
+    'tp 2, sequence parallel': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'loop.micro_batch=4']),
     'dp 2, ddp': (2, ['loop.micro_batch=2']),
     'dp 2, zero1': (2, ['layout.data=zero1']),
     'dp 2, zero1, overlap, average': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=2', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=EVERY']),
     'cp 2, Ulysses': (2, ['layout.cp=2', 'loop.micro_batch=4']),
     'cp 2, ring': (2, ['layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=2']),
-    'tp 2, cp 2': (4, ['layout.tp=2', 'layout.cp=2', 'loop.micro_batch=2']),
-    'tp 2, sequence parallel, cp 2, selective': (4, ['layout.tp=2', 'layout.recompute=selective', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data=zero1', 'loop.micro_batch=2']),
+    'tp 2, cp 2': (4, ['layout.tp=2', 'layout.cp=2', 'loop.micro_batch=4']),
+    'tp 2, sequence parallel, cp 2, selective': (4, ['layout.tp=2', 'layout.recompute=selective', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data=zero1', 'loop.micro_batch=4']),
     'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=4', 'loop.samples=PROMPTS', 'loop.sample_every=EVERY']),
     'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
     'dp 2, fsdp, recompute, average': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=2', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=EVERY']),
@@ -61,6 +61,7 @@ LAYOUTS = {                                     # title: ranks, what differs fro
 }
 BITS = ['pp 2', 'pp 2, uneven', 'pp 2, two turns', 'pp 2, two turns, an empty stage', 'pp 4, an empty stage']             # first gradients and all losses equal to the last bit
 BOTH = ['tp 1, one by one', 'from files', 'tp 2, sequence parallel', 'dp 2, ddp', 'cp 2, ring', 'cp 4, two by two', 'dp 2, fsdp, recompute, average', 'tp 2, pp 2', *BITS]
+LONG = ['tp 2', 'cp 2, Ulysses', 'dp 2, zero1', 'dp 2, fsdp', 'tp 2, cp 2', 'pp 2, cp 2', 'cp 2, dp 2, ring, zero1, recompute']
 ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
 FIRST = next(iter(LAYOUTS))
 
@@ -81,8 +82,9 @@ def steps_of(folder):
     return int((folder / 'steps').read_text()) or STEPS
 
 def rows_of(folder):
-    "The rows that are tried: with `--steps` all, otherwise those of the model that continues pictures only where it differs."
-    return {title: row for title, row in ROWS.items() if int((folder / 'steps').read_text()) or row[1] == 't2v' or title.removeprefix('i2v: ') in BOTH}
+    "The rows that are tried: of the model that continues pictures those where it differs, and with `--steps` one of every kind."
+    asked = BOTH + LONG * bool(int((folder / 'steps').read_text()))
+    return {title: row for title, row in ROWS.items() if row[1] == 't2v' or title.removeprefix('i2v: ') in asked}
 
 def config_of(folder, title):
     "The configuration of a row."
