@@ -61,7 +61,7 @@ LAYOUTS = {                                     # title: ranks, what differs fro
 }
 BITS = ['pp 2', 'pp 2, uneven', 'pp 2, two turns', 'pp 2, two turns, an empty stage', 'pp 4, an empty stage']             # first gradients and all losses equal to the last bit
 BOTH = ['tp 1, one by one', 'from files', 'tp 2, sequence parallel', 'dp 2, ddp', 'cp 2, ring', 'cp 4, two by two', 'dp 2, fsdp, recompute, average', 'tp 2, pp 2', *BITS]
-LONG = ['tp 2', 'cp 2, Ulysses', 'dp 2, zero1', 'dp 2, fsdp', 'tp 2, cp 2', 'pp 2, cp 2', 'cp 2, dp 2, ring, zero1, recompute']
+MORE = ['tp 2', 'cp 2, Ulysses', 'dp 2, zero1', 'dp 2, fsdp', 'tp 2, cp 2', 'pp 2, cp 2', 'cp 2, dp 2, ring, zero1, recompute']
 ROWS = {f'{model}: {title}': (ranks, model, words) for model in ('t2v', 'i2v') for title, (ranks, words) in LAYOUTS.items()}
 FIRST = next(iter(LAYOUTS))
 
@@ -83,7 +83,7 @@ def steps_of(folder):
 
 def rows_of(folder):
     "The rows that are tried: of the model that continues pictures those where it differs, and with `--steps` one of every kind."
-    asked = BOTH + LONG * bool(int((folder / 'steps').read_text()))
+    asked = BOTH + MORE * bool(int((folder / 'steps').read_text()))
     return {title: row for title, row in ROWS.items() if row[1] == 't2v' or title.removeprefix('i2v: ') in asked}
 
 def config_of(folder, title):

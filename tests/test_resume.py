@@ -29,6 +29,7 @@ from mmkit.trainer.qwen2_5_vl import pack
 from mmkit.trainer.task import open_task
 from mmkit.values import override
 
+TURNS = 'tp 2, pp 2, two turns'
 LAYOUTS = {                                     # title: ranks, the layout
     'one rank': (1, []),
     'tp 2': (2, ['layout.tp=2', 'layout.sequence_parallel=true']),
@@ -36,7 +37,7 @@ LAYOUTS = {                                     # title: ranks, the layout
     'cp 2': (2, ['layout.cp=2']),
     'dp 2, zero1': (2, ['layout.data=zero1', 'layout.overlap=true']),
     'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
-    'tp 2, pp 2, two turns': (4, ['layout.tp=2', 'layout.pp=2', 'layout.vpp=2', 'layout.data=ddp']),
+    TURNS: (4, ['layout.tp=2', 'layout.pp=2', 'layout.vpp=2', 'layout.data=ddp']),
     'tp 2, dp 2, zero1': (4, ['layout.tp=2', 'layout.data=zero1']),
 }
 AFTER = dict(zip(list(LAYOUTS)[1:6], [*list(LAYOUTS)[2:6], list(LAYOUTS)[1]]))         # of two ranks, each is taken up by itself and by the next; all pairs are in the table of the script
@@ -73,8 +74,8 @@ def differing(mine, theirs):
         if name not in mine[file] or name not in theirs[file] or not torch.equal(bits(mine[file][name]), bits(theirs[file][name]))]
 
 def wanted(folder, model, source, title):
-    "Whether a pair is tried; with a file `all` in the folder, every one. Checkpoints of four ranks are made last, so that no two ranks take them up."
-    if ranks(source) == 4 and ranks(title) == 2: return False
+    "Whether a pair is tried; with a file `all` in the folder, every one. Checkpoints of four ranks are made last, so that no two ranks take them up; the films' model has too few layers for two turns."
+    if ranks(source) == 4 and ranks(title) == 2 or model != 'text' and TURNS in (source, title): return False
     if (folder / 'all').exists(): return True
     if 4 in (ranks(source), ranks(title)): return model == 'text' and (source == title or 'one rank' in (source, title))
     if model == 'text': return 'one rank' in (source, title) or title in (source, AFTER[source])
