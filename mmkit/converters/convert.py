@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .folders import LATEST, HFFolder, MMFolder, open_weights
 from .weights import Piece, Runs, Tower, check, cut_rows, pieces, shards, some
-from .writing import Later, SafetensorsWriter, TensorFile, behind, file_threads, new_folder, raw, readable, touch
+from .writing import Later, SafetensorsWriter, TensorFile, behind, file_threads, new_folder, readable, same_bytes, tensors_of, touch
 from ..files import OURS, inside, room_for
 
 # %% ../../nbs/32_converters.convert.ipynb #58577c83
@@ -108,7 +108,7 @@ def left_out(hf: HFFolder | MMFolder) -> list[str]:
 def write_runs(writer: TensorFile, name: Any, runs: Runs, bar: tqdm) -> None:
     "Puts one tensor, given as runs of rows, into a file."
     writer.write(name, *runs)
-    with bar.get_lock(): bar.update(sum(x.nbytes for x in runs))
+    with bar.get_lock(): bar.update(sum(x.nbytes for x in tensors_of(runs)))
 
 
 def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int, rank_folder: str, versioned: bool, bar: tqdm, start: Callable[[TensorFile], Later]) -> None:
@@ -123,7 +123,7 @@ def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int,
         each = cut_rows(piece.rule, [hf[h] for h in piece.hf], tp)
         for writer, later, runs in zip(writers, laters, each):
             touch(runs)
-            later(sum(x.nbytes for x in runs), write_runs, writer, (group, piece.mm), runs, bar)
+            later(sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, (group, piece.mm), runs, bar)
     for writer, later in zip(writers, laters): later(0, writer.close)        # the next stage begins meanwhile
 
 # %% ../../nbs/32_converters.convert.ipynb #299def34
@@ -131,9 +131,8 @@ def drifted(mm: HFFolder | MMFolder) -> list[str]:
     "A sentence for each copy in a MindSpeed-MM folder that no longer equals the tensor it is a copy of."
     if isinstance(mm, HFFolder): return []
     of = lambda k, piece: [held[piece.mm] for held in mm.found.chunks[k]]
-    equal = lambda parts, others: all(x.shape == y.shape and x.dtype == y.dtype and torch.equal(raw(x), raw(y)) for x, y in zip(parts, others))
     return [f'{piece.mm} of the last stage differs from {piece.hf[0]}, which it should equal: the latter is written'
-            for k, piece in mm.copies if not equal(of(k, piece), of(*mm.where[piece.hf[0]]))]
+            for k, piece in mm.copies if not all(map(same_bytes, of(k, piece), of(*mm.where[piece.hf[0]])))]
 
 # %% ../../nbs/32_converters.convert.ipynb #09a3a9be
 def write_mm(hf: HFFolder | MMFolder, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int, overwrite: bool, title: str) -> Written:
@@ -188,7 +187,7 @@ def write_like(hf: HFFolder, folder: Path, source: MMFolder, bar: tqdm) -> None:
             for hub in sorted(names, key=lambda hub: rank[taken[hub]]):     # tensors that are packed together, one after the other
                 runs = source.runs(taken[hub])
                 touch(runs)
-                later(sum(x.nbytes for x in runs), write_runs, writer, names[hub], runs, bar)
+                later(sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, names[hub], runs, bar)
             later(0, writer.close)
 
 

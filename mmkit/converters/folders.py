@@ -24,8 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .weights import Piece, Runs, Tower, join_rows, pieces, some, unfilled, whole
-from .writing import DTYPES, SafetensorsWriter, raw
+from .weights import Piece, Runs, Tower, assembled, join_rows, pieces, some, unfilled, whole
+from .writing import DTYPES, SafetensorsWriter, same_bytes
 from ..files import LATEST, check_archive, inside, load_json
 
 # %% ../../nbs/31_converters.folders.ipynb #e00558f1
@@ -247,7 +247,7 @@ def joined(piece: Piece, parts: list[Tensor]) -> Tensor:
 
 def unpack(path: Path, piece: Piece, parts: list[Tensor], filled: bool) -> list[Runs]:
     "The source tensors of a piece, from what the ranks hold; a ValueError when ranks that hold it whole disagree. Without content unless `filled`."
-    if piece.rule.split is whole and filled and not all(torch.equal(raw(x), raw(parts[0])) for x in parts[1:]):
+    if piece.rule.split is whole and filled and not all(same_bytes(x, parts[0]) for x in parts[1:]):
         raise ValueError(f'{path}: the ranks hold different {piece.mm} ({some(piece.hf)})')
     if len({x.dtype for x in parts}) > 1: raise ValueError(f'{path}: the ranks hold {piece.mm} in different dtypes')
     try: whole_one = joined(piece, parts)
@@ -281,12 +281,11 @@ class MMFolder:
         return self._latest[2][piece.hf.index(name)]
 
     def runs(self, name: str) -> Runs:
-        "A tensor as runs of rows, copied only where the ranks' rows are mixed."
+        "A tensor as runs of rows, copied only where its rows change places."
         return self._sources(name, filled=True)
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self.runs(name)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return assembled(self.runs(name))
 
     def shape(self, name: str) -> tuple[int, ...]: return tuple(self._sources(name, filled=False)[0].shape)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['whole', 'dim0', 'dim1', 'pairs', 'same', 'stack', 'Runs', 'Split', 'equal_parts', 'halves', 'Pack', 'grouped_qkv',
-           'fused_qkv', 'Rule', 'rule', 'cut_rows', 'join_rows', 'rows', 'Tower', 'Piece', 'owners', 'pieces',
-           'unfilled', 'shards', 'misfits', 'some', 'check']
+           'fused_qkv', 'Rule', 'rule', 'assembled', 'cut_rows', 'join_rows', 'rows', 'Tower', 'Piece', 'owners',
+           'pieces', 'unfilled', 'shards', 'misfits', 'some', 'check']
 
 # %% ../../nbs/30_converters.weights.ipynb #d335b5e5
 from collections import Counter
@@ -96,7 +96,13 @@ def rule(mm: str, *hf: str, **options: Any) -> Rule:
     return Rule(mm, hf, **options)
 
 # %% ../../nbs/30_converters.weights.ipynb #6db50af7
-Runs = list[Tensor]         # tensors that lie below one another
+Runs = list[Tensor | tuple[Tensor, ...]]         # tensors that lie below one another; those of a tuple lie side by side
+
+
+def assembled(runs: Runs) -> Tensor:
+    "The tensor that is given as runs; a copy, unless it is all of one."
+    below = [torch.cat(x, 1) if isinstance(x, tuple) else x for x in runs]
+    return below[0] if len(below) == 1 else torch.cat(below)
 
 
 def cut_rows(rule: Rule, sources: list[Tensor], tp: int) -> list[Runs]:
@@ -109,6 +115,7 @@ def join_rows(rule: Rule, parts: list[Tensor]) -> list[Runs]:
     "The source tensors of a rule, from what the ranks have."
     if (rule.pack, rule.split) == (stack, pairs): return [list(runs) for runs in zip(*(halves(x).unbind() for x in parts))]
     if (rule.pack, rule.split) == (same, dim0): return [list(parts)]
+    if (rule.pack, rule.split) == (same, dim1): return [[tuple(parts)]]
     return [[x] for x in rule.pack.unpack(rule.split.join(parts))]
 
 # %% ../../nbs/30_converters.weights.ipynb #86dda6e9
