@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .folders import LATEST, HFFolder, MMFolder, open_weights
 from .weights import Piece, Runs, Tower, check, cut_rows, pieces, shards, some
-from .writing import Later, SafetensorsWriter, TensorFile, behind, file_threads, new_folder, readable, same_bytes, tensors_of, touch
+from .writing import Later, SafetensorsWriter, TensorFile, behind, file_threads, let_go, new_folder, readable, same_bytes, tensors_of, touch
 from ..files import OURS, inside, room_for
 
 # %% ../../nbs/32_converters.convert.ipynb #58577c83
@@ -120,10 +120,9 @@ def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int,
         writers.append(PeerWriter(release / rank_folder.format(rank) / 'model_optim_rng.pt', layout, versioned or len(chunks) > 1))
         laters.append(start(writers[-1]))                                    # a thread for each file: checksums take as long as writing
     for group, piece in ((group, piece) for group, chunk in groups.items() for piece in chunk):
-        each = cut_rows(piece.rule, [hf[h] for h in piece.hf], tp)
-        for writer, later, runs in zip(writers, laters, each):
-            touch(runs)
-            later(sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, (group, piece.mm), runs, bar)
+        touch(sources := [hf[h] for h in piece.hf])
+        each = zip(writers, laters, cut_rows(piece.rule, sources, tp))
+        let_go(sources, [later(sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, (group, piece.mm), runs, bar) for writer, later, runs in each])
     for writer, later in zip(writers, laters): later(0, writer.close)        # the next stage begins meanwhile
 
 # %% ../../nbs/32_converters.convert.ipynb #299def34
@@ -187,7 +186,7 @@ def write_like(hf: HFFolder, folder: Path, source: MMFolder, bar: tqdm) -> None:
             for hub in sorted(names, key=lambda hub: rank[taken[hub]]):     # tensors that are packed together, one after the other
                 runs = source.runs(taken[hub])
                 touch(runs)
-                later(sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, names[hub], runs, bar)
+                let_go(runs, [later(sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, names[hub], runs, bar)])
             later(0, writer.close)
 
 

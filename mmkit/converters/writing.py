@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'Part', 'BLOCK', 'Later', 'raw', 'runs', 'same_bytes', 'tensors_of', 'stacked', 'lined_up', 'DirectFile',
-           'TensorFile', 'SafetensorsWriter', 'touch', 'behind', 'file_threads', 'readable', 'exchange', 'put_in_place',
-           'own', 'clear_away', 'new_folder']
+           'TensorFile', 'SafetensorsWriter', 'touch', 'let_go', 'behind', 'file_threads', 'readable', 'exchange',
+           'put_in_place', 'own', 'clear_away', 'new_folder']
 
 # %% ../../nbs/30_converters.writing.ipynb #3f03b6d7
 import ctypes
 import errno
 import fcntl
 import glob
+import itertools
 import json
 import mmap
 import os
 import secrets
 import shutil
 import struct
+import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -95,30 +97,23 @@ def lined_up(parts: Iterable[Tensor], place: int, buffer: Tensor) -> Iterator[tu
 
 # %% ../../nbs/30_converters.writing.ipynb #d1ec7002
 class DirectFile:
-    "A file to write into at any place, by one thread at a time: of what has `least` bytes or more, whole blocks go straight to the disk if it knows how (O_DIRECT)."
+    "A file to write into at any place, by one thread at a time: of tensors of `least` bytes or more, whole blocks go straight to the disk if it knows how (O_DIRECT)."
     def __init__(self, path: str | Path, least: int = 1 << 20, buffer: int = 1 << 24):
         self.file, self.least, self.direct = open(path, 'r+b', buffering=0), least, None
         self.buffer = torch.frombuffer(mmap.mmap(-1, buffer), dtype=torch.uint8)             # it begins with a page, and takes memory when it is used
         if hasattr(os, 'O_DIRECT'):
             with suppress(OSError): self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
 
-    def write(self, parts: Iterable[Tensor], size: int, place: int) -> None:
-        "Writes `size` bytes, given in parts, uint8 (n,), from `place` on."
-        if size >= self.least:
-            for start, data in lined_up(parts, place, self.buffer): self._blocks(data, start)
-            return
-        for part in parts:
-            self.at(memoryview(part.numpy()), place)
-            place += len(part)
-
-    def _blocks(self, data: memoryview, place: int) -> None:
-        first = min(-place % BLOCK, len(data))
-        last = first + (len(data) - first) // BLOCK * BLOCK
-        for start, end, file in (0, first, None), (first, last, self.direct), (last, len(data), None):
-            try: self.at(data[start:end], place + start, file)
-            except OSError as error:
-                if file is None or error.errno != errno.EINVAL: raise    # EINVAL: it opens files so, but does not write them so
-                self.at(data[start:end], place + start)
+    def write(self, parts: Iterable[Tensor], place: int) -> None:
+        "Writes bytes, given in parts, uint8 (n,), from `place` on."
+        for base, data in lined_up(parts, place, self.buffer):
+            first, straight = min(-base % BLOCK, len(data)), self.direct if len(data) >= self.least else None
+            last = first + (len(data) - first) // BLOCK * BLOCK
+            for start, end, file in (0, first, None), (first, last, straight), (last, len(data), None):
+                try: self.at(data[start:end], base + start, file)
+                except OSError as error:
+                    if file is None or error.errno != errno.EINVAL: raise    # EINVAL: this disk opens files so, but does not write them so
+                    self.at(data[start:end], base + start)
 
     def at(self, data: memoryview | bytes, place: int, file: int | None = None) -> None:
         "Writes all of `data` from `place` on, through the page cache unless another open `file` is given."
@@ -151,7 +146,7 @@ class TensorFile:
                 if places: checksum = zlib.crc32(data.numpy(), checksum)
                 yield data
         with room_for(self.path):
-            self.file.write(summed(), sum(x.nbytes for x in tensors_of(parts)), offset)
+            self.file.write(summed(), offset)
             for place in places: self.file.at(struct.pack('<I', checksum), place)
         self.left.discard(name)
 
@@ -168,8 +163,7 @@ class TensorFile:
     def __enter__(self): return self
 
     def __exit__(self, kind, error, trace):
-        if not kind: return self.close()
-        self.file.close()                                    # which its own thread may have done before another failed
+        self.file.close() if kind else self.close()          # which its own thread may have done before another failed
 
 # %% ../../nbs/30_converters.writing.ipynb #e9d749fd
 class SafetensorsWriter(TensorFile):
@@ -193,6 +187,16 @@ def touch(parts: Iterable[Part]) -> None:
     "Returns when the files of mapped tensors have been read as far as they are needed."
     for x in tensors_of(parts):
         if x.is_contiguous(): raw(x)[::mmap.PAGESIZE].sum()
+
+
+def let_go(parts: Iterable[Part], written: Sequence[Future]) -> None:
+    "Gives the memory of mapped tensors back when all calls in `written` are done; who needs them again reads them again."
+    left, spans = itertools.count(len(written) - 1, -1), [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors_of(parts) if x.is_contiguous() and not x.untyped_storage().resizable()]
+    def done(_: Future) -> None:
+        if next(left): return
+        for start, end in ((-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE) for start, end in spans):
+            if start < end and sys.platform == 'linux': ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 21)       # MADV_PAGEOUT of linux/mman.h; it is advice
+    for one in written: one.add_done_callback(done)
 
 
 Later = Callable[..., Future]
