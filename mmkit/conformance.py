@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config
+from .curves import style, to_png
 from .device import Device, npu_facts, pick_device
 from .doctor import doctor
 from .extraction import extract
@@ -120,17 +121,18 @@ def draw_operations(axis: Any, operations: list[dict[str, Any]]) -> None:
         axis.axvline(ALLOWED[dtype], color=colour, lw=0.5)
     failed = [one['operation'] for one in operations if not one['good']]
     if failed: axis.plot([1.0] * len(failed), failed, '*', color='C3', label='too far, or failed')
-    axis.set(xscale='log', xlim=(LEAST / 3, 3), title='operations: difference from the CPU / largest value'); axis.tick_params(labelsize=7); axis.legend(fontsize=6, loc='lower left')
+    axis.set(xscale='log', xlim=(LEAST / 3, 3)); axis.set_title('operations: difference from the CPU / largest value', fontsize=9)
+    axis.tick_params(labelsize=7); axis.legend(fontsize=6, loc='upper center', bbox_to_anchor=(0.5, -0.06), ncols=3)          # below: points lie everywhere
 
 # %% ../nbs/66_conformance.ipynb #12880593
 def draw_runs(axis: Any, runs: list[dict[str, Any]]) -> None:
     "How far the loss of every run is from the CPU's, step by step, with its speed."
     reference = next((run['losses'] for run in runs if run['run'] == 'CPU' and 'losses' in run), [])
-    for run in runs:
+    for number, run in enumerate(runs):
         apart = [max(abs(a - b) / abs(b), LEAST) for a, b in zip(run.get('losses', []), reference) if b] if run['run'] != 'CPU' else []
         speed = f'{run["tokens_per_second"]:.0f} tokens/s' if 'tokens_per_second' in run else 'failed'
-        axis.plot(range(1, len(apart) + 1), apart, lw=1, marker='.', ms=3, label=f'{run["run"]}: {speed}' + ('' if run['good'] else ' (!)'))
-    axis.set(yscale='log', ylim=(LEAST / 3, 1), title=f'{runs[0]["job"]}: |loss - CPU| / CPU', xlabel='step'); axis.legend(fontsize=6, loc='upper left', ncols=2)
+        axis.plot(range(1, len(apart) + 1), apart, **style(number), lw=1, marker='.', ms=3, label=f'{run["run"]}: {speed}' + ('' if run['good'] else ' (!)'))
+    axis.set(yscale='log', ylim=(LEAST / 3, 1), xlabel='step'); axis.set_title(f'{runs[0]["job"]}: |loss - CPU| / CPU', fontsize=9); axis.legend(fontsize=6, loc='upper left', ncols=2)
 
 def draw(found: 'Conformance') -> Any:
     "Operations on the left, the runs of each job beside it; the title says of what."
@@ -203,5 +205,5 @@ def conform(folder: str | Path | None = None, device: str | None = None, jobs: d
         say(f'{len(found.operations)} comparisons of operations, {sum(not one["good"] for one in found.operations)} too far or failed')
         jobs = small_jobs(folder / 'job', steps) if jobs is None else jobs
         for row in compare_models(jobs, kind, ranks, folder / 'runs', found.peak, say): found.add(found.runs, row)
-    finally: draw(found).savefig(folder / 'conformance.png')                 # of what there is, also after Ctrl-C
+    finally: write_atomic(folder / 'conformance.png', to_png(draw(found)))   # of what there is, also after Ctrl-C
     return found
