@@ -27,21 +27,22 @@ from mmkit.trainer.plan import plan
 from mmkit.trainer.step import Average, train_step
 from mmkit.values import override, dumps
 
-TALK, FROZEN = ['loop.micro_batch=2'], 'freeze=["vision", "merger"]'
-FILM, WORDS = ['loop.micro_batch=4'], 'x y z ' * 20
-LONG = 'data.files=["LONG"]'                    # words only, and so many that attention is a third of the work
+TALK, FROZEN = ['loop.micro_batch=2'], 'freeze=["vision", "merger"]'             # steps of two micro-batches a copy; four fill a pipeline
+FULL = [*TALK, 'loop.global_batch=8']
+FILM, WORDS = ['loop.micro_batch=4', 'loop.global_batch=8'], 'x y z ' * 20
+LONG = ['data.files=["LONG"]', 'loop.global_batch=2']                            # words only, and so many that attention is a third of the work
 ROWS = {                                        # title: (ranks, model, words)
     'tiny': (1, 'tiny', TALK), 't2v': (1, 't2v', FILM),
     'tiny, two layers again, average': (1, 'tiny', [*TALK, 'layout.recompute=full', 'layout.recompute_layers=2', 'loop.average=0.9']), 'tiny, frozen': (1, 'tiny', [*TALK, FROZEN]),
     'tiny, selective, bfloat16': (1, 'tiny', [*TALK, 'layout.recompute=selective', 'dtype=bfloat16', 'layout.data=ddp']), 'i2v, selective': (1, 'i2v', [*FILM, 'layout.recompute=selective']),
     'tiny, tp 2': (2, 'tiny', [*TALK, 'layout.tp=2']), 'tiny, tp 2, sequence parallel, recompute': (2, 'tiny', [*TALK, 'layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full']),
-    'tiny, pp 2, two turns': (2, 'tiny', [*TALK, 'layout.pp=2', 'layout.vpp=2']),
-    'tied, pp 2, text on both': (2, 'tied', [*TALK, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[2, 2]]}']),
-    'tiny, pp 2, frozen': (2, 'tiny', [*TALK, FROZEN, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}']),
+    'tiny, pp 2, two turns': (2, 'tiny', [*FULL, 'layout.pp=2', 'layout.vpp=2']),
+    'tied, pp 2, text on both': (2, 'tied', [*FULL, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[2, 2]]}']),
+    'tiny, pp 2, frozen': (2, 'tiny', [*FULL, FROZEN, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}']),
     'tiny, cp 2, Ulysses': (2, 'tiny', [*TALK, 'layout.cp=2']), 'tiny, cp 2, ring': (2, 'tiny', [*TALK, 'layout.cp=2', 'layout.cp_kind=ring']),
-    'tiny, cp 2, ring, a long row': (2, 'tiny', [LONG, 'layout.cp=2', 'layout.cp_kind=ring']), 'tiny, cp 2, ring, two long samples, recompute': (2, 'tiny', [LONG, *TALK, 'layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full']),
-    'tied, pp 2, text on the second': (2, 'tied', [*TALK, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}']),
-    'tiny, dp 2, ddp': (2, 'tiny', [*TALK, 'layout.data=ddp']), 'tiny, dp 2, zero1': (2, 'tiny', TALK), 'tiny, dp 2, fsdp': (2, 'tiny', [*TALK, 'layout.data=fsdp']),
+    'tiny, cp 2, ring, a long row': (2, 'tiny', [*LONG, 'layout.cp=2', 'layout.cp_kind=ring']), 'tiny, cp 2, ring, two long samples, recompute': (2, 'tiny', [*LONG, *TALK, 'layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full']),
+    'tied, pp 2, text on the second': (2, 'tied', [*FULL, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}']),
+    'tiny, dp 2, ddp': (2, 'tiny', [*FULL, 'layout.data=ddp']), 'tiny, dp 2, zero1': (2, 'tiny', FULL), 'tiny, dp 2, fsdp': (2, 'tiny', [*FULL, 'layout.data=fsdp']),
     'i2v, tp 2, sequence parallel': (2, 'i2v', [*FILM, 'layout.tp=2', 'layout.sequence_parallel=true']), 't2v, pp 2': (2, 't2v', [*FILM, 'layout.pp=2']),
     'i2v, cp 2, ring, recompute': (2, 'i2v', [*FILM, 'layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full', 'layout.data=ddp']), 't2v, dp 2, fsdp': (2, 't2v', [*FILM, 'layout.data=fsdp']),
 }
@@ -65,7 +66,7 @@ def config_of(folder, title):
     "The configuration of a row."
     _, model, words = ROWS[title]
     words = [word.replace('LONG', str(folder / 'long.json')) for word in words]
-    common = dict(weights=str(folder / model), optim=Optim(lr=1e-3, decay='constant'), loop=Loop(steps=5, global_batch=8), dtype='float32')
+    common = dict(weights=str(folder / model), optim=Optim(lr=1e-3, decay='constant'), loop=Loop(steps=5, global_batch=4), dtype='float32')
     if model in ('t2v', 'i2v'): return override(Config(task='wan2_1', film=Film(features=str(folder / f'features-{model}'), caption_dropout=0.0, workers=0), **common), words)
     return override(Config(data=Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, workers=0), **common), words)
 

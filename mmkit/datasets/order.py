@@ -215,10 +215,11 @@ def stream(dataset: Any, order: Order, collate: Callable[[Sequence], Any], worke
     "Steps, each a list of collated micro-batches; close it (or use `contextlib.closing`) to end its workers. `start`: fork, spawn or forkserver."
     from torch.utils.data import DataLoader
     order = order if first_step is None else replace(order, first_step=first_step)
-    if workers: check_shared_memory()
+    if workers:
+        check_shared_memory()
+        gc.collect()                   # a closed mesh's process groups among the garbage would hang a forked worker that collects them
     several = dict(persistent_workers=True, timeout=timeout, multiprocessing_context=start, worker_init_fn=leave_group) if workers else {}
     loader = DataLoader(dataset, batch_sampler=micro_batches(order), collate_fn=collate, num_workers=workers, **several)
-    gc.collect()                       # a closed mesh's process groups among the garbage would hang a forked worker that collects them
     batches = iter(loader)
     try:
         while True: yield [next(batches) for _ in range(order.accumulation)]
