@@ -20,7 +20,7 @@ from mmkit.toy import emoji_clip, emoji_names, emoji_picture, sentence, tiny_qwe
 from mmkit.trainer.loop import fit
 from mmkit.trainer.step import of_all_ranks
 
-STEPS, SHORT, GLOBAL = 20, 3, 8
+STEPS, SHORT, GLOBAL = 20, 2, 8
 NEAR = 1e-6                                     # one attention and another
 SIZES = dict(hidden=128, layers=4, heads=4, kv_heads=2, ffn=256, vision_hidden=128, vision_depth=4, vision_heads=4, vision_ffn=160, window=56, full_attention=(1, 3))
 SMALL = dict(hidden=64, ffn=128)                 # parameters of the last rank end off a multiple of 128 then, where Megatron's bucket of a tied weight begins
