@@ -8,6 +8,7 @@ __all__ = ['OWN_FRAMES', 'follow_parent', 'leave', 'run_target', 'close_group', 
            'ranks_magic', 'load_ipython_extension']
 
 # %% ../nbs/03_ranks.ipynb #906508ee
+import gc
 import importlib.util
 import os
 import random
@@ -51,6 +52,7 @@ def leave(code: int) -> None:
 # %% ../nbs/03_ranks.ipynb #7e1c971a
 def run_target(target: str, arguments: list[str]) -> int:
     "The exit code of a script (`….py`) or a module (`package.module`) run as the main program; its traceback, if any, is in stderr."
+    gc.set_threshold(10_000)                  # imports make 400,000 objects that stay, and Python would look through them after every 700 for those that do not
     sys.argv = [target, *arguments]
     try:
         if target.endswith('.py'):
