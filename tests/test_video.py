@@ -154,10 +154,12 @@ def test_other_encoders_or_settings_are_other_features(tmp_path, opened, wan, en
     for other, clips, found in ((open_codecs(wan), SMALL, 2), (open_codecs(wan, image=True, dtype='bfloat16'), SMALL, 2), (encoders, Clips(num_frames=5, max_height=48, max_width=48), 2),
                                 (encoders, Clips(num_frames=9, max_height=32, max_width=32), 2), (open_codecs(wan, image=True), SMALL, 0)):
         assert extract(opened(source, clips), other, store).encoded == found
+    assert not vars(other).keys() & {'vae', 'text', 'image'}                                                # all was there, and nothing was opened
     changed = wan.with_name('changed'); shutil.copytree(wan, changed)
     with open(changed / 'text_encoder' / 'model.safetensors', 'r+b') as file: file.seek(-2, 2); file.write(b'?')
-    done = extract(opened(source, SMALL), open_codecs(changed, image=True), store)
-    assert (done.encoded, done.captions) == (0, 2)
+    reads = open_codecs(changed, image=True)
+    done = extract(opened(source, SMALL), reads, store)
+    assert (done.encoded, done.captions) == (0, 2) and vars(reads).keys() & {'vae', 'text', 'image'} == {'text'}
 
 SLOW = '''
 import sys, time, torch

@@ -15,6 +15,7 @@ import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -202,28 +203,39 @@ def fingerprint(folder: str | Path) -> str:
 # %% ../../nbs/26_models.codecs.ipynb #a71fb107
 @dataclass(frozen=True)
 class Codecs:
-    "The encoders of a folder, the names under which their results may be kept, and how many tokens of a caption the model sees."
-    vae: nn.Module
-    text: TextEncoder
-    image: ImageEncoder | None
+    "The encoders of a folder, each opened when it is first needed; the names under which their results may be kept, and how many tokens of a caption the model sees."
+    folder: Path
+    continues: bool
+    dtype: torch.dtype
+    device: str | torch.device
+    tiles: Tiles | None
     clip_identity: str
     text_identity: str
     room: int = 512
 
+    @cached_property
+    def vae(self) -> nn.Module: return open_vae(self.folder, self.dtype, self.device, self.tiles)
+
+    @cached_property
+    def text(self) -> TextEncoder: return open_text_encoder(self.folder, self.dtype, self.device)
+
+    @cached_property
+    def image(self) -> ImageEncoder: return open_image_encoder(self.folder, self.dtype, self.device)
+
     def clip(self, frames: np.ndarray) -> dict[str, Tensor]:
-        "latents (c f h w) of uint8 frames (t H W 3); with an image encoder also first (4+c f h w) and image (n d)."
+        "latents (c f h w) of uint8 frames (t H W 3); for a model that continues pictures also first (4+c f h w) and image (n d)."
         found = dict(latents=encode_video(self.vae, frames))
-        if self.image: found |= dict(first=encode_first_frame(self.vae, frames[0], len(frames)), image=encode_image(self.image, frames[0]))
+        if self.continues: found |= dict(first=encode_first_frame(self.vae, frames[0], len(frames)), image=encode_image(self.image, frames[0]))
         return {name: value.cpu() for name, value in found.items()}
 
     def caption(self, caption: str) -> Tensor:
         "The vectors (L d) of a caption, at most `room` of them."
         return encode_text(self.text, caption, self.room).cpu()
 
-
+# %% ../../nbs/26_models.codecs.ipynb #a9e2b13c
 def open_codecs(folder: str | Path, *, image: bool = False, dtype: str = 'float32', device: str | torch.device = 'cpu', tiles: Tiles | None = None) -> Codecs:
-    "The Codecs of a pipeline folder; `image` for i2v."
-    kind, parts = getattr(torch, dtype), ['vae', *(['image_encoder', 'image_processor'] if image else [])]
+    "The Codecs of a pipeline folder; `image` for i2v. Raises ValueError when a part is not there."
+    for part in ('vae', 'text_encoder', *['image_encoder'] * image): find_part(folder, part)
+    parts = ['vae', *(['image_encoder', 'image_processor'] if image else [])]
     name = lambda *names: json.dumps([dtype, *(fingerprint(Path(folder) / part) for part in names)])
-    return Codecs(open_vae(folder, kind, device, tiles), open_text_encoder(folder, kind, device), open_image_encoder(folder, kind, device) if image else None,
-                  name(*parts) + str(tiles or ''), name('text_encoder', 'tokenizer'), text_room(folder))
+    return Codecs(Path(folder), image, getattr(torch, dtype), device, tiles, name(*parts) + str(tiles or ''), name('text_encoder', 'tokenizer'), text_room(folder))
