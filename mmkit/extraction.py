@@ -20,7 +20,7 @@ from .datasets.llava import Dropped
 from .datasets.video import ClipReport, VideoClips
 from .device import pick_device, place
 from .files import Jsonl, load_json, write_atomic
-from .models.codecs import Tiles, find_part, open_codecs
+from .models.codecs import Tiles, check_encoders, find_part, open_codecs
 from .run import Run, make_folder, start
 
 # %% ../nbs/62_extraction.ipynb #88314065
@@ -76,10 +76,11 @@ def extract(source: str | Path, weights: str | Path, folder: str | Path, clips: 
             dtype: str | None = None, tiles: Tiles | None = None, limit: float = 60.0) -> Extraction:
     "Encodes the clips of a list or folder with the encoders of a pipeline folder into a folder of features; returns what was done and the report."
     begun, listed = time.monotonic(), len(list_clips(source))
-    for part in ('vae', 'text_encoder'): find_part(weights, part)
+    image = needs_image(weights)
+    check_encoders(weights, image)
     ranks = ranks or min(pick_device(device).count(), listed)
     require(1 <= ranks <= listed, f'ranks={ranks} for {listed} clips: give from 1 to {listed}')
-    job = ExtractJob(source=str(source), weights=str(weights), folder=str(folder), clips=clips, image=needs_image(weights), device=device, dtype=dtype, tiles=tiles, limit=limit)
+    job = ExtractJob(source=str(source), weights=str(weights), folder=str(folder), clips=clips, image=image, device=device, dtype=dtype, tiles=tiles, limit=limit)
     run = make_folder(Path(folder) / 'log' / time.strftime('%Y%m%d-%H%M%S'), None)
     write_atomic(run / 'config.json', dumps(job))
     follow(start(run, 'mmkit.extraction', ranks), listed, ranks)

@@ -79,7 +79,7 @@ def keep_beating(beat: Path, every: float = 5) -> None:
 def main_of_agent() -> None:
     "The process between notebook and ranks; the command line is its parent's process id (0: follow nobody), the run folder, the number of ranks, how often torchrun may start them again, the target and its arguments."
     parent, folder, ranks, restarts, *command = sys.argv[1:]
-    gc.set_threshold(10_000)          # as in a rank: it is sooner there
+    gc.set_threshold(10_000)          # as in a rank (run_target)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '86400')          # torchrun would kill ranks that save for more than 30 s; who stops a run has a limit of his own
     if int(restarts): os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'          # ranks that are started again meet at a new place, not among old addresses

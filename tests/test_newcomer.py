@@ -129,7 +129,7 @@ def clips(*words): return lambda folder, config: open_task(override(config, [wor
 
 FILM_MISTAKES = {
     'a wrong folder of a film model': (start('weights=nowhere'), "weights='nowhere' is not there: correct the path"),
-    'encoders in a wrong folder': (lambda folder, config: extract(folder / 'films.json', folder / 'features', folder / 'new', kill_test.CLIPS), 'has no vae/config.json: give a diffusers folder of Wan2.1'),
+    'encoders in a wrong folder': (lambda folder, config: extract(folder / 'films.json', folder / 'features', folder / 'new', kill_test.CLIPS), 'has no transformer/config.json: give a diffusers folder of Wan2.1'),
     'no list of clips': (lambda folder, config: extract(folder / 'nothing.json', folder / 'film', folder / 'new', kill_test.CLIPS), 'no file or folder .*nothing.json: give a data.json'),
     'no clip that can be read': (clips('film.features={}/none'), 'holds no usable features; the first: '),
     'no features': (start('film.features={}/nowhere'), 'film.features=.* is not there: correct the path'),

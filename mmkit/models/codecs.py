@@ -6,7 +6,7 @@
 __all__ = ['Tiles', 'find_part', 'load_whole', 'open_vae', 'statistics', 'to_range', 'encode_pixels', 'encode_video',
            'decode_video', 'write_video', 'TextEncoder', 'open_text_encoder', 'clean_caption', 'encode_text',
            'ImageEncoder', 'open_image_encoder', 'encode_image', 'encode_first_frame', 'read_pieces', 'fingerprint',
-           'Codecs', 'open_codecs']
+           'Codecs', 'check_encoders', 'open_codecs']
 
 # %% ../../nbs/26_models.codecs.ipynb #1c95cd90
 import hashlib
@@ -205,7 +205,7 @@ def fingerprint(folder: str | Path) -> str:
 class Codecs:
     "The encoders of a folder, each opened when it is first needed; the names under which their results may be kept, and how many tokens of a caption the model sees."
     folder: Path
-    continues: bool
+    continues: bool          # i2v: the first frame is encoded, too
     dtype: torch.dtype
     device: str | torch.device
     tiles: Tiles | None
@@ -233,9 +233,15 @@ class Codecs:
         return encode_text(self.text, caption, self.room).cpu()
 
 # %% ../../nbs/26_models.codecs.ipynb #a9e2b13c
+def check_encoders(folder: str | Path, image: bool) -> None:
+    "Raises ValueError when something that encodes is not in a pipeline folder; `image` for i2v."
+    for part in ('vae', 'text_encoder', *['image_encoder'] * image): find_part(folder, part)
+    for part in ('tokenizer', *['image_processor'] * image): require((Path(folder) / part).is_dir(), f'{folder} has no {part}/: give a diffusers folder of Wan2.1')
+
+
 def open_codecs(folder: str | Path, *, image: bool = False, dtype: str = 'float32', device: str | torch.device = 'cpu', tiles: Tiles | None = None) -> Codecs:
     "The Codecs of a pipeline folder; `image` for i2v. Raises ValueError when a part is not there."
-    for part in ('vae', 'text_encoder', *['image_encoder'] * image): find_part(folder, part)
+    check_encoders(folder, image)
     parts = ['vae', *(['image_encoder', 'image_processor'] if image else [])]
     name = lambda *names: json.dumps([dtype, *(fingerprint(Path(folder) / part) for part in names)])
     return Codecs(Path(folder), image, getattr(torch, dtype), device, tiles, name(*parts) + str(tiles or ''), name('text_encoder', 'tokenizer'), text_room(folder))

@@ -32,7 +32,7 @@ from ..datasets.media import read_picture
 from ..datasets.video import film_html
 from ..device import pick_device
 from ..files import load_json, write_atomic
-from ..models.codecs import Tiles, clean_caption, decode_video, encode_first_frame, encode_image, encode_text, find_part, open_image_encoder, open_text_encoder, open_vae, write_video
+from ..models.codecs import Tiles, clean_caption, decode_video, encode_first_frame, encode_image, encode_text, check_encoders, find_part, open_image_encoder, open_text_encoder, open_vae, write_video
 from ..models.denoise import as_one, make_latents, starting_noise
 from ..models.shapes import WanShape, rows_of, text_room
 from ..models.wan2_1 import Wan2_1, grid_of
@@ -77,9 +77,7 @@ def open_shape(folder: str | Path) -> WanShape:
     require(not newer, f'{index} sets {", ".join(newer)}: that is Wan2.2, whose sampling is another; film takes Wan2.1')
     shape = WanShape.from_hf(load_json(find_part(folder, 'transformer') / 'config.json'))
     require(not shape.image_positions, f'{folder} continues from a first to a last frame; film takes models with a first frame or none')
-    image = shape.image_width is not None
-    for part in ('vae', 'text_encoder', *(['image_encoder'] if image else [])): find_part(folder, part)
-    for part in ('tokenizer', *(['image_processor'] if image else [])): require((Path(folder) / part).is_dir(), f'{folder} has no {part}/: give a diffusers folder of Wan2.1')
+    check_encoders(folder, shape.image_width is not None)
     return shape
 
 def sampling_of(folder: str | Path, **changes: Any) -> Sampling:
