@@ -1,24 +1,21 @@
 """The exact Qwen2.5 tokenizer, for tests, from the rank file inside the dashscope wheel (Apache-2.0).
 
-`pip install --no-deps dashscope` brings the file; the package itself is never imported.
+The dev extra brings the wheel for this file alone; the package itself is never imported.
 A rank file lists tokens by rank. Splitting token r by byte pairs of lower rank leaves exactly two parts: the r-th merge."""
 import base64
 import hashlib
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 from mmkit.toy import package_folder, qwen2_bpe, save_tokenizer
 
-INSTALLED = find_spec('dashscope') is not None
-REASON = 'the real Qwen2.5 tokenizer needs: pip install --no-deps dashscope'
 SHA256 = {'vocab.json': 'ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910',
           'merges.txt': '8831e4f1a044471340f7c0a83d7bd71306a5b867e95fd870f74d0c5308a904d5'}
 
 
 def read_ranks() -> dict[bytes, int]:
     "Rank of every token of the wheel's qwen.tiktoken."
-    file = package_folder('dashscope', '--no-deps dashscope') / 'resources' / 'qwen.tiktoken'
+    file = package_folder('dashscope', "'mmkit[dev]'") / 'resources' / 'qwen.tiktoken'
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file.read_bytes().splitlines())}
 
 
