@@ -17,7 +17,7 @@ from mmkit.trainer.weights import whole_tensors
 from mmkit.values import largest
 
 TESTS = Path(__file__).resolve().parent
-LIMIT = 1e-5                                    # largest difference over largest value
+LIMIT = 1e-5                                    # largest difference over largest value: 84 roundings of float32
 
 def on_ranks(module, function, folder, ranks, timeout):
     "What `module.function(folder)` of this folder returns on rank 0 of a launch, as JSON makes it."
@@ -53,16 +53,25 @@ def step_gradients(task, wrapped, mesh, batches):
     assert not (names := differing(held, task, mesh)), f'gradients differ over tensor-parallel ranks: {names}'
     return total / (count / mesh.cp.size), dict(whole_tensors(held, task.towers, mesh))        # every rank of cp counts the whole row
 
-def apart(mine: Tensor, theirs: Tensor) -> float:
-    "Largest absolute difference over largest absolute value; where the reference is zero, only zero is near, and to what is not finite nothing is."
+def apart(mine: Tensor, theirs: Tensor, size: float | None = None) -> float:
+    "Largest absolute difference over the size, by default the largest absolute value; where that is zero, only zero is near, and to what is not finite nothing is."
     if mine.shape != theirs.shape: return float('inf')
-    difference, size = (mine - theirs).abs().max().item(), theirs.abs().max().item()
+    difference, size = (mine - theirs).abs().max().item(), theirs.abs().max().item() if size is None else size
     return largest([difference / size if size else (float('inf') if difference else 0.0)])
 
 def furthest(mine, theirs):
-    "(distance, name) of the tensor that is furthest from its reference; different names are infinitely far."
+    """(distance, name) of the tensor that is furthest from its reference; different names are infinitely far.
+
+    Weight and bias of a layer share their size. The gradient of a key's bias is nearly 0, since moving all keys alike moves no attention: what is left of
+    its large terms is no measure of how they round."""
     if differ := mine.keys() ^ theirs.keys(): return float('inf'), f'only on one side: {sorted(differ)[:3]}'
-    return max((apart(mine[name], theirs[name]), name) for name in mine)           # none of them is not-a-number
+    sizes = {}
+    for name, x in theirs.items(): sizes[layer_of(name)] = max(sizes.get(layer_of(name), 0.0), x.abs().max().item())
+    return max((apart(mine[name], theirs[name], sizes[layer_of(name)]), name) for name in mine)           # none of them is not-a-number
+
+def layer_of(name):
+    "The layer that a weight or a bias belongs to."
+    return name.rpartition('.')[0] if name.endswith(('.weight', '.bias')) else name
 
 def over_ranks(distance):
     "The largest of a number over all ranks."

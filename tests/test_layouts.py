@@ -21,7 +21,6 @@ from mmkit.trainer.loop import fit
 from mmkit.trainer.step import of_all_ranks
 
 STEPS, SHORT, GLOBAL = 20, 2, 8
-NEAR = 1e-6                                     # one attention and another
 SIZES = dict(hidden=128, layers=4, heads=4, kv_heads=2, ffn=256, vision_hidden=128, vision_depth=4, vision_heads=4, vision_ffn=160, window=56, full_attention=(1, 3))
 SMALL = dict(hidden=64, ffn=128)                 # parameters of the last rank end off a multiple of 128 then, where Megatron's bucket of a tied weight begins
 TIED, FROZEN = ['weights=TIED', 'loop.samples=TALKS'], ['freeze=["vision", "merger"]', 'loop.samples=TALKS']
@@ -241,11 +240,11 @@ def test_every_rank_tells_its_memory(house):
         assert house[1][title]['said'] == [10 + rank for rank in range(ranks)] and set(house[1][title]['memory']) == {ranks}, title
 
 def test_ulysses_is_ring_is_attention_on_one_rank(house, record_property):
-    "A float32 near 100 is known to four millionths, and its exponential no better: large scores are compared with float64."
+    "The limit is ten times what one rank in float32 is from float64 with the same numbers. A float32 near 100 is known to four millionths, and its exponential no better: large scores are compared with float64."
     found = house[1]['attentions']
     text = parity.table(['heads, key heads', 'kind', 'large scores', 'from one rank, large from float64', 'one rank from float64'], found)
     record_property('table', f'Attention over four ranks: largest difference of results and gradients over largest value, fp32\n\n{text}')
-    assert len(found) == 12 and all(distance <= (5e-5 if large else NEAR) for *_, large, distance, _ in found), text
+    assert len(found) == 12 and all(distance <= 10 * alone for *_, distance, alone in found), text
 
 def test_messages_are_read_before_their_tensors_go(house):
     "What `deallocate_pipeline_outputs=False` is for; a message that is read late shows what happens without it."

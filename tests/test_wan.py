@@ -193,12 +193,12 @@ def test_no_weight_is_zero_or_one(house):
         for key, x in load_file(house / name / 'diffusion_pytorch_model.safetensors').items(): assert not ((x == 0) | (x == 1)).any(), key
 
 def check_rows(house, rows, record_property, ranks):
-    "Prints the rows, with diffusers' own rounding in float32 beside ours, and holds them to the limit."
+    "Prints the rows, with diffusers' own rounding in float32 beside ours, and holds them to the limit, or to twice what diffusers rounds itself."
     rounding = json.loads((house / 'rounding.json').read_text())
     head = ['layout', 'model', 'step', 'answers', 'loss', 'gradients', 'those of diffusers in fp32', 'furthest gradient']
     rows = [[*row[:6], rounding[f'{row[1]}, {row[2]}'], row[6]] for row in rows]
     record_property('table', f'Largest difference from diffusers in float64 over largest value, fp32, {ranks}\n\n' + parity.table(head, rows))
-    wrong = [row for row in rows if not max(row[3:6]) <= parity.LIMIT]
+    wrong = [row for row in rows if not (max(row[3:5]) <= parity.LIMIT and row[5] <= max(parity.LIMIT, 2 * row[6]))]
     assert not wrong, parity.table(head, wrong)
 
 def test_one_rank_is_diffusers(house, one, record_property):
