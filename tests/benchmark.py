@@ -57,10 +57,10 @@ def main():
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from mmkit.config import Config, Layout, Loop, Optim
-    from mmkit.device import pick_device
+    from mmkit.core.device import pick_device
     from mmkit.parallel.data import build_optimizer
     from mmkit.parallel.mesh import open_mesh
-    from mmkit.toy import tiny_qwen2_5_vl
+    from mmkit.toy.qwen import tiny_qwen2_5_vl
     from mmkit.trainer.loop import build
     from mmkit.trainer.step import train_step
     from mmkit.trainer.qwen2_5_vl import QwenTask, pack

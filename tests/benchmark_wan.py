@@ -52,7 +52,7 @@ def ratio(above, below): return medians([[a / b for a, b in zip(*pair)] for pair
 def open_ours(folder, steps):
     "What makes a batch noisy, and a training step of mmkit as the trainer runs it."
     from mmkit.config import Config, Film, Layout, Loop, Optim
-    from mmkit.device import pick_device
+    from mmkit.core.device import pick_device
     from mmkit.models.flow import dice
     from mmkit.parallel.data import build_optimizer
     from mmkit.parallel.mesh import open_mesh
@@ -111,7 +111,7 @@ def write_clips(folder):
     from PIL import Image
 
     from mmkit.models.codecs import write_video
-    from mmkit.toyfilm import STARS, film_caption
+    from mmkit.toy.wan import STARS, film_caption
     folder.mkdir()
     rng, records = np.random.default_rng(0), []
     for number in range(CLIPS):
@@ -159,7 +159,7 @@ def extract(rounds, room):
     from mmkit.datasets.features import Features, extract_features
     from mmkit.datasets.video import VideoClips
     from mmkit.models.codecs import open_codecs, statistics as spread
-    from mmkit.toyfilm import tiny_wan
+    from mmkit.toy.wan import tiny_wan
     torch.manual_seed(0)
     codecs = open_codecs(tiny_wan(room / 'wan', codec=AutoencoderKLWan(base_dim=8, z_dim=16), text_dim=256))
     clips = VideoClips(write_clips(room / 'clips'), Clips(num_frames=FRAMES, max_height=SIDE, max_width=SIDE, force_resolution=True))

@@ -14,11 +14,11 @@ from mmkit.config import Clips, Config, Data, Film, Loop, Optim, Sampling
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.video import VideoClips
 from mmkit.models.codecs import open_codecs
-from mmkit.ranks import child_environment
-from mmkit.toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
-from mmkit.toyfilm import film_clips, tiny_wan, write_exact
-from mmkit.trainer.folder import alive
-from mmkit.values import dumps
+from mmkit.core.ranks import child_environment
+from mmkit.toy.qwen import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
+from mmkit.toy.wan import film_clips, tiny_wan, write_exact
+from mmkit.launcher.folder import alive
+from mmkit.core.values import dumps
 
 CLIPS = Clips(num_frames=9, max_height=48, max_width=48)
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from mmkit.converters.weights import pieces, whole
 from mmkit.parallel.data import accumulate, gradients
 from mmkit.parallel.engine import megatron
-from mmkit.ranks import run_ranks
+from mmkit.core.ranks import run_ranks
 from mmkit.trainer.loop import build
 from mmkit.trainer.step import totals
 from mmkit.trainer.task import TASKS, open_task
 from mmkit.trainer.weights import whole_tensors
-from mmkit.values import largest
+from mmkit.core.values import largest
 
 TESTS = Path(__file__).resolve().parent
 LIMIT = 1e-5                                    # largest difference over largest value: 84 roundings of float32

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from mmkit.toy import package_folder, qwen2_bpe, save_tokenizer
+from mmkit.toy.qwen import package_folder, qwen2_bpe, save_tokenizer
 
 SHA256 = {'vocab.json': 'ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910',
           'merges.txt': '8831e4f1a044471340f7c0a83d7bd71306a5b867e95fd870f74d0c5308a904d5'}

@@ -13,19 +13,18 @@ from pathlib import Path
 
 LIMIT, MAP, CHINESE = 100_000, '<!-- map -->', '<!-- zh -->'
 NOTE = '<!-- Made from nbs/index.ipynb by tests/readme.py: edit the notebook. -->\n\n'
-FLOORS = ('ground', 'parallel', 'models', 'converters', 'datasets', 'trainer', 'front')
 DIRECTIVE, LINK, SHARED = re.compile(r'#\s*\|\s*(.*)'), re.compile(r'(!?\[[^\]]*\]\()([^)\s#]+)'), re.compile(r'```.*?```|!\[[^\]]*\]\(([^)]*)\)', re.S)
 
 def read(path): return json.loads(path.read_text(encoding='utf-8'))
 def text_of(cell): return ''.join(cell['source'])
 
 def house_map(root):
-    "The table of all notebooks, floor by floor."
+    "The table of all notebooks, folder by folder."
     rows = [MAP, '| notebook | what it is |', '|---|---|']
-    paths = [p for p in sorted((root / 'nbs').glob('[0-9]*.ipynb')) + sorted((root / 'nbs/tutorials').glob('*.ipynb'))]
-    for i, path in enumerate(paths):
-        floor = 'tutorials' if path.parent.name == 'tutorials' else FLOORS[int(path.name[0])]
-        if f'| **{floor}** | |' not in rows: rows.append(f'| **{floor}** | |')
+    folders = [*sorted((root / 'nbs').glob('[0-9]_*')), root / 'nbs/tutorials']
+    for path in (path for folder in folders for path in sorted(folder.glob('*.ipynb'))):
+        title = f"| **{re.sub(r'^[0-9]_', '', path.parent.name)}** | |"
+        if title not in rows: rows.append(title)
         sentence = re.search(r'^> *(.*)', text_of(read(path)['cells'][0]), re.M)
         rows.append(f"| [{path.stem}]({path.relative_to(root / 'nbs').as_posix()}) | {sentence[1].replace('|', chr(92) + '|') if sentence else ''} |")
     return '\n'.join(rows)

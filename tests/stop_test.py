@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import psutil
 
 import kill_test
-from mmkit.again import resume
-from mmkit.run import Run, launch
-from mmkit.trainer.folder import alive
+from mmkit.launcher.resume import resume
+from mmkit.launcher.run import Run, launch
+from mmkit.launcher.folder import alive
 
 def config_of(folder):
     "Training that would go on for long and saves only when it is stopped."

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import mmkit
 from mmkit.cli import mm_convert, mmkit as command
-from mmkit.convert_cli import METHODS
+from mmkit.mindspeed_mm.convert import METHODS
 from mmkit.converters.folders import MMFolder
 from mmkit.converters.wan2_1 import wan2_1_towers
 
@@ -333,7 +333,7 @@ def test_wan_is_overwritten_in_both_spellings(wan, capsys):
 
 def example(kind):
     "A value of a kind of field that is not its default, as YAML and as a printed config have it."
-    from mmkit.convert_cli import LAYERS, MAYBE_LAYERS
+    from mmkit.mindspeed_mm.convert import LAYERS, MAYBE_LAYERS
     return {LAYERS: [1, 2], MAYBE_LAYERS: [3, 4], int: 5, float: 6.5, bool: True, str: 'some words'}.get(kind, 7)
 
 @pytest.mark.parametrize('converter, method', [(converter, method) for converter, (_, methods) in METHODS.items() for method in methods])
@@ -395,16 +395,16 @@ def test_mmkit_says_what_it_can_do_and_what_is_wrong(tmp_path):
 
 def test_mmkit_hands_on_what_was_said(tmp_path, monkeypatch, capsys):
     from mmkit.config import Config
-    from mmkit.values import dumps
+    from mmkit.core.values import dumps
     (tmp_path / 'config.json').write_text(dumps(Config(weights='weights')))
     told = {}
     class Run:
         status, folder = 'done', 'here'
         def follow(self, print_line): print_line('step 1')
     def launch(config, ranks=None, folder=None): told.update(config=config, ranks=ranks, folder=folder); return Run()
-    monkeypatch.setattr('mmkit.run.launch', launch)
+    monkeypatch.setattr('mmkit.launcher.run.launch', launch)
     monkeypatch.setattr('mmkit.trainer.chat.chat', lambda folder, question, images=(): f'{folder} {question} {images}')
-    monkeypatch.setattr('mmkit.first_run.first_run', lambda folder=None, ranks=2, seed=0, steps=400, say=print: say(f'{folder} {ranks} {seed} {steps}') or 'well')
+    monkeypatch.setattr('mmkit.recipes.first_run.first_run', lambda folder=None, ranks=2, seed=0, steps=400, say=print: say(f'{folder} {ranks} {seed} {steps}') or 'well')
     assert command(['train', str(tmp_path / 'config.json'), 'layout.tp=2', '--ranks', '4', '--run', 'there', 'loop.steps=3']) == 0
     assert (told['config'].layout.tp, told['config'].loop.steps, told['config'].weights, told['ranks'], told['folder']) == (2, 3, 'weights', 4, 'there')
     assert command(['chat', 'folder', '--image', 'a.jpg', 'What is this?', '--image', 'b.jpg']) == 0
@@ -426,7 +426,7 @@ def test_mmkit_converts_llava_and_names_what_it_drops(tmp_path):
 
 def test_an_interrupted_or_failed_command_says_so(capsys):
     from mmkit.cli import finish
-    from mmkit.ranks import RankFailed
+    from mmkit.core.ranks import RankFailed
     def raises(error):
         def command(): raise error
         return command

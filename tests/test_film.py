@@ -12,9 +12,9 @@ from PIL import Image
 import parity
 from mmkit.config import Layout, Sampling
 from mmkit.models.codecs import decode_video, open_vae
-from mmkit.toycodec import LinearCodec
-from mmkit.toyfilm import film_clips, tiny_wan
-from mmkit.trainer.film import check_request, film, film_latents, open_film, sampling_of
+from mmkit.toy.vae import LinearCodec
+from mmkit.toy.wan import film_clips, tiny_wan
+from mmkit.trainer.sampling import check_request, film, film_latents, open_film, sampling_of
 
 PROMPTS = ['a red heart moves left', '  a car &amp;amp; a dog\n move up ']
 SMALL = Sampling(num_frames=9, height=48, width=32, steps=5, shift=3.0, seed=11)
@@ -139,7 +139,7 @@ def test_an_interrupt_costs_the_clip_that_is_being_made(folders, tmp_path, monke
         if decoded: raise KeyboardInterrupt
         decoded.append(1)
         return decode_video(vae, latents)
-    monkeypatch.setattr('mmkit.trainer.film.decode_video', stop_at_second)
+    monkeypatch.setattr('mmkit.trainer.sampling.decode_video', stop_at_second)
     with pytest.raises(KeyboardInterrupt): film(folders / 't2v', PROMPTS, sampling=SMALL, output=tmp_path, device='cpu', progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ['00_a_red_heart_moves_left.mp4']
 
@@ -209,6 +209,6 @@ def test_errors_are_said_at_the_door(words, folders, tmp_path, monkeypatch):
     given = dict(DOOR[words])
     folder = shutil.copytree(folders / given.pop('name', 't2v'), tmp_path / 'folder')
     given.pop('change', lambda folder: None)(folder)
-    monkeypatch.setattr('mmkit.trainer.film.open_text_encoder', lambda *_: pytest.fail('the text encoder was read'))
+    monkeypatch.setattr('mmkit.trainer.sampling.open_text_encoder', lambda *_: pytest.fail('the text encoder was read'))
     with pytest.raises(ValueError, match=words): film(folder, **{'prompts': 'a dog', 'sampling': SMALL, 'output': tmp_path / 'made', 'device': 'cpu', **given})
     assert not (tmp_path / 'made').exists()

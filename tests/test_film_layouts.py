@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import mmkit.trainer.film
+import mmkit.trainer.sampling
 import parity
 from mmkit.config import Clips, Config, Film, Layout, Loop, Optim, Sampling
-from mmkit.values import largest, override, relative
+from mmkit.core.values import largest, override, relative
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.video import VideoClips
-from mmkit.device import pick_device, place
+from mmkit.core.device import pick_device, place
 from mmkit.models.codecs import open_codecs
 from mmkit.parallel.mesh import open_mesh
-from mmkit.toyfilm import film_clips, tiny_wan, write_exact
-from mmkit.trainer.film import film
+from mmkit.toy.wan import film_clips, tiny_wan, write_exact
+from mmkit.trainer.sampling import film
 from mmkit.trainer.loop import fit
 
 STEPS, GLOBAL = 3, 4
@@ -115,7 +115,7 @@ def house(tmp_path_factory, request):
 def train(folder):
     "What every row of this world gave; its first gradients lie beside as files. Samples are written without loss, so that they can be compared number by number."
     folder, found = Path(folder), {}
-    mmkit.trainer.film.write_video = write_exact
+    mmkit.trainer.sampling.write_video = write_exact
     for title in (title for title, row in rows_of(folder).items() if row[0] == place().world):
         config = config_of(folder, title)
         with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:

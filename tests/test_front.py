@@ -7,8 +7,8 @@ import psutil
 import pytest
 from playwright.sync_api import sync_playwright
 
-from mmkit.ranks import package_path
-from mmkit.run import Run
+from mmkit.core.ranks import package_path
+from mmkit.launcher.run import Run
 from test_launch import until
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))))
@@ -28,7 +28,7 @@ import json, os, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from mmkit.files import Jsonl
+from mmkit.core.files import Jsonl
 folder = Path(sys.argv[1])
 config, rank = json.loads((folder / 'config.json').read_text()), int(os.environ['RANK'])
 dist.init_process_group('gloo')

@@ -6,7 +6,7 @@ import sys
 TARGET = '''
 import sys, time
 from pathlib import Path
-from mmkit.files import Jsonl
+from mmkit.core.files import Jsonl
 folder = Path(sys.argv[1])
 Path(folder, 'fills').write_bytes(bytes(300_000))                  # of 400 kB
 for step in range(1, 100_000): Jsonl(folder / 'metrics.jsonl').append({'step': step, 'loss': 1.0, 'words': 'x' * 500})
@@ -14,8 +14,8 @@ for step in range(1, 100_000): Jsonl(folder / 'metrics.jsonl').append({'step': s
 SCRIPT = '''
 import json, sys
 from mmkit import launch
-from mmkit.files import Jsonl, write_atomic
-from mmkit.run import RunFailed
+from mmkit.core.files import Jsonl, write_atomic
+from mmkit.launcher.run import RunFailed
 said = []
 run = launch({'loop': {'steps': 100_000}}, 1, folder=sys.argv[1], target=sys.argv[2])
 try: run.wait(100)

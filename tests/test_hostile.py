@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 import kill_test
 from mmkit.cli import finish, mm_convert
 from mmkit.config import Loop, Optim
-from mmkit.convert_cli import Lora, convert_qwen, convert_wan
+from mmkit.mindspeed_mm.convert import Lora, convert_qwen, convert_wan
 from mmkit.converters.folders import HFFolder, MMFolder, load_peer_file, open_weights
 from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
 from mmkit.converters.wan2_1 import wan2_1_towers
 from mmkit.datasets.features import Features, read_pt, read_tensors
-from mmkit.files import STATE, load_json, write_manifest
+from mmkit.core.files import STATE, load_json, write_manifest
 from mmkit.trainer.checkpoint import find_start
 from mmkit.trainer.loop import fit
 

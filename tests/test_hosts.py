@@ -9,8 +9,8 @@ import pytest
 
 import kill_test
 from mmkit.config import Layout
-from mmkit.hosts import Hosts, prepare_run, shell_script, slurm_script, try_line
-from mmkit.run import Run
+from mmkit.launcher.hosts import Hosts, prepare_run, shell_script, slurm_script, try_line
+from mmkit.launcher.run import Run
 
 NAMES = {f'10.77.{os.getpid() % 250}.{number}': f'mmkit-{os.getpid()}-{number}' for number in (1, 2)}        # address: namespace
 SSH = f'''#!/usr/bin/env bash
@@ -87,7 +87,7 @@ def rank_process(folder, rank):
     "The process of a rank of the run folder."
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if 'mmkit.hosts' in (words := process.cmdline()) and str(folder) in words and process.environ().get('RANK') == str(rank): return process
+            if 'mmkit.launcher.hosts' in (words := process.cmdline()) and str(folder) in words and process.environ().get('RANK') == str(rank): return process
 
 
 def test_the_check_names_the_machine_that_fails(machines, start):

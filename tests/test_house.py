@@ -11,8 +11,9 @@ import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {'nbs', 'mmkit', 'tests', '.ci', 'settings.ini', 'setup.py', 'constraints.txt', 'MANIFEST.in', 'README.md', 'README_zh.md', 'LICENSE', 'CHANGELOG.md', '.gitignore', '.gitattributes'}
-NPU_MODULES = {'device', 'parallel.engine', 'parallel.attention', 'parallel.layers'}
-ENVIRONMENT_MODULES = {'device', 'ranks', 'run'}
+NPU_MODULES = {'core.device', 'parallel.engine', 'parallel.attention', 'parallel.layers'}
+ENVIRONMENT_MODULES = {'core.device', 'core.ranks', 'launcher.run'}
+TOP_MODULES = {'config', 'cli'}                          # stand in mmkit itself, whatever folder their notebooks are in
 LATE = ('transformers', 'diffusers', 'megatron', 'decord', 'av', 'PIL', 'matplotlib', 'ipywidgets', 'IPython')
 PICTURE_LIMIT, NOTEBOOK_LIMIT = 100_000, 500_000
 
@@ -30,10 +31,19 @@ def notebooks(root):
     for p in files(root):
         if p.suffix == '.ipynb': yield p, json.loads(p.read_text(encoding='utf-8'))['cells']
 
-def library(root): return ((p, cells) for p, cells in notebooks(root) if number(p) is not None)
+def library(root): return ((p, cells) for p, cells in notebooks(root) if place_of(p) is not None)
 def tutorials(root): return ((p, cells) for p, cells in notebooks(root) if p.parent.name == 'tutorials')
-def number(path): return int(m[1]) if path.parent.name == 'nbs' and (m := re.match(r'(\d+)_', path.name)) else None
-def module_of(path): return re.sub(r'^\d+_', '', path.stem)
+
+def place_of(path):
+    "(number of its folder, its own number) of a library notebook; None for any other."
+    folder, own = re.match(r'(\d)_', path.parent.name), re.match(r'(\d\d)_', path.name)
+    return (int(folder[1]), int(own[1])) if folder and own else None
+
+def module_of(path):
+    "The module that a library notebook exports: its folder's package and its name; in `9_tools` the name says the package, too."
+    name = re.sub(r'^\d+_', '', path.stem)
+    return name if '.' in name or name in TOP_MODULES else f"{re.sub(r'^[0-9]_', '', path.parent.name)}.{name}"
+
 def source(cell): return ''.join(cell['source'])
 def directives(cell): return re.findall(r'^#\s*\|\s*(.+?)\s*$', source(cell), re.M) if cell['cell_type'] == 'code' else []
 def exported(cell): return any(re.match(r'exports?i?\b', d) for d in directives(cell))
@@ -74,10 +84,12 @@ def imported(tree, absolute=False):
 # The rules
 
 def order(root):
-    "A notebook imports only lower numbers, and floors 2, 3 and 4 do not import each other."
-    numbers = {f'mmkit.{module_of(p)}': number(p) for p, _ in library(root)}
+    "A notebook imports only lower folders and lower numbers of its own, no number is used twice in a folder, and models, converters and datasets do not import each other."
+    places = [place_of(p) for p, _ in library(root)]
+    numbers = {f'mmkit.{module_of(p)}': place_of(p) for p, _ in library(root)}
+    for twice in sorted({place for place in places if places.count(place) > 1}): yield f'folder {twice[0]} has two notebooks of number {twice[1]}'
     for p, cells in notebooks(root):
-        own, wanted = number(p), set()
+        own, wanted = place_of(p), set()
         for c in cells:
             if c['cell_type'] != 'code': continue
             wanted |= set(re.findall(r'^%load_ext (mmkit\S*)', source(c), re.M)) | set(imported(python(c) or ast.parse('')))
@@ -85,8 +97,8 @@ def order(root):
             found = next((m for m in (name, name.rpartition('.')[0]) if m in numbers), None)
             if own is None: continue
             if found is None: yield f'{p.name} imports {name}, which no numbered notebook exports'
-            elif numbers[found] >= own and found != f'mmkit.{module_of(p)}': yield f'{p.name} imports {found}, number {numbers[found]}: only lower numbers may be imported'
-            elif {own // 10, numbers[found] // 10} <= {2, 3, 4} and own // 10 != numbers[found] // 10: yield f'{p.name} imports {found}: floors 2, 3 and 4 do not import each other'
+            elif numbers[found] >= own and found != f'mmkit.{module_of(p)}': yield f'{p.name} imports {found}, folder {numbers[found][0]}, number {numbers[found][1]}: only lower numbers may be imported'
+            elif {own[0], numbers[found][0]} <= {3, 4, 5} and own[0] != numbers[found][0]: yield f'{p.name} imports {found}: folders 3, 4 and 5 do not import each other'
 
 def own_name(root):
     "A numbered notebook exports the module that its file name says, and has one exported import cell."
@@ -215,7 +227,7 @@ def outputs(root):
 def shown_configs(root):
     "A config in a saved output of a tutorial has exactly the settings that a Config has now."
     from mmkit.config import Config
-    from mmkit.values import dumps, read
+    from mmkit.core.values import dumps, read
     names = lambda tree, above='': {above + name for name in tree} | {inner for name, part in tree.items() if isinstance(part, dict) for inner in names(part, f'{above}{name}.')}
     for p, cells in tutorials(root):
         for text in (''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', [])):
@@ -335,25 +347,26 @@ def picture(size=100): return showing({'image/png': base64.b64encode(bytes(size)
 
 ONE = 'def one() -> int:\n    "Returns 1."\n    return 1\n'
 SMALL = {
-    'settings.ini': '[DEFAULT]\nlib_name = mmkit\nlib_path = mmkit\nnbs_path = nbs\n', 'mmkit/__init__.py': '', 'mmkit/models/__init__.py': '',
-    'nbs/00_device.ipynb': room('device', '#| export\n' + ONE), 'nbs/20_models.rope.ipynb': room('models.rope', '#| export\nfrom mmkit.device import one'),
+    'settings.ini': '[DEFAULT]\nlib_name = mmkit\nlib_path = mmkit\nnbs_path = nbs\n', 'mmkit/__init__.py': '', 'mmkit/core/__init__.py': '', 'mmkit/models/__init__.py': '',
+    'nbs/0_core/00_device.ipynb': room('core.device', '#| export\n' + ONE), 'nbs/3_models/00_rope.ipynb': room('models.rope', '#| export\nfrom mmkit.core.device import one'),
     'nbs/index.ipynb': notebook(cell('<!-- map -->', 'markdown'), cell('![a](images/loss.png)\n![b](images/answer.png)', 'markdown')),
     'nbs/tutorials/1_first.ipynb': notebook(cell('#| label: loss\none()', outputs=[picture()]), cell('#| label: answer\none()', outputs=[picture()]))}
 
 def long_function(lines): return 'def long() -> None:\n    "Does much."\n' + '    one()\n' * (lines - 2)
-def rope(*texts, **more): return {'nbs/20_models.rope.ipynb': room('models.rope', *texts, **more)}
-def device(text): return {'mmkit/device.py': text}
+def rope(*texts, **more): return {'nbs/3_models/00_rope.ipynb': room('models.rope', *texts, **more)}
+def device(text): return {'mmkit/core/device.py': text}
 def rope_module(text): return {'mmkit/models/rope.py': text}
 def tutorial(*cells, **more): return {'nbs/tutorials/1_first.ipynb': notebook(*cells, **more)}
 
 FAKE_TORCH = {'torch.py': ''}
 PLANTED = [
-    (order, rope('#| export\nfrom mmkit.trainer.loop import fit') | {'nbs/53_trainer.loop.ipynb': room('trainer.loop')}, 'only lower numbers'),
-    (order, rope('def late():\n    from mmkit.trainer import loop') | {'nbs/53_trainer.loop.ipynb': room('trainer.loop')}, 'only lower numbers'),
-    (order, rope('%load_ext mmkit.run') | {'nbs/60_run.ipynb': room('run')}, 'only lower numbers'),
-    (order, {'nbs/30_converters.weights.ipynb': room('converters.weights', 'import mmkit.models.rope')}, 'floors 2, 3 and 4'),
-    (order, rope('from mmkit.devices import one'), 'no numbered notebook'),
-    (own_name, {'nbs/20_models.rope.ipynb': room('models.ropes')}, 'default_exp'),
+    (order, rope('#| export\nfrom mmkit.trainer.loop import fit') | {'nbs/6_trainer/08_loop.ipynb': room('trainer.loop')}, 'only lower numbers'),
+    (order, rope('def late():\n    from mmkit.trainer import loop') | {'nbs/6_trainer/08_loop.ipynb': room('trainer.loop')}, 'only lower numbers'),
+    (order, rope('%load_ext mmkit.launcher.run') | {'nbs/7_launcher/02_run.ipynb': room('launcher.run')}, 'only lower numbers'),
+    (order, {'nbs/4_converters/00_weights.ipynb': room('converters.weights', 'import mmkit.models.rope')}, 'folders 3, 4 and 5'),
+    (order, rope('from mmkit.core.devices import one'), 'no numbered notebook'),
+    (order, {'nbs/3_models/00_shapes.ipynb': room('models.shapes')}, 'two notebooks of number 0'),
+    (own_name, {'nbs/3_models/00_rope.ipynb': room('models.ropes')}, 'default_exp'),
     (own_name, rope('#| export\nimport json', '#| export\nimport re\nx = 1'), 'second exported import cell'),
     (undefined_names, rope_module('def f(): return [lost for _ in range(2)]'), 'uses lost'),
     (undefined_names, rope_module('class A:\n    here = 1\n    there = here + gone'), 'uses gone'),
@@ -362,8 +375,8 @@ PLANTED = [
     (sizes, rope_module(long_function(26)), 'long has 26 lines'),
     (sizes, rope_module('x = 1\n' * 261), '261 lines of code'),
     (sizes, tutorial(cell(long_function(9))), 'long has 9 lines'),
-    (star_imports, rope('from mmkit.device import *'), 'import *'),
-    (star_imports, rope_module('from ..device import *'), 'import *'),
+    (star_imports, rope('from mmkit.core.device import *'), 'import *'),
+    (star_imports, rope_module('from ..core.device import *'), 'import *'),
     (bare_excepts, rope_module('try: x = 1\nexcept: pass'), 'bare except'),
     (bare_excepts, tutorial(cell('%time 1\ntry: x = 1\nexcept: pass')), 'bare except'),
     (class_names, rope_module('class MeshManager: pass'), 'MeshManager'),
@@ -386,7 +399,7 @@ PLANTED = [
     (titles, rope(title='# Title'), 'first cell'),
     (titles, rope(title='## Title\n> One sentence.'), 'first cell'),
     (looks, rope('x = 1\nprint(x)'), 'a print'),
-    (outputs, {'nbs/20_models.rope.ipynb': notebook(cell('1', outputs=[picture()]))}, 'saved output'),
+    (outputs, {'nbs/3_models/00_rope.ipynb': notebook(cell('1', outputs=[picture()]))}, 'saved output'),
     (outputs, tutorial(cell('1')), 'without a saved picture'),
     (outputs, tutorial(cell('1', outputs=[picture(), {'output_type': 'error', 'ename': 'KeyError', 'evalue': '', 'traceback': []}])), 'KeyError'),
     (outputs, tutorial(cell('1', outputs=[picture(), showing({'application/vnd.jupyter.widget-view+json': {}, 'text/plain': ''})])), 'a widget'),
@@ -413,7 +426,7 @@ PLANTED = [
     (fresh_export, device(ONE.replace('1', '2')), 'stale'),
     (fresh_export, {'mmkit/models/alone.py': ''}, 'no notebook'),
     (page, {'README.md': 'old'}, 'stale'),
-    (page, {'nbs/04_toy.ipynb': room('toy', title='# Toy\n> New.')}, 'index.ipynb is stale'),
+    (page, {'nbs/1_toy/00_qwen.ipynb': room('toy.qwen', title='# Toy\n> New.')}, 'index.ipynb is stale'),
     (page, {'nbs/tutorials/1_first.ipynb': notebook(cell('one()', outputs=[picture()]))}, 'label: loss'),
     (page, {'nbs/images/loss.png': 'old'}, 'loss.png is stale'),
     (page, {'nbs/index.ipynb': notebook(cell('[away](gone.ipynb)', 'markdown'))}, 'gone.ipynb, which does not exist'),

@@ -12,16 +12,16 @@ import psutil
 import pytest
 
 import kill_test
-from mmkit.run import Run, RunFailed, launch
-from mmkit.trainer.folder import agent_process
-from mmkit.values import dumps
+from mmkit.launcher.run import Run, RunFailed, launch
+from mmkit.launcher.folder import agent_process
+from mmkit.core.values import dumps
 
 TARGET = '''
 import os, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from mmkit.files import Jsonl
+from mmkit.core.files import Jsonl
 folder = Path(sys.argv[1])
 mode = (folder / 'config.json').read_text()
 rank = int(os.environ['RANK'])
@@ -41,7 +41,7 @@ PARENT = '''
 import signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)          # nohup in front of the tests would make this process deaf to it
 import sys, time
-from mmkit.run import launch
+from mmkit.launcher.run import launch
 run = launch({'mode': 'long'}, ranks=2, folder=sys.argv[1], target=sys.argv[2])
 run.wait()
 '''

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import parity
 from mmkit.config import Config, Data, Layout, Loop, Optim
-from mmkit.values import largest, override, relative
-from mmkit.device import pick_device, place
+from mmkit.core.values import largest, override, relative
+from mmkit.core.device import pick_device, place
 from mmkit.parallel.attention import row_attention, row_places, segments
 from mmkit.parallel.mesh import open_mesh
-from mmkit.toy import emoji_clip, emoji_names, emoji_picture, sentence, tiny_qwen2_5_vl, write_clip
+from mmkit.toy.qwen import emoji_clip, emoji_names, emoji_picture, sentence, tiny_qwen2_5_vl, write_clip
 from mmkit.trainer.loop import fit
 from mmkit.trainer.step import of_all_ranks
 

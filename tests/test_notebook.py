@@ -17,9 +17,9 @@ import stop_test
 CELLS = ['''
 from pathlib import Path
 from mmkit import Config, Data, Layout, Loop, Optim
-from mmkit.run import launch
-from mmkit.show import watch, watch_async
-from mmkit.toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
+from mmkit.launcher.run import launch
+from mmkit.notebook.show import watch, watch_async
+from mmkit.toy.qwen import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
 images, file = llava_toy('data', emoji_names(4), count=32, size=56)
 start = tiny_qwen2_5_vl('start', conversation_texts(file), hidden=64)
 config = Config(weights=str(start), data=Data(files=(str(file),), media_dir=str(images)), layout=Layout(tp=2),
@@ -71,7 +71,7 @@ def test_the_cell_says_how_training_ended(end, tmp_path):
         with pytest.raises(CellExecutionError) as error: client.execute_cell(client.nb.cells[1], 1)
         assert called, error.value
         seconds = time.time() - called[0]
-        alive = [p.cmdline() for p in descendants() if str(tmp_path / 'run') in ' '.join(p.cmdline()) or 'mmkit.run' in ' '.join(p.cmdline())]
+        alive = [p.cmdline() for p in descendants() if str(tmp_path / 'run') in ' '.join(p.cmdline()) or 'mmkit.launcher.run' in ' '.join(p.cmdline())]
     assert seconds < 10 * max(1, os.getloadavg()[0] / os.cpu_count()) and not alive              # longer where others want the machine, too
     said = str(error.value)
     if end == 'kill': assert 'rank 1' in said and 'SIGKILL' in said, said

@@ -20,7 +20,7 @@ def test_what_is_not_finite_is_far():
 def over_ranks(folder):
     "The largest over two ranks of a number that is not one on one of them, whichever that is."
     from mmkit.config import Layout
-    from mmkit.device import pick_device
+    from mmkit.core.device import pick_device
     from mmkit.parallel.mesh import open_mesh
     with open_mesh(Layout(data='ddp'), pick_device('cpu')) as mesh:
         return [parity.over_ranks(math.nan if mesh.place.rank == bad else 1.0) for bad in range(3)]

@@ -8,8 +8,8 @@ import pytest
 
 from mmkit.cli import mmkit as command
 from mmkit.config import load_config
-from mmkit.peer import from_mindspeed_mm
-from mmkit.values import mistake
+from mmkit.mindspeed_mm.config import from_mindspeed_mm
+from mmkit.core.values import mistake
 
 GOLDEN = Path(__file__).parent / 'golden'
 QWEN = r'''
@@ -221,7 +221,7 @@ def test_files_of_two_models_are_refused(tree):
 
 
 def test_no_torch_is_imported(tree):
-    code = "import sys\nfrom mmkit.peer import from_mindspeed_mm\nstr(from_mindspeed_mm('examples/wan'))\nprint(*{'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    code = "import sys\nfrom mmkit.mindspeed_mm.config import from_mindspeed_mm\nstr(from_mindspeed_mm('examples/wan'))\nprint(*{'torch', 'numpy', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
 
 

@@ -16,16 +16,16 @@ import parity
 from mmkit.config import Clips, Config, Data, Film, Layout, Loop, Optim
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.video import VideoClips
-from mmkit.device import pick_device, place
+from mmkit.core.device import pick_device, place
 from mmkit.models.codecs import open_codecs
 from mmkit.models.costs import Films, Talks
 from mmkit.parallel.data import accumulate, build_optimizer
 from mmkit.parallel.mesh import open_mesh
-from mmkit.toy import emoji_names, emoji_picture, tiny_qwen2_5_vl
-from mmkit.toyfilm import film_clips, tiny_wan, write_exact
+from mmkit.toy.qwen import emoji_names, emoji_picture, tiny_qwen2_5_vl
+from mmkit.toy.wan import film_clips, tiny_wan, write_exact
 from mmkit.trainer.plan import plan
 from mmkit.trainer.step import Average, train_step
-from mmkit.values import override, dumps
+from mmkit.core.values import override, dumps
 
 TALK, FROZEN = ['loop.micro_batch=2'], 'freeze=["vision", "merger"]'             # steps of two micro-batches a copy; four fill a pipeline
 FULL = [*TALK, 'loop.global_batch=8']
@@ -147,7 +147,7 @@ def test_what_cannot_be_is_refused_at_once(house, monkeypatch):
     folder = house[0]
     monkeypatch.chdir(folder)
     for name in ('tiny, dp 2, zero1', 't2v, pp 2'): (folder / f'{name[:4]}.json').write_text(dumps(override(config_of(folder, name), ['layout={}', 'loop.micro_batch=1', 'loop.global_batch=8'])))
-    script = ('import json, sys, time\nfrom mmkit.config import load_config\nfrom mmkit.run import launch\nfrom mmkit.values import override\nfound = []\n'
+    script = ('import json, sys, time\nfrom mmkit.config import load_config\nfrom mmkit.launcher.run import launch\nfrom mmkit.core.values import override\nfound = []\n'
               'for file, words in json.loads(sys.argv[1]):\n    start, said = time.perf_counter(), None\n    try: launch(override(load_config(file), words.split()), ranks=8)\n'
               '    except ValueError as error: said = str(error)\n    found.append((said, time.perf_counter() - start))\nprint(json.dumps([found, "torch" in sys.modules]))')
     asked = [('tiny.json', words) for words in REFUSED] + [('t2v,.json', words) for words in FILMS]

@@ -12,13 +12,13 @@ import pytest
 
 from mmkit.cli import COMMANDS, mm_convert, mmkit
 from mmkit.config import Config, Data, Loop, load_config
-from mmkit.files import load_json
+from mmkit.core.files import load_json
 from mmkit.models.shapes import QwenShape
-from mmkit.ranks import package_path
-from mmkit.run import launch
-from mmkit.toy import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
-from mmkit.toyfilm import tiny_wan
-from mmkit.values import dumps, override
+from mmkit.core.ranks import package_path
+from mmkit.launcher.run import launch
+from mmkit.toy.qwen import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
+from mmkit.toy.wan import tiny_wan
+from mmkit.core.values import dumps, override
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

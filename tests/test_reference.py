@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 import parity
 from mmkit.config import Config, Layout
 from mmkit.converters.folders import hub_name
-from mmkit.device import pick_device, place
+from mmkit.core.device import pick_device, place
 from mmkit.models.generate import generate, whole_logits
 from mmkit.models.shapes import QwenShape
 from mmkit.parallel.mesh import open_mesh
-from mmkit.toy import tiny_qwen2_5_vl
+from mmkit.toy.qwen import tiny_qwen2_5_vl
 from mmkit.trainer.qwen2_5_vl import pack, positions
 
 SIZES = dict(hidden=64, layers=3, heads=4, kv_heads=2, ffn=160, vision_hidden=64, vision_depth=4, vision_heads=4, vision_ffn=96, window=56, full_attention=(1, 3))

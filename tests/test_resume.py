@@ -15,8 +15,8 @@ import kill_test, parity
 from mmkit.config import Loop, Optim
 from mmkit.converters.writing import SafetensorsWriter
 from mmkit.datasets.conversation import Conversations
-from mmkit.device import place
-from mmkit.files import STATE, check_manifest, load_json
+from mmkit.core.device import place
+from mmkit.core.files import STATE, check_manifest, load_json
 from mmkit.models.denoise import as_one
 from mmkit.models.generate import whole_logits
 from mmkit.parallel.attention import segments
@@ -27,7 +27,7 @@ from mmkit.trainer.checkpoint import find_start, save
 from mmkit.trainer.loop import fit
 from mmkit.trainer.qwen2_5_vl import pack
 from mmkit.trainer.task import open_task
-from mmkit.values import override
+from mmkit.core.values import override
 
 TURNS = 'tp 2, pp 2, two turns'
 LAYOUTS = {                                     # title: ranks, the layout

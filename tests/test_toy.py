@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 from qwen_tokenizer import real_qwen_tokenizer, two_parts
 
-from mmkit.toy import PLAIN, SPECIAL, WORDS, special_ids, tiny_tokenizer
+from mmkit.toy.qwen import PLAIN, SPECIAL, WORDS, special_ids, tiny_tokenizer
 
 TEXTS = ('What is this?', 'This is a test 😊\nI was born in 92000, and this is falsé.\n生活的真谛是', ' a  b\r\n\r\n12 x\u0301 你好！👩‍🚀', "we're <|im_end|> done")
 PUBLISHED = ('🤗 Transformers 提供了可以轻松地下载并且训练先进的预训练模型的 API 和工具。',

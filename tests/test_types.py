@@ -7,7 +7,7 @@ import pytest
 import mmkit
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ('config', 'values', 'forms', 'forecast', 'doctor', 'hosts', 'ranks', 'files', 'curves', 'run', 'again', 'show', 'datasets/survey', 'datasets/conversation', 'trainer/presets', 'trainer/chat', 'trainer/folder', 'trainer/view')        # checked inside, too
+CHECKED = ('config', 'core/values', 'notebook/forms', 'launcher/estimate', 'diagnostics/doctor', 'launcher/hosts', 'core/ranks', 'core/files', 'core/plots', 'launcher/run', 'launcher/resume', 'notebook/show', 'datasets/statistics', 'datasets/conversation', 'recipes/presets', 'trainer/chat', 'launcher/folder', 'launcher/view')        # checked inside, too
 SETTINGS = '''[mypy]
 ignore_missing_imports = True
 follow_imports = silent
@@ -23,10 +23,10 @@ from mmkit.converters.weights import Tower
 from mmkit.datasets.conversation import Conversations
 from mmkit.datasets.features import Extraction
 from mmkit.datasets.llava import Report
-from mmkit.datasets.survey import Survey
-from mmkit.forecast import Estimate
-from mmkit.hosts import Lines
-from mmkit.run import Run
+from mmkit.datasets.statistics import Survey
+from mmkit.launcher.estimate import Estimate
+from mmkit.launcher.hosts import Lines
+from mmkit.launcher.run import Run
 
 def train(data: Conversations) -> str:
     config = mmkit.Config(weights='w', data=mmkit.Data(files=('a.json',), columns=mmkit.Columns(user='human')), layout=mmkit.Layout(tp=2, cp_kind='ring'),

@@ -7,7 +7,7 @@ from mmkit.datasets.clips import Clips
 from mmkit.datasets.features import Features, Index, OnlineFeatures, collate_features, extract_features
 from mmkit.datasets.video import VideoClips
 from mmkit.models.codecs import open_codecs
-from mmkit.toyfilm import film_clips, tiny_wan, write_exact, write_films
+from mmkit.toy.wan import film_clips, tiny_wan, write_exact, write_films
 
 SMALL = Clips(num_frames=9, max_height=48, max_width=48)
 CLIPS, CAPTIONS = film_clips()

@@ -15,7 +15,7 @@ from mmkit.converters.convert import hf_to_mm, mm_to_hf
 from mmkit.converters.folders import HFFolder, open_weights
 from mmkit.converters.wan2_1 import wan2_1_towers
 from mmkit.converters.weights import pieces
-from mmkit.device import pick_device, place
+from mmkit.core.device import pick_device, place
 from mmkit.models.flow import Flow, TIMES, add_noise, dice, euler_sigmas, euler_steps, flow_noise, flow_table, flow_times, velocity_losses
 from mmkit.models.shapes import WanShape
 from mmkit.models.wan2_1 import Wan2_1

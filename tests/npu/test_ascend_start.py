@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mmkit.device import INSTALL_MINDSPEED, NPU_DEFAULTS, npu_facts, npu_trouble, pick_device
-from mmkit.doctor import doctor
-from mmkit.ranks import child_environment
+from mmkit.core.device import INSTALL_MINDSPEED, NPU_DEFAULTS, npu_facts, npu_trouble, pick_device
+from mmkit.diagnostics.doctor import doctor
+from mmkit.core.ranks import child_environment
 
 def python(code, **environment):
     "(output, errors) of a new Python process with these variables; None takes one away."
@@ -29,7 +29,7 @@ def test_an_npu_is_taken_where_there_is_one():
     assert found['CANN'].found == found['NPU driver'].found == '-' and found['CANN'].good          # the emulated CANN has no version
 
 def test_the_settings_are_defaults():
-    ask = 'import os; from mmkit.device import torch_module; torch_module("npu"); print(os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["PYTORCH_NPU_ALLOC_CONF"])'
+    ask = 'import os; from mmkit.core.device import torch_module; torch_module("npu"); print(os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["PYTORCH_NPU_ALLOC_CONF"])'
     assert python(ask, HCCL_CONNECT_TIMEOUT=None)[0] == '1200 expandable_segments:True'
     assert python(ask, HCCL_CONNECT_TIMEOUT='60', PYTORCH_NPU_ALLOC_CONF='max_split_size_mb:64')[0] == '60 max_split_size_mb:64'
     assert NPU_DEFAULTS.keys() <= child_environment().keys() and child_environment()['TASK_QUEUE_ENABLE'] == os.environ['TASK_QUEUE_ENABLE']
@@ -52,9 +52,9 @@ def test_the_engine_leaves_the_arguments_alone_and_says_what_is_missing():
 
 def test_without_cann_there_is_one_sentence_and_the_cpu():
     assert 'Failed to load the backend extension' in python('import torch', **without_cann())[1]
-    said, errors = python('import mmkit, torch; from mmkit.device import pick_device; print(torch.ones(1).item(), pick_device().name)', **without_cann())
+    said, errors = python('import mmkit, torch; from mmkit.core.device import pick_device; print(torch.ones(1).item(), pick_device().name)', **without_cann())
     assert said == '1.0 cpu' and errors.count('UserWarning') == 1 and 'set_env.sh' in errors and 'Traceback' not in errors
-    said, errors = python('import mmkit; from mmkit.device import pick_device; pick_device("npu")', **without_cann())
+    said, errors = python('import mmkit; from mmkit.core.device import pick_device; pick_device("npu")', **without_cann())
     assert 'set_env.sh' in errors.splitlines()[-1] and errors.splitlines()[-1].startswith('ValueError')
     said, errors = python('from mmkit.cli import mmkit; mmkit(["doctor"])', **without_cann())
     assert 'set_env.sh' in next(line for line in said.splitlines() if ' CANN ' in line) and 'Traceback' not in errors
@@ -68,7 +68,7 @@ def other_wheel(folder, version, says):
     (folder / 'torch_npu' / '__init__.py').write_text(f'raise ImportError({says!r})')
     return dict(os.environ, PYTHONPATH=os.pathsep.join([str(folder), os.environ['PYTHONPATH']]), TORCH_DEVICE_BACKEND_AUTOLOAD=None)
 
-PICK = 'import mmkit, torch; from mmkit.device import pick_device; print(torch.ones(1).item(), pick_device().name)'
+PICK = 'import mmkit, torch; from mmkit.core.device import pick_device; print(torch.ones(1).item(), pick_device().name)'
 EXAMINE = 'from mmkit.cli import mmkit; mmkit(["doctor"])'
 
 def row(said, name): return next(line for line in said.splitlines() if f' {name} ' in line)
@@ -77,7 +77,7 @@ def test_a_wheel_for_another_torch_is_one_sentence(tmp_path):
     wrong = other_wheel(tmp_path, '2.7.1.post2', 'undefined symbol: _ZN3c10')
     said, errors = python(PICK, **wrong)
     assert said == '1.0 cpu' and errors.count('UserWarning') == 1 and 'torch-npu 2.7.1.post2 is installed, but torch is 2.13.0' in errors and 'Traceback' not in errors
-    said, errors = python('import mmkit; from mmkit.device import pick_device; pick_device("npu")', **wrong)
+    said, errors = python('import mmkit; from mmkit.core.device import pick_device; pick_device("npu")', **wrong)
     assert errors.splitlines()[-1].startswith('ValueError') and "'torch-npu==2.13.0.*'" in errors.splitlines()[-1]
     said, errors = python(EXAMINE, **wrong)
     assert "pip install 'torch-npu==2.13.0.*'" in row(said, 'torch-npu') and 'ok' in row(said, 'CANN') and 'Traceback' not in errors
@@ -101,5 +101,5 @@ def test_a_container_without_the_driver_is_told_so(tmp_path):
 def test_a_machine_without_torch_npu_never_notices():
     clean = without_cann()
     clean['PYTHONPATH'] = os.pathsep.join(path for path in clean['PYTHONPATH'].split(os.pathsep) if not Path(path, 'torch_npu').is_dir())
-    said, errors = python('import os; before = dict(os.environ); import mmkit; print(dict(os.environ) == before); from mmkit.doctor import doctor; print([one.name for one in doctor()])', **clean)
+    said, errors = python('import os; before = dict(os.environ); import mmkit; print(dict(os.environ) == before); from mmkit.diagnostics.doctor import doctor; print([one.name for one in doctor()])', **clean)
     assert said.startswith('True') and 'torch-npu' not in said and not errors

@@ -10,7 +10,7 @@ from mmkit.models.rope import apply_rope, cos_sin, rope_1d, turn_pairs
 from mmkit.parallel import attention
 from mmkit.parallel.attention import Cache, attend, fused_attention, npu_segments, npu_tiles, ring_tiles, segments, tile, tile_gradients
 from mmkit.parallel.layers import npu_turned, rms_norm, swiglu
-from mmkit.values import largest
+from mmkit.core.values import largest
 
 LIMIT = 1e-5                                    # largest difference over largest value, in float32: 84 of its roundings
 

@@ -19,7 +19,7 @@ if side == 'npu':
     from mindspeed.patch_utils import MindSpeedPatchesManager
     import npu_emulator
 else:
-    from mmkit.device import DEVICES
+    from mmkit.core.device import DEVICES
     from mmkit.parallel.engine import prepare
     prepare(DEVICES['cpu'])
     import torch
@@ -63,7 +63,7 @@ def found(tmp_path_factory):
     return {side: json.loads((folder / side).read_text()) for side in ('npu', 'cpu')}
 
 def test_the_doctor_sees_it():
-    ask = 'from mmkit.doctor import doctor; print([(one.found, one.remedy) for one in doctor() if one.name == "MindSpeed"])'
+    ask = 'from mmkit.diagnostics.doctor import doctor; print([(one.found, one.remedy) for one in doctor() if one.name == "MindSpeed"])'
     assert subprocess.run([sys.executable, '-c', ask], env=with_mindspeed(), capture_output=True, text=True, timeout=120).stdout.strip() == "[('installed', '')]"
 
 def test_the_adaptor_patches_megatron(found):

@@ -177,7 +177,7 @@ def all_claims(out):
 @pytest.fixture(scope='module')
 def outcomes(tmp_path_factory):
     "What became of every claim, on two ranks of a launch as mmkit makes it."
-    from mmkit.ranks import run_ranks
+    from mmkit.core.ranks import run_ranks
     out = tmp_path_factory.mktemp('groups') / 'outcomes.json'
     run_ranks(f'import sys\nsys.path.insert(0, {str(HERE)!r})\nimport test_npu_groups\ntest_npu_groups.all_claims({str(out)!r})', 2, 200)
     return json.loads(out.read_text())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torch_npu
 
-from mmkit.values import largest
+from mmkit.core.values import largest
 
 LIMIT = 1e-5                                        # largest difference over largest value
 COMPRESSED = torch.ones(2048, 2048, dtype=torch.bool).triu(1)

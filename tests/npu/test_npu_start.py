@@ -59,13 +59,13 @@ def test_torchrun(script, tmp_path):
     assert counted(tmp_path) == {'0': TWO, '1': TWO}
 
 def test_mmkit_launch(script, tmp_path):
-    from mmkit.run import launch
+    from mmkit.launcher.run import launch
     run = launch({}, ranks=2, folder=tmp_path / 'run', target=str(script), env={'NPU_EMULATOR_CALLS': str(tmp_path)}).wait()
     assert run.status == 'done' and 'reached 2' in run.tail()
     assert counted(tmp_path) == {'0': TWO, '1': TWO}
 
 def test_mmkit_picks_the_npu():
-    from mmkit.device import pick_device
+    from mmkit.core.device import pick_device
     assert pick_device().name == 'npu' and pick_device().count() == 2
 
 def test_fused_kernels_of_the_wheel_are_those_that_have_formulas():

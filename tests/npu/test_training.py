@@ -12,10 +12,10 @@ import pytest
 
 import parity
 from mmkit.config import Clips, Config, Data, Film, Layout, Loop, Optim
-from mmkit.device import place
-from mmkit.toy import emoji_names, emoji_picture, sentence, tiny_qwen2_5_vl
-from mmkit.toyfilm import film_clips, tiny_wan, write_exact
-from mmkit.values import override, relative
+from mmkit.core.device import place
+from mmkit.toy.qwen import emoji_names, emoji_picture, sentence, tiny_qwen2_5_vl
+from mmkit.toy.wan import film_clips, tiny_wan, write_exact
+from mmkit.core.values import override, relative
 
 LIMIT, ROUGH = 1e-5, 0.02                       # relative difference of losses, in float32 and in bfloat16
 STEPS = int(os.environ['NPU_STEPS'])           # of every row; --steps N makes it so many
