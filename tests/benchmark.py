@@ -66,7 +66,7 @@ def main():
     from mmkit.trainer.qwen2_5_vl import QwenTask, pack
 
     folder = tiny_qwen2_5_vl(Path(tempfile.mkdtemp()) / 'model', WORDS, hidden=512, layers=8, heads=8, kv_heads=2, ffn=1408, vocab=4096, tied=False)
-    config = Config(weights=str(folder), layout=Layout(data='ddp'), optim=Optim(lr=1e-4), loop=Loop(global_batch=args.samples, micro_batch=args.samples))
+    config = Config(weights=str(folder), layout=Layout(data_parallel='ddp'), optim=Optim(lr=1e-4), loop=Loop(global_batch=args.samples, micro_batch=args.samples))
     mesh, task = open_mesh(config.layout, pick_device('cpu')), QwenTask(config)
     model, wrapped, dtype = build(config, task, mesh)
     optimizer, schedule = build_optimizer(wrapped, config.optim, config.layout, dtype, args.steps)

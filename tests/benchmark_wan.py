@@ -51,7 +51,7 @@ def ratio(above, below): return medians([[a / b for a, b in zip(*pair)] for pair
 
 def open_ours(folder, steps):
     "What makes a batch noisy, and a training step of mmkit as the trainer runs it."
-    from mmkit.config import Config, Film, Layout, Loop, Optim
+    from mmkit.config import Config, VideoData, Layout, Loop, Optim
     from mmkit.core.device import pick_device
     from mmkit.models.flow import dice
     from mmkit.parallel.data import build_optimizer
@@ -59,12 +59,12 @@ def open_ours(folder, steps):
     from mmkit.trainer.loop import build
     from mmkit.trainer.step import train_step
     from mmkit.trainer.wan2_1 import WanTask, noised
-    config = Config(task='wan2_1', weights=str(folder), layout=Layout(data='ddp'), film=Film(features='none', caption_dropout=0.0),
-                    optim=Optim(lr=1e-4, decay='constant'), loop=Loop(steps=steps, global_batch=1))
+    config = Config(task='wan2_1', weights=str(folder), layout=Layout(data_parallel='ddp'), video=VideoData(features='none', caption_dropout=0.0),
+                    optim=Optim(lr=1e-4, schedule='constant'), loop=Loop(steps=steps, global_batch=1))
     mesh, task = open_mesh(config.layout, pick_device('cpu')), WanTask(config)
     _, wrapped, dtype = build(config, task, mesh)
     optimizer, schedule = build_optimizer(wrapped, config.optim, config.layout, dtype, steps)
-    def noisy(step, batch): return noised(batch, config.film, dice(0, step, [0]), None) | dict(tokens=torch.tensor(batch['latents'][:, 0].numel() // 4))
+    def noisy(step, batch): return noised(batch, config.video, dice(0, step, [0]), None) | dict(tokens=torch.tensor(batch['latents'][:, 0].numel() // 4))
     return noisy, lambda step, batch: train_step(step + 1, wrapped, optimizer, schedule, task, mesh, [batch]).loss
 
 
@@ -111,13 +111,13 @@ def write_clips(folder):
     from PIL import Image
 
     from mmkit.models.codecs import write_video
-    from mmkit.toy.wan import STARS, film_caption
+    from mmkit.toy.wan import STARS, video_caption
     folder.mkdir()
     rng, records = np.random.default_rng(0), []
     for number in range(CLIPS):
         first, last = (np.asarray(Image.fromarray(spots).resize((SIDE * 5 // 4, SIDE * 9 // 8), Image.Resampling.BICUBIC), np.float32) for spots in rng.integers(0, 256, (2, 8, 10, 3), np.uint8))
         write_video(folder / f'{number}.mp4', np.stack([first + (last - first) * t / FRAMES for t in range(FRAMES)]).round().astype(np.uint8))
-        records.append(dict(path=f'{number}.mp4', cap=film_caption(STARS[number % 4], ('left', 'right')[number // 4 % 2])))
+        records.append(dict(path=f'{number}.mp4', cap=video_caption(STARS[number % 4], ('left', 'right')[number // 4 % 2])))
     (folder / 'data.json').write_text(json.dumps(records))
     return folder / 'data.json'
 

@@ -29,7 +29,7 @@ def pytest_collect_file(file_path):
     "In CI a browser that is missing is an error, unless somebody says that it is meant so."
     if MISSING and WANTED and file_path.name == 'test_front.py': raise RuntimeError(f'test_front.py takes {MISSING}: install it, or set MMKIT_NO_BROWSER=1 to test without a browser')
 
-LONGEST_FIRST = ['test_resume.py', 'test_notebook.py', 'test_layouts.py', 'test_film_layouts.py', 'test_launch.py', 'test_hosts.py', 'test_front.py', 'test_plan.py', 'test_readme.py',
+LONGEST_FIRST = ['test_resume.py', 'test_notebook.py', 'test_layouts.py', 'test_video_layouts.py', 'test_launch.py', 'test_hosts.py', 'test_front.py', 'test_plan.py', 'test_readme.py',
                  'test_tutorial.py', 'test_training.py']           # the last two on emulated NPUs
 
 def pytest_configure(config):
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else len(LONGEST_FIRST))
 
 def pytest_addoption(parser):
-    parser.addoption('--steps', type=int, default=0, help='train so many steps under every layout (test_layouts.py, test_film_layouts.py) and in every run on emulated NPUs (npu/test_training.py); by default a few')
+    parser.addoption('--steps', type=int, default=0, help='train so many steps under every layout (test_layouts.py, test_video_layouts.py) and in every run on emulated NPUs (npu/test_training.py); by default a few')
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):

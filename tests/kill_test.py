@@ -10,13 +10,13 @@ from tempfile import TemporaryDirectory
 import psutil
 from safetensors.torch import load_file, save_file
 
-from mmkit.config import Clips, Config, Data, Film, Loop, Optim, Sampling
+from mmkit.config import Clips, Config, Data, VideoData, Loop, Optim, Sampling
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.video import VideoClips
 from mmkit.models.codecs import open_codecs
 from mmkit.core.ranks import child_environment
 from mmkit.toy.qwen import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
-from mmkit.toy.wan import film_clips, tiny_wan, write_exact
+from mmkit.toy.wan import video_clips, tiny_wan, write_exact
 from mmkit.launcher.folder import alive
 from mmkit.core.values import dumps
 
@@ -30,22 +30,22 @@ def in_two(file):
     file.with_name(f'{file.name}.index.json').write_text(json.dumps(dict(metadata={}, weight_map={name: part.name for name, part in places.items()})))
     file.unlink()
 
-def write_film(folder, count=6):
+def write_video(folder, count=6):
     "A tiny pipeline and the features of a few clips of two lengths."
     records = []
-    for number, (frames, caption) in enumerate(zip(*film_clips())):
+    for number, (frames, caption) in enumerate(zip(*video_clips())):
         if number == count: break
         write_exact(folder / f'{number}.mp4', frames[:5] if number % 3 == 0 else frames)
         records.append(dict(path=f'{number}.mp4', cap=caption))
-    (folder / 'films.json').write_text(json.dumps(records))
-    tiny_wan(folder / 'film', layers=2, ffn=96, room=24, random_all=True, seed=3)
-    in_two(folder / 'film' / 'transformer' / 'diffusion_pytorch_model.safetensors')
-    extract_features(VideoClips(folder / 'films.json', CLIPS), open_codecs(folder / 'film', image=False), folder / 'features', progress=False)
+    (folder / 'videos.json').write_text(json.dumps(records))
+    tiny_wan(folder / 'video', layers=2, ffn=96, room=24, random_all=True, seed=3)
+    in_two(folder / 'video' / 'transformer' / 'diffusion_pytorch_model.safetensors')
+    extract_features(VideoClips(folder / 'videos.json', CLIPS), open_codecs(folder / 'video', image=False), folder / 'features', progress=False)
 
-def film_config(folder, optim, loop, **more):
+def video_config(folder, optim, loop, **more):
     "Training on them."
-    film = Film(features=str(folder / 'features'), clips=CLIPS, caption_dropout=0.3, sampling=Sampling(num_frames=9, height=48, width=48, steps=3), workers=0)
-    return Config(task='wan2_1', weights=str(folder / 'film'), film=film, optim=optim, loop=loop, device='cpu', **more)
+    video = VideoData(features=str(folder / 'features'), clips=CLIPS, caption_dropout=0.3, sampling=Sampling(num_frames=9, height=48, width=48, steps=3), workers=0)
+    return Config(task='wan2_1', weights=str(folder / 'video'), video=video, optim=optim, loop=loop, device='cpu', **more)
 
 
 # Kills
@@ -62,9 +62,9 @@ def write_text(folder):
     in_two(folder / 'text' / 'model.safetensors')
 
 def config_of(folder, model, steps):
-    "Two ranks that share the optimizer's state; the film's weights have an average, the text's are saved in the background, with a worker that reads ahead."
-    optim, loop = Optim(lr=1e-3, warmup=2), Loop(steps=steps, global_batch=4, micro_batch=2, save_every=2, keep=2, average=0.9 * (model == 'film'), save_in_background=model == 'text')
-    config = (text_config if model == 'text' else film_config)(folder, optim, loop)
+    "Two ranks that share the optimizer's state; the video's weights have an average, the text's are saved in the background, with a worker that reads ahead."
+    optim, loop = Optim(lr=1e-3, warmup=2), Loop(steps=steps, global_batch=4, micro_batch=2, save_every=2, keep_checkpoints=2, ema=0.9 * (model == 'video'), save_in_background=model == 'text')
+    config = (text_config if model == 'text' else video_config)(folder, optim, loop)
     return replace(config, data=replace(config.data, workers=int(model == 'text')))
 
 def free_port(chance=random.SystemRandom()):
@@ -160,12 +160,12 @@ def main():
     "All of it, with one line for each kill."
     words = ArgumentParser()
     words.add_argument('--kills', type=int, default=50)
-    words.add_argument('--models', nargs='+', default=['text', 'film'])
+    words.add_argument('--models', nargs='+', default=['text', 'video'])
     kills, models = vars(words.parse_args()).values()
     for model in models:
         with TemporaryDirectory(prefix='kill-') as folder:
             folder, saves = Path(folder), kills * 3 // 5
-            write_text(folder) if model == 'text' else write_film(folder)
+            write_text(folder) if model == 'text' else write_video(folder)
             hits, problems = killed(folder, model, kills, saves, 3 * kills, say=lambda words: print(words, flush=True))
             problems += [f'{hits} kills during a save, and {min(20, saves)} are wanted'] * (hits < min(20, saves))
             print(f'{model}: {kills} kills, {hits} during a save; {problems[:5] or "the same losses and files to the last bit"}', flush=True)

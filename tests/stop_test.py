@@ -19,7 +19,7 @@ def config_of(folder):
     "Training that would go on for long and saves only when it is stopped."
     kill_test.write_text(folder)
     config = kill_test.config_of(folder, 'text', 100_000)
-    return replace(config, data=replace(config.data, workers=2), loop=replace(config.loop, save_every=0, keep=1))
+    return replace(config, data=replace(config.data, workers=2), loop=replace(config.loop, save_every=0, keep_checkpoints=1))
 
 def processes_of(folder):
     "Agent, ranks and workers of a run, which have its folder in their command line."

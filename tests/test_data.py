@@ -14,7 +14,7 @@ from mmkit.datasets.llava import llava_to_mllm
 from mmkit.datasets.media import (READERS, MediaError, PatchRule, fit_area, frame_indices, frames_patches, grid_size, open_image_processor, picture_patches,
                                   picture_rule, read_frames, read_picture)
 from mmkit.datasets.order import SizeOrder, ordered_batches, shuffled, stream
-from mmkit.datasets.turns import BadRecord, Record, Turn, prompt_tokens, share, to_tokens
+from mmkit.datasets.turns import BadRecord, Conversation, Turn, prompt_tokens, share, to_tokens
 from mmkit.toy.qwen import conversation_texts, emoji_clip, emoji_names, emoji_picture, llava_toy, tiny_qwen2_5_vl, write_clip
 
 SYSTEM = 'You are a helpful assistant.'

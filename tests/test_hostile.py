@@ -12,7 +12,7 @@ import kill_test
 from mmkit.cli import finish, mm_convert
 from mmkit.config import Loop, Optim
 from mmkit.mindspeed_mm.convert import Lora, convert_qwen, convert_wan
-from mmkit.converters.folders import HFFolder, MMFolder, load_peer_file, open_weights
+from mmkit.converters.folders import HFFolder, MMFolder, load_megatron_file, open_weights
 from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
 from mmkit.converters.wan2_1 import wan2_1_towers
 from mmkit.datasets.features import Features, read_pt, read_tensors
@@ -119,7 +119,7 @@ def test_a_hostile_pt_file_is_refused_by_every_reader(what, here, capsys):
     for file in (rank, adapter, feature): PT[what](file)
     for towers in (qwen2_5_vl_towers(CONFIG), wan2_1_towers(WAN_CONFIG)):
         for read in (lambda: MMFolder('mm', towers), lambda: open_weights('mm', towers)): refused(read, rank)
-    if what not in ('a shape of 10^12 numbers', 'a sparse tensor', 'a model that is a tensor', 'names that are numbers'): refused(lambda: load_peer_file(rank), rank)
+    if what not in ('a shape of 10^12 numbers', 'a sparse tensor', 'a model that is a tensor', 'names that are numbers'): refused(lambda: load_megatron_file(rank), rank)
     refused(lambda: read_pt(feature), feature)
     refused(lambda: Features('.'), feature)
     ends(wan('mm_to_hf', 'mm', WAN), rank, capsys)

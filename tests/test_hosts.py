@@ -69,7 +69,7 @@ def hosts(**more): return Hosts(names=tuple(NAMES), ranks=2, interface='eth0', p
 
 def prepared(folder, model, steps):
     "Tiny weights and data, a run on four ranks of one machine, and the folder of the same run on two machines."
-    (kill_test.write_text if model == 'text' else kill_test.write_film)(folder)
+    (kill_test.write_text if model == 'text' else kill_test.write_video)(folder)
     config = replace(kill_test.config_of(folder, model, steps), layout=Layout(tp=2))
     alone = folder / 'alone'
     alone.mkdir()
@@ -98,8 +98,8 @@ def test_the_check_names_the_machine_that_fails(machines, start):
     both = start(line(0, one, 60)), start(line(1, two, 60).replace(f'--here {second} ', ''))          # a machine knows itself by its addresses
     for process in both: assert re.search('^ok +machines +2 machines meet', process.communicate(timeout=200)[0], re.M)
 
-def test_two_machines_film_as_one_does_from_the_slurm_script(machines, start, tmp_path):
-    alone, folder = prepared(tmp_path, 'film', 4)
+def test_two_machines_video_as_one_does_from_the_slurm_script(machines, start, tmp_path):
+    alone, folder = prepared(tmp_path, 'video', 4)
     process = start(slurm_script(hosts(), folder))
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]

@@ -14,7 +14,7 @@ import parity
 from mmkit.config import Config, Data, Layout, Loop, Optim
 from mmkit.core.values import largest, override, relative
 from mmkit.core.device import pick_device, place
-from mmkit.parallel.attention import row_attention, row_places, segments
+from mmkit.parallel.attention import packed_attention, rank_positions, segments
 from mmkit.parallel.mesh import open_mesh
 from mmkit.toy.qwen import emoji_clip, emoji_names, emoji_picture, sentence, tiny_qwen2_5_vl, write_clip
 from mmkit.trainer.loop import fit
@@ -23,7 +23,7 @@ from mmkit.trainer.step import of_all_ranks
 STEPS, SHORT, GLOBAL = 20, 2, 8
 SIZES = dict(hidden=128, layers=4, heads=4, kv_heads=2, ffn=256, vision_hidden=128, vision_depth=4, vision_heads=4, vision_ffn=160, window=56, full_attention=(1, 3))
 SMALL = dict(hidden=64, ffn=128)                 # parameters of the last rank end off a multiple of 128 then, where Megatron's bucket of a tied weight begins
-TIED, FROZEN = ['weights=TIED', 'loop.samples=TALKS'], ['freeze=["vision", "merger"]', 'loop.samples=TALKS']
+TIED, FROZEN = ['weights=TIED', 'loop.sample_prompts=TALKS'], ['freeze=["vision", "merger"]', 'loop.sample_prompts=TALKS']
 ROWS = {                                        # title: (ranks, what differs from the first row, which row has the same answer)
     'tp 1, one by one': (1, [], None),
     'micro-batches of 4': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
@@ -32,46 +32,46 @@ ROWS = {                                        # title: (ranks, what differs fr
     'recompute of two layers': (1, ['layout.recompute=full', 'layout.recompute_layers=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'tp 2': (2, ['layout.tp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'tp 2, sequence parallel': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
-    'tp 2, sequence parallel, recompute, zero1': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full', 'layout.data=zero1', 'loop.micro_batch=8'], 'tp 1, one by one'),
+    'tp 2, sequence parallel, recompute, zero1': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full', 'layout.data_parallel=zero1', 'loop.micro_batch=8'], 'tp 1, one by one'),
     'dp 2, ddp': (2, ['loop.micro_batch=2'], 'tp 1, one by one'),
     'dp 2, ddp, overlap': (2, ['layout.overlap=true'], 'tp 1, one by one'),
-    'dp 2, zero1': (2, ['layout.data=zero1', 'loop.micro_batch=2'], 'tp 1, one by one'),
-    'dp 2, zero1, overlap': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'dp 2, zero1': (2, ['layout.data_parallel=zero1', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'dp 2, zero1, overlap': (2, ['layout.data_parallel=zero1', 'layout.overlap=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'cp 2, Ulysses': (2, ['layout.cp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'cp 2, ring': (2, ['layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'cp 4, Ulysses': (4, ['layout.cp=4', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=8'], 'tp 1, one by one'),
-    'cp 2, dp 2, zero1, overlap': (4, ['layout.cp=2', 'layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'cp 2, dp 2, zero1, overlap': (4, ['layout.cp=2', 'layout.data_parallel=zero1', 'layout.overlap=true', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'tp 2, cp 2': (4, ['layout.tp=2', 'layout.cp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'tp 2, sequence parallel, cp 2, ring, selective': (4, ['layout.tp=2', 'layout.recompute=selective', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=4'], 'tp 1, one by one'),
-    'fsdp on one rank': (1, ['layout.data=fsdp', 'loop.micro_batch=4'], 'tp 1, one by one'),
-    'dp 2, fsdp': (2, ['layout.data=fsdp'], 'tp 1, one by one'),
-    'dp 2, fsdp, recompute of two layers': (2, ['layout.data=fsdp', 'layout.recompute=full', 'layout.recompute_layers=2', 'loop.micro_batch=2'], 'tp 1, one by one'),
-    'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data=fsdp', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'fsdp on one rank': (1, ['layout.data_parallel=fsdp', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'dp 2, fsdp': (2, ['layout.data_parallel=fsdp'], 'tp 1, one by one'),
+    'dp 2, fsdp, recompute of two layers': (2, ['layout.data_parallel=fsdp', 'layout.recompute=full', 'layout.recompute_layers=2', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data_parallel=fsdp', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'pp 2': (2, ['layout.pp=2'], 'tp 1, one by one'),
     'pp 2, uneven': (2, ['layout.pp=2', 'layout.layers={"vision": [[3, 1]], "text": [[0, 4]]}'], 'tp 1, one by one'),
     'pp 2, two turns': (2, ['layout.pp=2', 'layout.vpp=2'], 'tp 1, one by one'),
-    'pp 2, zero1, recompute': (2, ['layout.pp=2', 'layout.data=zero1', 'layout.recompute=full', 'loop.micro_batch=4'], 'tp 1, one by one'),
+    'pp 2, zero1, recompute': (2, ['layout.pp=2', 'layout.data_parallel=zero1', 'layout.recompute=full', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'pp 4, an empty stage': (4, ['layout.pp=4', 'layout.layers={"vision": [[2, 2, 0, 0]], "text": [[0, 0, 0, 4]]}'], 'tp 1, one by one'),
     'pp 2, cp 2, ring': (4, ['layout.pp=2', 'layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=2'], 'tp 1, one by one'),
-    'pp 2, two turns, dp 2, fsdp': (4, ['layout.pp=2', 'layout.vpp=2', 'layout.data=fsdp', 'loop.micro_batch=2'], 'tp 1, one by one'),
+    'pp 2, two turns, dp 2, fsdp': (4, ['layout.pp=2', 'layout.vpp=2', 'layout.data_parallel=fsdp', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'tp 2, pp 2': (4, ['layout.tp=2', 'layout.pp=2', 'loop.micro_batch=2'], 'tp 1, one by one'),
     'tp 2, sequence parallel, pp 2': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2', 'loop.micro_batch=4'], 'tp 1, one by one'),
     'every weight moved by its last bit': (1, ['loop.micro_batch=4'], 'tp 1, one by one'),
-    'loss by sample': (1, ['loop.loss=sample', 'loop.micro_batch=8'], None),
-    'loss by sample, micro-batches of 2': (1, ['loop.loss=sample', 'loop.micro_batch=2'], 'loss by sample'),
-    'loss by sample, dp 2': (2, ['loop.loss=sample'], 'loss by sample'),
-    'loss by sample, cp 2': (2, ['loop.loss=sample', 'layout.cp=2', 'loop.micro_batch=8'], 'loss by sample'),
-    'loss by micro-batch of 2': (1, ['loop.loss=micro_batch', 'loop.micro_batch=2'], None),
-    'loss by micro-batch of 2, dp 2': (2, ['loop.loss=micro_batch', 'loop.micro_batch=2', 'layout.data=zero1'], 'loss by micro-batch of 2'),
+    'loss by sample': (1, ['loop.loss_reduction=sample', 'loop.micro_batch=8'], None),
+    'loss by sample, micro-batches of 2': (1, ['loop.loss_reduction=sample', 'loop.micro_batch=2'], 'loss by sample'),
+    'loss by sample, dp 2': (2, ['loop.loss_reduction=sample'], 'loss by sample'),
+    'loss by sample, cp 2': (2, ['loop.loss_reduction=sample', 'layout.cp=2', 'loop.micro_batch=8'], 'loss by sample'),
+    'loss by micro-batch of 2': (1, ['loop.loss_reduction=micro_batch', 'loop.micro_batch=2'], None),
+    'loss by micro-batch of 2, dp 2': (2, ['loop.loss_reduction=micro_batch', 'loop.micro_batch=2', 'layout.data_parallel=zero1'], 'loss by micro-batch of 2'),
     'tied': (1, TIED, None),
     'tied, pp 2, text from the second rank': (2, [*TIED, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}'], 'tied'),
     'tied, pp 2, two turns, text from the second': (2, [*TIED, 'layout.pp=2', 'layout.vpp=2', 'layout.layers={"vision": [[2, 2], [0, 0]], "text": [[0, 1], [1, 2]]}'], 'tied'),
-    'tied, pp 2, zero1, dp 2, overlap': (4, [*TIED, 'layout.pp=2', 'layout.data=zero1', 'layout.overlap=true'], 'tied'),
+    'tied, pp 2, zero1, dp 2, overlap': (4, [*TIED, 'layout.pp=2', 'layout.data_parallel=zero1', 'layout.overlap=true'], 'tied'),
     'frozen': (1, FROZEN, None),
     'frozen, pp 2, nothing to train on the first rank': (2, [*FROZEN, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}'], 'frozen'),
-    'frozen, dp 2, fsdp': (2, [*FROZEN, 'layout.data=fsdp', 'loop.micro_batch=2'], 'frozen'),
-    'frozen, pp 2, both ranks see': (2, [*FROZEN, 'layout.pp=2', 'layout.data=zero1', 'layout.layers={"vision": [[3, 1]], "text": [[0, 4]]}'], 'frozen'),
+    'frozen, dp 2, fsdp': (2, [*FROZEN, 'layout.data_parallel=fsdp', 'loop.micro_batch=2'], 'frozen'),
+    'frozen, pp 2, both ranks see': (2, [*FROZEN, 'layout.pp=2', 'layout.data_parallel=zero1', 'layout.layers={"vision": [[3, 1]], "text": [[0, 4]]}'], 'frozen'),
 }
 FROZEN_ROWS, SEEN = [title for title in ROWS if title.startswith('frozen')], 'pp 2, uneven'      # backward passes of the vision tower are counted in these and, to see that they can be, in that one
 CONTROL = 'every weight moved by its last bit'           # not a layout: how far rounding alone goes in twenty steps, shown beside the others
@@ -104,7 +104,7 @@ def config_of(folder, title):
     "The configuration of a row."
     data = Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, video_max_pixels=8000, workers=0)
     loop = Loop(steps=steps_of(folder, title), global_batch=GLOBAL, save_every=SHORT * (ROWS[title][2] is None))
-    plain = Config(weights=str(folder / 'tiny'), data=data, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant', weight_decay=0.1, eps=1e-8, clip=1.0), loop=loop, dtype='float32')
+    plain = Config(weights=str(folder / 'tiny'), data=data, layout=Layout(data_parallel='ddp'), optim=Optim(lr=1e-3, schedule='constant', weight_decay=0.1, eps=1e-8, clip=1.0), loop=loop, dtype='float32')
     words = [word.replace('TIED', str(folder / 'tied')).replace('TALKS', str(folder / 'talks.json')) for word in ROWS[title][1]]
     return override(plain, words + [f'weights={folder / "moved"}'] * (title == CONTROL))
 
@@ -143,7 +143,7 @@ def attentions():
     found, world = {}, place().world
     for kind in ('ulysses', 'ring', 'usp'):
         with open_mesh(Layout(cp=world, cp_kind=kind), pick_device('cpu')) as mesh:
-            mine, draw = row_places(32, mesh.layout)[mesh.cp.rank], torch.Generator().manual_seed(0)
+            mine, draw = rank_positions(32, mesh.layout)[mesh.cp.rank], torch.Generator().manual_seed(0)
             for heads, groups, scale in ((4, 2, 1), (4, 1, 1), (4, 4, 1), (4, 2, 40)):
                 q, k, v, weight = (torch.randn(2, 32, n, 8, generator=draw) * size for n, size in ((heads, scale), (groups, 1), (groups, 1), (heads, 1)))
                 def results(attention, places, number=torch.float32):
@@ -152,7 +152,7 @@ def attentions():
                     return [x.detach() for x in (mixed, *torch.autograd.grad((mixed * weight[:, places]).sum(), inputs))]
                 for lengths, causal in (([5, 16, 1, 10], True), ([32], True), ([29, 3], False)):
                     alone, exact = (results(segments(lengths, causal), slice(None), number) for number in (torch.float32, torch.float64))
-                    shared = results(row_attention(lengths, causal, mesh), mine)
+                    shared = results(packed_attention(lengths, causal, mesh), mine)
                     distance = parity.over_ranks(torch.stack([(x - y[:, mine]).abs().max() / y.abs().max() for x, y in zip(shared, exact if scale > 1 else alone)]).max().nan_to_num(torch.inf))
                     found.setdefault((heads, groups, kind, scale > 1), []).append([distance, max(map(parity.apart, alone, exact))])
     return [[f'{heads}, {groups}', kind, large, *map(max, zip(*each))] for (heads, groups, kind, large), each in found.items()]
@@ -223,7 +223,7 @@ def test_a_pipeline_adds_in_the_same_order(house):
 def test_a_pipeline_answers_as_one_process(house):
     said = lambda title: (house[0] / 'runs' / title.replace(' ', '-') / 'samples' / f'step-{steps_of(house[0], title):07d}.json').read_text()
     for title, (_, words, like) in ROWS.items():
-        if like and 'loop.samples=TALKS' in words: assert said(title) == said(like) and len(json.loads(said(title))) == 4, title
+        if like and 'loop.sample_prompts=TALKS' in words: assert said(title) == said(like) and len(json.loads(said(title))) == 4, title
 
 def test_nothing_runs_backward_through_frozen_stages(house):
     assert all(house[1][title]['backward'] == 0 for title in FROZEN_ROWS) and house[1][SEEN]['backward'] > 0

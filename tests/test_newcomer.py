@@ -48,7 +48,7 @@ def test_own_pictures_take_five_lines_of_tutorial_2(tmp_path, monkeypatch):
     own_dataset(tmp_path / 'my')
     gone, new = changes()
     assert len(new) == 5 and len(gone) == 4
-    text = '\n'.join(cell for cell in cells('2_qwen2_5_vl.ipynb') if any(word in cell for word in ('real = False', 'tiny_qwen2_5_vl', 'PRESETS[preset]', 'open_task', 'survey(conversations)', 'estimate(config, ranks)', 'launch(config, ranks, folder=workspace / \'save_dir\')')))
+    text = '\n'.join(cell for cell in cells('2_qwen2_5_vl.ipynb') if any(word in cell for word in ('real = False', 'tiny_qwen2_5_vl', 'PRESETS[preset]', 'open_task', 'data_statistics(conversations)', 'estimate(config, ranks)', 'launch(config, ranks, folder=workspace / \'save_dir\')')))
     text = text.replace("preset, ranks = ", f'{new[0]}\npreset, ranks = ', 1)
     for old, now in zip(gone, new[1:]):
         assert text.count(f'{old}\n') == 1, old
@@ -101,7 +101,7 @@ MISTAKES = {
     'no data': (start('data.files=[]'), 'data.files is empty: name one or more'),
     'no GPU': (start('device=cuda'), r"device 'cuda' is not present here; use one of \['cpu'\], or leave it out"),
     'typo in a name': (start('layout.tpp=2'), "no 'tpp' here; there is .*'tp'"),
-    'typo in a value': (lambda folder, config: Layout(data='zero2'), r"layout.data='zero2' is not one of \['zero1', 'ddp', 'fsdp'\]"),
+    'typo in a value': (lambda folder, config: Layout(data_parallel='zero2'), r"layout.data_parallel='zero2' is not one of \['zero1', 'ddp', 'fsdp'\]"),
     'a word for a number': (lambda folder, config: Layout(tp='two'), "layout.tp='two' must be int"),
     'a Path for a text': (lambda folder, config: replace(config, weights=folder), 'weights=(Posix)?Path.* must be str'),
     'unknown task': (start('task=qwen3'), r"task='qwen3' is not one of .*, nor FILE.py:Class"),
@@ -114,35 +114,35 @@ MISTAKES = {
 }
 
 @pytest.fixture(scope='module')
-def film(tmp_path_factory):
-    "A film config that would run, and beside it clips that nobody can read and a model with other encoders."
-    folder = tmp_path_factory.mktemp('film')
-    kill_test.write_film(folder, count=2)
+def generate(tmp_path_factory):
+    "A video config that would run, and beside it clips that nobody can read and a model with other encoders."
+    folder = tmp_path_factory.mktemp('video')
+    kill_test.write_video(folder, count=2)
     tiny_wan(folder / 'other', layers=2, ffn=96, text_dim=32)
     (folder / 'cut').mkdir()
     for number in range(2): (folder / 'cut' / f'{number}.mp4').write_bytes((folder / f'{number}.mp4').read_bytes()[:400])
-    shutil.copy(folder / 'films.json', folder / 'cut')
-    extract_features(VideoClips(folder / 'cut' / 'films.json', kill_test.CLIPS), open_codecs(folder / 'film', image=False), folder / 'none', progress=False)
-    return folder, kill_test.film_config(folder, Optim(), Loop(global_batch=2, steps=3))
+    shutil.copy(folder / 'videos.json', folder / 'cut')
+    extract_features(VideoClips(folder / 'cut' / 'videos.json', kill_test.CLIPS), open_codecs(folder / 'video', image=False), folder / 'none', progress=False)
+    return folder, kill_test.video_config(folder, Optim(), Loop(global_batch=2, steps=3))
 
 def clips(*words): return lambda folder, config: open_task(override(config, [word.format(folder) for word in words])).features()
 
-FILM_MISTAKES = {
-    'a wrong folder of a film model': (start('weights=nowhere'), "weights='nowhere' is not there: correct the path"),
-    'encoders in a wrong folder': (lambda folder, config: extract(folder / 'films.json', folder / 'features', folder / 'new', kill_test.CLIPS), 'has no transformer/config.json: give a diffusers folder of Wan2.1'),
-    'no list of clips': (lambda folder, config: extract(folder / 'nothing.json', folder / 'film', folder / 'new', kill_test.CLIPS), 'no file or folder .*nothing.json: give a data.json'),
-    'no clip that can be read': (clips('film.features={}/none'), 'holds no usable features; the first: '),
-    'no features': (start('film.features={}/nowhere'), 'film.features=.* is not there: correct the path'),
+VIDEO_MISTAKES = {
+    'a wrong folder of a video model': (start('weights=nowhere'), "weights='nowhere' is not there: correct the path"),
+    'encoders in a wrong folder': (lambda folder, config: extract(folder / 'videos.json', folder / 'features', folder / 'new', kill_test.CLIPS), 'has no transformer/config.json: give a diffusers folder of Wan2.1'),
+    'no list of clips': (lambda folder, config: extract(folder / 'nothing.json', folder / 'video', folder / 'new', kill_test.CLIPS), 'no file or folder .*nothing.json: give a data.json'),
+    'no clip that can be read': (clips('video.features={}/none'), 'holds no usable features; the first: '),
+    'no features': (start('video.features={}/nowhere'), 'video.features=.* is not there: correct the path'),
     'features of another model': (clips('weights={}/other'), 'holds latents of .*, captions of 64 numbers, and the model takes latents of .*, captions of 32 numbers: extract the features with the pipeline folder of this model'),
     'a wrong number of frames': (lambda folder, config: Clips(num_frames=10), r'num_frames=10 is not of the form 4k\+1; use 9'),
-    'a typo in film': (start('film.featurs=here'), r"film.featurs: no 'featurs' here; there is .*'features'"),
-    'a typo in the clips of film': (start('film.clips.num_frame=9'), r"film.clips.num_frame: no 'num_frame' here; there is .*'num_frames'"),
-    'prompts that are not there': (start('loop.samples={}/prompts.json'), 'loop.samples=.* is not there: correct the path'),
+    'a typo in video': (start('video.featurs=here'), r"video.featurs: no 'featurs' here; there is .*'features'"),
+    'a typo in the clips of video': (start('video.clips.num_frame=9'), r"video.clips.num_frame: no 'num_frame' here; there is .*'num_frames'"),
+    'prompts that are not there': (start('loop.sample_prompts={}/prompts.json'), 'loop.sample_prompts=.* is not there: correct the path'),
 }
 
-@pytest.mark.parametrize('name', [*MISTAKES, *FILM_MISTAKES])
+@pytest.mark.parametrize('name', [*MISTAKES, *VIDEO_MISTAKES])
 def test_a_mistake_is_one_sentence(name, request, monkeypatch):
-    (act, words), (folder, config) = {**MISTAKES, **FILM_MISTAKES}[name], request.getfixturevalue('film' if name in FILM_MISTAKES else 'toy')
+    (act, words), (folder, config) = {**MISTAKES, **VIDEO_MISTAKES}[name], request.getfixturevalue('video' if name in VIDEO_MISTAKES else 'toy')
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
     with pytest.raises(ValueError) as caught: act(folder, config)

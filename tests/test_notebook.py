@@ -115,7 +115,7 @@ def test_starts_and_stops_leave_nothing_but_a_run_that_goes_on(tmp_path):
     assert working >= 2 and not left and not problems, problems
 
 
-def test_the_film_tutorial_learns(tmp_path):
+def test_the_video_tutorial_learns(tmp_path):
     "Tutorial 3 whole, with fewer steps than it shows: things take shape long before they move the asked way."
     notebook = nbformat.read(Path(__file__).parent.parent / 'nbs' / 'tutorials' / '3_wan2_1.ipynb', 4)
     cell, = (cell for cell in notebook.cells if "toy, steps = model == 'toy', 4500" in cell.source)

@@ -22,7 +22,7 @@ def over_ranks(folder):
     from mmkit.config import Layout
     from mmkit.core.device import pick_device
     from mmkit.parallel.mesh import open_mesh
-    with open_mesh(Layout(data='ddp'), pick_device('cpu')) as mesh:
+    with open_mesh(Layout(data_parallel='ddp'), pick_device('cpu')) as mesh:
         return [parity.over_ranks(math.nan if mesh.place.rank == bad else 1.0) for bad in range(3)]
 
 def test_the_worst_rank_decides(tmp_path):

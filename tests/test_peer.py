@@ -111,10 +111,10 @@ def edit(file, old, new):
 def test_qwen(tree):
     config = from_mindspeed_mm('examples/qwen').config
     layout, optim, loop, data = config.layout, config.optim, config.loop, config.data
-    assert (layout.tp, layout.pp, layout.sequence_parallel, layout.layers, layout.data, layout.overlap) == (2, 2, True, {'vision': ((3, 0),), 'text': ((1, 3),)}, 'zero1', True)
+    assert (layout.tp, layout.pp, layout.sequence_parallel, layout.layers, layout.data_parallel, layout.overlap) == (2, 2, True, {'vision': ((3, 0),), 'text': ((1, 3),)}, 'zero1', True)
     assert (layout.recompute, layout.recompute_layers, layout.cp_kind) == ('full', 2, 'ring')
-    assert (optim.lr, optim.min_lr, optim.decay, optim.warmup, optim.clip, optim.betas, optim.weight_decay) == (2e-5, 1e-6, 'cosine', 20, 0.0, (0.9, 0.95), 0.01)
-    assert (loop.steps, loop.global_batch, loop.micro_batch, loop.loss, loop.save_every, loop.save_optimizer) == (200, 12, 1, 'micro_batch', 50, False)
+    assert (optim.lr, optim.min_lr, optim.schedule, optim.warmup, optim.clip, optim.betas, optim.weight_decay) == (2e-5, 1e-6, 'cosine', 20, 0.0, (0.9, 0.95), 0.01)
+    assert (loop.steps, loop.global_batch, loop.micro_batch, loop.loss_reduction, loop.save_every, loop.save_optimizer) == (200, 12, 1, 'micro_batch', 50, False)
     assert (data.files, data.media_dir, data.max_length, data.image_max_pixels, data.train_on_prompt, data.shuffle, data.workers) == (('./a.json', './b.json'), './data', 512, 4096, True, False, 3)
     assert (data.columns.images, data.columns.videos, data.columns.role) == ('pictures', 'videos', 'from')
     assert (config.weights, config.processor, config.freeze, config.dtype, config.seed, config.resume) == ('ckpt/mm', './hf', ('vision', 'merger'), 'bfloat16', 7, 'weights-only')
@@ -122,40 +122,40 @@ def test_qwen(tree):
 
 def test_what_megatron_leaves_out_of_a_checkpoint_has_its_word_here(tree):
     "The four flags of the quick start: two of them decide, and what of the other two remains to be said is said."
-    fates = {field.name: fate for field, fate in from_mindspeed_mm('examples/qwen').fates if field.name.startswith('--no-')}
-    assert {name: dict(fate.settings) for name, fate in fates.items()} == {'--no-load-optim': {'resume': 'weights-only'}, '--no-save-optim': {'loop.save_optimizer': False}, '--no-load-rng': {}, '--no-save-rng': {}}
-    assert 'weights-only' in fates['--no-load-rng'].words and 'always saved' in fates['--no-save-rng'].words
-    for flag in fates: edit(tree / 'examples/qwen/train.sh', f'    {flag} \\', '    \\')
+    mappings = {field.name: mapping for field, mapping in from_mindspeed_mm('examples/qwen').mappings if field.name.startswith('--no-')}
+    assert {name: dict(mapping.settings) for name, mapping in mappings.items()} == {'--no-load-optim': {'resume': 'weights-only'}, '--no-save-optim': {'loop.save_optimizer': False}, '--no-load-rng': {}, '--no-save-rng': {}}
+    assert 'weights-only' in mappings['--no-load-rng'].words and 'always saved' in mappings['--no-save-rng'].words
+    for flag in mappings: edit(tree / 'examples/qwen/train.sh', f'    {flag} \\', '    \\')
     config = from_mindspeed_mm('examples/qwen').config
     assert (config.resume, config.loop.save_optimizer) == ('latest', True)
 
 
 def test_wan(tree):
     config = from_mindspeed_mm('examples/wan').config
-    assert (config.task, config.weights, config.processor, config.film.features, config.dtype) == ('wan2_1', 'weights/transformer/', 'pipe', 'features/list.jsonl', 'float32')
-    assert (config.layout.cp, config.layout.cp_kind, config.layout.cp_ulysses, config.layout.data, config.layout.layers, config.layout.vpp) == (4, 'usp', 2, 'fsdp', None, 1)
-    assert (config.film.flow.shift, config.film.flow.extra_one_step, config.film.caption_dropout, config.film.clips.num_frames, config.loop.global_batch, config.seed) == (3.0, False, 0.0, 17, 1, 1234)
+    assert (config.task, config.weights, config.processor, config.video.features, config.dtype) == ('wan2_1', 'weights/transformer/', 'pipe', 'features/list.jsonl', 'float32')
+    assert (config.layout.cp, config.layout.cp_kind, config.layout.cp_ulysses, config.layout.data_parallel, config.layout.layers, config.layout.vpp) == (4, 'usp', 2, 'fsdp', None, 1)
+    assert (config.video.flow.shift, config.video.flow.extra_one_step, config.video.caption_dropout, config.video.clips.num_frames, config.loop.global_batch, config.seed) == (3.0, False, 0.0, 17, 1, 1234)
 
 
 @pytest.mark.parametrize('name, script, files', [('qwen', QWEN, (QWEN_MODEL, QWEN_DATA)), ('wan', WAN, (WAN_MODEL, WAN_DATA))])
 def test_every_word_is_in_the_report(tree, name, script, files):
     report = from_mindspeed_mm(f'examples/{name}')
-    told = {field.name for field, _ in report.fates}
+    told = {field.name for field, _ in report.mappings}
     assert {word for word in script.replace('=', ' ').split() if word.startswith('--')} <= told
     assert {'TASK_QUEUE_ENABLE', 'LEFT_BEHIND'} <= told or name == 'wan'
-    for kind, parsed in zip(('model', 'data'), files): assert sum(field.kind == kind for field, _ in report.fates) == count_leaves(parsed)
-    assert sum(len(report.group(group)) for group in ('same', 'other', 'left')) == len(report.fates)
-    assert all(fate.settings or fate.words for _, fate in report.fates) and not any(fate.loud for _, fate in report.fates)
+    for kind, parsed in zip(('model', 'data'), files): assert sum(field.kind == kind for field, _ in report.mappings) == count_leaves(parsed)
+    assert sum(len(report.group(group)) for group in ('same', 'other', 'left')) == len(report.mappings)
+    assert all(mapping.settings or mapping.words for _, mapping in report.mappings) and not any(mapping.loud for _, mapping in report.mappings)
     text, html = str(report), report._repr_html_()
-    for field, _ in report.fates: assert field.name in text and field.name in html
+    for field, _ in report.mappings: assert field.name in text and field.name in html
 
 
 def test_what_changes_the_training_is_loud(tree):
     edit(tree / 'examples/qwen/train.sh', '--use-mcore-models', '--lora-r 8 --seed 3 --new-flag x')
     edit(tree / 'examples/qwen/model.json', '"hidden_dropout": 0.0', '"hidden_dropout": 0.1, "typo": 1')
     report = from_mindspeed_mm('examples/qwen')
-    assert {field.name for field, fate in report.fates if fate.loud} == {'--lora-r', '--new-flag', 'image_encoder.vision_encoder.hidden_dropout', 'image_encoder.vision_encoder.typo'}
-    assert ('--seed', 'repeated') in {(field.name, field.kind) for field, _ in report.fates} and report.config.seed == 7 and '! mmkit does not know it' in str(report)
+    assert {field.name for field, mapping in report.mappings if mapping.loud} == {'--lora-r', '--new-flag', 'image_encoder.vision_encoder.hidden_dropout', 'image_encoder.vision_encoder.typo'}
+    assert ('--seed', 'repeated') in {(field.name, field.kind) for field, _ in report.mappings} and report.config.seed == 7 and '! mmkit does not know it' in str(report)
 
 
 @pytest.mark.parametrize('file, old, new, words', [
@@ -178,7 +178,7 @@ def test_broken_files_are_one_sentence(tree, file, old, new, words):
 def test_what_stands_in_the_way_is_told_in_the_report(tree, file, old, new, words, capsys):
     edit(tree / 'examples' / file, old, new)
     report = from_mindspeed_mm('examples/qwen')
-    assert [field for field, _ in report.fates if field.kind != 'default'] == list(report.example.fields)
+    assert [field for field, _ in report.mappings if field.kind != 'default'] == list(report.example.fields)
     assert report.config is None and all(word in ' '.join(report.problems) for word in words)
     assert command(['from-mindspeed-mm', 'examples/qwen', '--output', 'config.json']) == 1 and not Path('config.json').exists()
     out, err = capsys.readouterr()

@@ -13,28 +13,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import measure
 import parity
-from mmkit.config import Clips, Config, Data, Film, Layout, Loop, Optim
+from mmkit.config import Clips, Config, Data, VideoData, Layout, Loop, Optim
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.video import VideoClips
 from mmkit.core.device import pick_device, place
 from mmkit.models.codecs import open_codecs
-from mmkit.models.costs import Films, Talks
+from mmkit.models.costs import Videos, Talks
 from mmkit.parallel.data import accumulate, build_optimizer
 from mmkit.parallel.mesh import open_mesh
 from mmkit.toy.qwen import emoji_names, emoji_picture, tiny_qwen2_5_vl
-from mmkit.toy.wan import film_clips, tiny_wan, write_exact
+from mmkit.toy.wan import video_clips, tiny_wan, write_exact
 from mmkit.trainer.plan import plan
-from mmkit.trainer.step import Average, train_step
+from mmkit.trainer.step import EMA, train_step
 from mmkit.core.values import override, dumps
 
 TALK, FROZEN = ['loop.micro_batch=2'], 'freeze=["vision", "merger"]'             # steps of two micro-batches a copy; four fill a pipeline
 FULL = [*TALK, 'loop.global_batch=8']
-FILM, WORDS = ['loop.micro_batch=4', 'loop.global_batch=8'], 'x y z ' * 20
+VIDEO, WORDS = ['loop.micro_batch=4', 'loop.global_batch=8'], 'x y z ' * 20
 LONG = ['data.files=["LONG"]', 'loop.global_batch=2']                            # words only, and so many that attention is a third of the work
 ROWS = {                                        # title: (ranks, model, words)
-    'tiny': (1, 'tiny', TALK), 't2v': (1, 't2v', FILM),
-    'tiny, two layers again, average': (1, 'tiny', [*TALK, 'layout.recompute=full', 'layout.recompute_layers=2', 'loop.average=0.9']), 'tiny, frozen': (1, 'tiny', [*TALK, FROZEN]),
-    'tiny, selective, bfloat16': (1, 'tiny', [*TALK, 'layout.recompute=selective', 'dtype=bfloat16', 'layout.data=ddp']), 'i2v, selective': (1, 'i2v', [*FILM, 'layout.recompute=selective']),
+    'tiny': (1, 'tiny', TALK), 't2v': (1, 't2v', VIDEO),
+    'tiny, two layers again, average': (1, 'tiny', [*TALK, 'layout.recompute=full', 'layout.recompute_layers=2', 'loop.ema=0.9']), 'tiny, frozen': (1, 'tiny', [*TALK, FROZEN]),
+    'tiny, selective, bfloat16': (1, 'tiny', [*TALK, 'layout.recompute=selective', 'dtype=bfloat16', 'layout.data_parallel=ddp']), 'i2v, selective': (1, 'i2v', [*VIDEO, 'layout.recompute=selective']),
     'tiny, tp 2': (2, 'tiny', [*TALK, 'layout.tp=2']), 'tiny, tp 2, sequence parallel, recompute': (2, 'tiny', [*TALK, 'layout.tp=2', 'layout.sequence_parallel=true', 'layout.recompute=full']),
     'tiny, pp 2, two turns': (2, 'tiny', [*FULL, 'layout.pp=2', 'layout.vpp=2']),
     'tied, pp 2, text on both': (2, 'tied', [*FULL, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[2, 2]]}']),
@@ -42,9 +42,9 @@ ROWS = {                                        # title: (ranks, model, words)
     'tiny, cp 2, Ulysses': (2, 'tiny', [*TALK, 'layout.cp=2']), 'tiny, cp 2, ring': (2, 'tiny', [*TALK, 'layout.cp=2', 'layout.cp_kind=ring']),
     'tiny, cp 2, ring, a long row': (2, 'tiny', [*LONG, 'layout.cp=2', 'layout.cp_kind=ring']), 'tiny, cp 2, ring, two long samples, recompute': (2, 'tiny', [*LONG, *TALK, 'layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full']),
     'tied, pp 2, text on the second': (2, 'tied', [*FULL, 'layout.pp=2', 'layout.layers={"vision": [[4, 0]], "text": [[0, 4]]}']),
-    'tiny, dp 2, ddp': (2, 'tiny', [*FULL, 'layout.data=ddp']), 'tiny, dp 2, zero1': (2, 'tiny', FULL), 'tiny, dp 2, fsdp': (2, 'tiny', [*FULL, 'layout.data=fsdp']),
-    'i2v, tp 2, sequence parallel': (2, 'i2v', [*FILM, 'layout.tp=2', 'layout.sequence_parallel=true']), 't2v, pp 2': (2, 't2v', [*FILM, 'layout.pp=2']),
-    'i2v, cp 2, ring, recompute': (2, 'i2v', [*FILM, 'layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full', 'layout.data=ddp']), 't2v, dp 2, fsdp': (2, 't2v', [*FILM, 'layout.data=fsdp']),
+    'tiny, dp 2, ddp': (2, 'tiny', [*FULL, 'layout.data_parallel=ddp']), 'tiny, dp 2, zero1': (2, 'tiny', FULL), 'tiny, dp 2, fsdp': (2, 'tiny', [*FULL, 'layout.data_parallel=fsdp']),
+    'i2v, tp 2, sequence parallel': (2, 'i2v', [*VIDEO, 'layout.tp=2', 'layout.sequence_parallel=true']), 't2v, pp 2': (2, 't2v', [*VIDEO, 'layout.pp=2']),
+    'i2v, cp 2, ring, recompute': (2, 'i2v', [*VIDEO, 'layout.cp=2', 'layout.cp_kind=ring', 'layout.recompute=full', 'layout.data_parallel=ddp']), 't2v, dp 2, fsdp': (2, 't2v', [*VIDEO, 'layout.data_parallel=fsdp']),
 }
 
 def write_models(folder):
@@ -56,7 +56,7 @@ def write_models(folder):
     (folder / 'long.json').write_text(json.dumps([dict(messages=talk('What is this?', WORDS * 7))] * 12))
     sizes = dict(hidden=192, layers=4, heads=4, kv_heads=2, ffn=512, vision_hidden=128, vision_depth=4, vision_heads=4, vision_ffn=384, window=56, full_attention=(1, 3))
     for name in ('tiny', 'tied'): tiny_qwen2_5_vl(folder / name, [WORDS, 'What is this?'], random_all=True, tied=name == 'tied', seed=3, **sizes)
-    for number, frames in enumerate(film_clips()[0][:8]): write_exact(folder / f'{number}.mp4', frames)
+    for number, frames in enumerate(video_clips()[0][:8]): write_exact(folder / f'{number}.mp4', frames)
     (folder / 'data.json').write_text(json.dumps([dict(path=f'{number}.mp4', cap='a heart moves') for number in range(8)]))
     for model in ('t2v', 'i2v'):
         tiny_wan(folder / model, image=model == 'i2v', layers=4, ffn=192, room=24, random_all=True, seed=3)
@@ -66,13 +66,13 @@ def config_of(folder, title):
     "The configuration of a row."
     _, model, words = ROWS[title]
     words = [word.replace('LONG', str(folder / 'long.json')) for word in words]
-    common = dict(weights=str(folder / model), optim=Optim(lr=1e-3, decay='constant'), loop=Loop(steps=5, global_batch=4), dtype='float32')
-    if model in ('t2v', 'i2v'): return override(Config(task='wan2_1', film=Film(features=str(folder / f'features-{model}'), caption_dropout=0.0, workers=0), **common), words)
+    common = dict(weights=str(folder / model), optim=Optim(lr=1e-3, schedule='constant'), loop=Loop(steps=5, global_batch=4), dtype='float32')
+    if model in ('t2v', 'i2v'): return override(Config(task='wan2_1', video=VideoData(features=str(folder / f'features-{model}'), caption_dropout=0.0, workers=0), **common), words)
     return override(Config(data=Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, workers=0), **common), words)
 
 def load_of(batch):
     "What a micro-batch holds, in the words of a plan."
-    if 'clean' in batch: return Films(len(batch['clean']), tuple(batch['clean'].shape[2:]), batch['text'].shape[1], batch['image'].shape[1] if 'image' in batch else 0)
+    if 'clean' in batch: return Videos(len(batch['clean']), tuple(batch['clean'].shape[2:]), batch['text'].shape[1], batch['image'].shape[1] if 'image' in batch else 0)
     return Talks(tuple(batch['lengths'].tolist()), tuple(map(tuple, batch['grid'].tolist())), int((batch['labels'] >= 0).sum()))
 
 def measured(config):
@@ -81,7 +81,7 @@ def measured(config):
         with measure.Measured() as seen:
             task, model, wrapped = parity.open_trainer(config, mesh)
             optimizer, schedule = build_optimizer(wrapped, config.optim, config.layout, getattr(torch, config.dtype), 5)
-            average, steps = Average(model, config.loop.average), task.batches(mesh)
+            average, steps = EMA(model, config.loop.ema), task.batches(mesh)
             for step in (1, 2):
                 batches = next(steps)
                 seen.again()
@@ -124,7 +124,7 @@ def test_the_plan_of_the_settings_is_the_fullest(house):
     config = config_of(house[0], 'tiny, dp 2, zero1')
     load = plan(config, 1).load
     assert load.lengths == (512, 512) and len(load.grids) == 2 and plan(override(config, ['data.image_max_pixels=400']), 1).load.grids == ()
-    assert plan(config_of(house[0], 'i2v, selective'), 1).load == Films(4, (3, 6, 6), 24, 257) and plan(override(config, ['loop.micro_batch=1']), 1).places[0].total < plan(config, 1).places[0].total
+    assert plan(config_of(house[0], 'i2v, selective'), 1).load == Videos(4, (3, 6, 6), 24, 257) and plan(override(config, ['loop.micro_batch=1']), 1).places[0].total < plan(config, 1).places[0].total
 
 REFUSED = {                                     # what is asked of eight ranks: what the answer says
     'layout.tp=0': 'layout.tp must be at least 1', 'layout.sequence_parallel=true': 'set tp=2 or sequence_parallel=false', 'layout.vpp=2': 'set pp=2 or vpp=1',
@@ -137,9 +137,9 @@ REFUSED = {                                     # what is asked of eight ranks: 
     'layout.pp=2 layout.layers={"vision":[[5,-1]],"text":[[0,4]]}': 'may not hold negative numbers', 'layout.pp=2 layout.layers={"text":[[2,2]]}': "needs them for ['text', 'vision']",
     'layout.pp=2 layout.layers={"audio":[[2,2]],"text":[[2,2]],"vision":[[4,0]]}': "needs them for ['text', 'vision']", 'layout.pp=4 layout.vpp=2 loop.global_batch=4': 'must be a multiple of layout.pp=4',
     'loop.global_batch=12': 'not a multiple of micro_batch x copies', 'loop.micro_batch=3': 'not a multiple of loop.micro_batch=3', 'layout.recompute_layers=2': 'set layout.recompute=full', 'layout.recompute=some': "one of ['none', 'selective', 'full']",
-    'layout.data=zero3': "one of ['zero1', 'ddp', 'fsdp']", 'layout.tpp=2': "no 'tpp' here", 'freeze=["vision","merger","text"]': 'leave at least one',
+    'layout.data_parallel=zero3': "one of ['zero1', 'ddp', 'fsdp']", 'layout.tpp=2': "no 'tpp' here", 'freeze=["vision","merger","text"]': 'leave at least one',
 }
-FILMS = {'layout.tp=8': 'use a tp of 1, 2 or 4', 'layout.tp=4 layout.cp=2': 'use cp_kind=ring', 'layout.pp=8': 'use a smaller pp or vpp', 'layout.pp=2 layout.layers={"wan":[[4,1]]}': 'adds up to 5, but the model has 4',
+VIDEOS = {'layout.tp=8': 'use a tp of 1, 2 or 4', 'layout.tp=4 layout.cp=2': 'use cp_kind=ring', 'layout.pp=8': 'use a smaller pp or vpp', 'layout.pp=2 layout.layers={"wan":[[4,1]]}': 'adds up to 5, but the model has 4',
          'layout.pp=2 layout.layers={"wan":[[4,0]]}': 'leaves the last stage empty', 'layout.pp=2 layout.layers={"vision":[[4,0]]}': "needs them for ['wan']"}
 
 def test_what_cannot_be_is_refused_at_once(house, monkeypatch):
@@ -150,9 +150,9 @@ def test_what_cannot_be_is_refused_at_once(house, monkeypatch):
     script = ('import json, sys, time\nfrom mmkit.config import load_config\nfrom mmkit.launcher.run import launch\nfrom mmkit.core.values import override\nfound = []\n'
               'for file, words in json.loads(sys.argv[1]):\n    start, said = time.perf_counter(), None\n    try: launch(override(load_config(file), words.split()), ranks=8)\n'
               '    except ValueError as error: said = str(error)\n    found.append((said, time.perf_counter() - start))\nprint(json.dumps([found, "torch" in sys.modules]))')
-    asked = [('tiny.json', words) for words in REFUSED] + [('t2v,.json', words) for words in FILMS]
+    asked = [('tiny.json', words) for words in REFUSED] + [('t2v,.json', words) for words in VIDEOS]
     found, loaded = json.loads(subprocess.run([sys.executable, '-c', script, json.dumps(asked)], capture_output=True, text=True, check=True).stdout)
-    for (_, words), wanted, (said, seconds) in zip(asked, [*REFUSED.values(), *FILMS.values()], found, strict=True):
+    for (_, words), wanted, (said, seconds) in zip(asked, [*REFUSED.values(), *VIDEOS.values()], found, strict=True):
         assert said and wanted in said and '\n' not in said and seconds < 2, (words, said, seconds)
     assert len(asked) >= 25 and not loaded and not (folder / 'runs').exists()
 

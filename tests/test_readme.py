@@ -115,7 +115,7 @@ def test_machines_are_tried(folder):
                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'PYTHONPATH': package_path()})
     for machine in [start('127.0.0.1'), start('localhost')]: assert '2 machines meet at 127.0.0.1' in machine.communicate(timeout=200)[0]
 
-ELSEWHERE = ('pip install', 'mmkit first-run', 'mmkit first-film', 'mmkit doctor', 'mmkit from-mindspeed-mm')         # .ci/run, test_notebook.py, test_cli.py, test_peer.py
+ELSEWHERE = ('pip install', 'mmkit first-run', 'mmkit first-video', 'mmkit doctor', 'mmkit from-mindspeed-mm')         # .ci/run, test_notebook.py, test_cli.py, test_peer.py
 
 def test_no_command_of_readme_is_left_out():
     "A new command in README needs a test here, or a place in the list above."

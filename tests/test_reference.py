@@ -34,10 +34,10 @@ CASES = {
 PROMPTS = [[4, (1, 10, 14), 6], [3, (1, 6, 22), 2, (1, 4, 4), 5], [9], [2, (2, 8, 12, 1.0), 4]]
 NEW = 16
 LAYOUTS = {
-    1: {'tp 1': Layout(data='ddp'), 'recompute': Layout(data='ddp', recompute='full'), 'zero1': Layout()},
-    2: {'tp 2': Layout(tp=2, data='ddp'), 'tp 2, sequence parallel': Layout(tp=2, sequence_parallel=True, data='ddp'),
-        'tp 2, sequence parallel, recompute': Layout(tp=2, sequence_parallel=True, data='ddp', recompute='full'),
-        'dp 2, overlap': Layout(data='ddp', overlap=True), 'dp 2, zero1, overlap': Layout(overlap=True)},
+    1: {'tp 1': Layout(data_parallel='ddp'), 'recompute': Layout(data_parallel='ddp', recompute='full'), 'zero1': Layout()},
+    2: {'tp 2': Layout(tp=2, data_parallel='ddp'), 'tp 2, sequence parallel': Layout(tp=2, sequence_parallel=True, data_parallel='ddp'),
+        'tp 2, sequence parallel, recompute': Layout(tp=2, sequence_parallel=True, data_parallel='ddp', recompute='full'),
+        'dp 2, overlap': Layout(data_parallel='ddp', overlap=True), 'dp 2, zero1, overlap': Layout(overlap=True)},
 }
 
 def draw(shape, config, parts, seed):
@@ -64,12 +64,12 @@ def step_of(folder, case):
 
 def hf_inputs(model, sample):
     "A sample as arguments of transformers."
-    films, parts = sample['seconds'] > 0, sample['pixels'].split(sample['grid'].prod(1).tolist())
+    videos, parts = sample['seconds'] > 0, sample['pixels'].split(sample['grid'].prod(1).tolist())
     kinds = (sample['input_ids'] == model.config.image_token_id) + 2 * (sample['input_ids'] == model.config.video_token_id)
     found = dict(input_ids=sample['input_ids'][None], attention_mask=torch.ones(1, len(kinds), dtype=torch.int64))
     if 'mm_token_type_ids' in inspect.signature(model.model.get_rope_index).parameters: found['mm_token_type_ids'] = kinds[None].int()
-    if (~films).any(): found |= dict(pixel_values=torch.cat([p for p, film in zip(parts, films) if not film]), image_grid_thw=sample['grid'][~films])
-    if films.any(): found |= dict(pixel_values_videos=torch.cat([p for p, film in zip(parts, films) if film]), video_grid_thw=sample['grid'][films], second_per_grid_ts=sample['seconds'][films])
+    if (~videos).any(): found |= dict(pixel_values=torch.cat([p for p, video in zip(parts, videos) if not video]), image_grid_thw=sample['grid'][~videos])
+    if videos.any(): found |= dict(pixel_values_videos=torch.cat([p for p, video in zip(parts, videos) if video]), video_grid_thw=sample['grid'][videos], second_per_grid_ts=sample['seconds'][videos])
     return found
 
 def hf_positions(model, sample):
@@ -174,7 +174,7 @@ def measure(folder):
 
 def more_on_one_rank(folder):
     "What needs no second rank: parts frozen, and the other spelling of names."
-    with open_mesh(Layout(data='ddp'), pick_device('cpu')) as mesh:
+    with open_mesh(Layout(data_parallel='ddp'), pick_device('cpu')) as mesh:
         return dict(frozen=frozen_rows(folder, mesh), spelling=spelling(folder, mesh))
 
 def frozen_rows(folder, mesh):
@@ -183,7 +183,7 @@ def frozen_rows(folder, mesh):
     parts = {'vision': 'visual.', 'merger': 'visual.merger.', 'text': ''}
     part_of = lambda name: next(part for part in ('merger', 'vision', 'text') if name.startswith(parts[part]))
     for frozen, recompute in itertools.product([set for n in range(3) for set in itertools.combinations(parts, n)], ('none', 'full')):
-        config = Config(weights=str(folder / 'untied'), layout=Layout(data='ddp', recompute=recompute), freeze=frozen, dtype='float32')
+        config = Config(weights=str(folder / 'untied'), layout=Layout(data_parallel='ddp', recompute=recompute), freeze=frozen, dtype='float32')
         task, _, wrapped = parity.open_trainer(config, replace(mesh, layout=config.layout))
         _, mine = parity.step_gradients(task, wrapped, mesh, open_case(folder, 'untied', 'mixed', mesh)[0])
         whole = whole or mine
@@ -192,7 +192,7 @@ def frozen_rows(folder, mesh):
     return rows
 
 def spelling(folder, mesh):
-    "Whether a copy of the model with the hub's names gives the same logits, and the first names of both files."
+    "Whether a data-parallel replica with the hub's names gives the same logits, and the first names of both files."
     found, names = [], []
     for name in MODELS:
         copy = folder / f'{name} as on the hub'

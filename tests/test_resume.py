@@ -21,7 +21,7 @@ from mmkit.models.denoise import as_one
 from mmkit.models.generate import whole_logits
 from mmkit.parallel.attention import segments
 from mmkit.parallel.fsdp import gathered
-from mmkit.parallel.pipeline import relay
+from mmkit.parallel.pipeline import forward_through_stages
 from mmkit.trainer import loop
 from mmkit.trainer.checkpoint import find_start, save
 from mmkit.trainer.loop import fit
@@ -35,22 +35,22 @@ LAYOUTS = {                                     # title: ranks, the layout
     'tp 2': (2, ['layout.tp=2', 'layout.sequence_parallel=true']),
     'pp 2': (2, ['layout.pp=2']),
     'cp 2': (2, ['layout.cp=2']),
-    'dp 2, zero1': (2, ['layout.data=zero1', 'layout.overlap=true']),
-    'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
-    TURNS: (4, ['layout.tp=2', 'layout.pp=2', 'layout.vpp=2', 'layout.data=ddp']),
-    'tp 2, dp 2, zero1': (4, ['layout.tp=2', 'layout.data=zero1']),
+    'dp 2, zero1': (2, ['layout.data_parallel=zero1', 'layout.overlap=true']),
+    'dp 2, fsdp': (2, ['layout.data_parallel=fsdp', 'loop.micro_batch=2']),
+    TURNS: (4, ['layout.tp=2', 'layout.pp=2', 'layout.vpp=2', 'layout.data_parallel=ddp']),
+    'tp 2, dp 2, zero1': (4, ['layout.tp=2', 'layout.data_parallel=zero1']),
 }
 AFTER = dict(zip(list(LAYOUTS)[1:6], [*list(LAYOUTS)[2:6], list(LAYOUTS)[1]]))         # of two ranks, each is taken up by itself and by the next; all pairs are in the table of the script
-MIXED = ['one rank', 'dp 2, zero1', 'dp 2, fsdp']               # layouts of the films whose formats mix
+MIXED = ['one rank', 'dp 2, zero1', 'dp 2, fsdp']               # layouts of the videos whose formats mix
 SAVED, STEPS = 2, 3                             # the step of the checkpoints, and the one after it
-MODELS = ('text', 'film', 'film in float32')
+MODELS = ('text', 'video', 'video in float32')
 NUMBERS = dict(lr=0, tokens=0, loss=1e-6, grad_norm=1e-5)                       # how far the next step may be from that of the run that went on
 ROUGH = dict(lr=0, tokens=0, loss=1e-2, grad_norm=1e-1)                         # in bfloat16
 
 def config_of(folder, model, title, *words):
-    "Conversations in float32 with a frozen part and tied weights; films in bfloat16, where formats mix, with averaged weights; and in float32."
-    optim, some = Optim(lr=1e-3, warmup=1, clip=1.0), Loop(steps=STEPS, global_batch=4, save_every=SAVED, average=0.9 * (model == 'film'))
-    plain = kill_test.text_config(folder, optim, some) if model == 'text' else kill_test.film_config(folder, optim, some, dtype='bfloat16' if model == 'film' else 'float32')
+    "Conversations in float32 with a frozen part and tied weights; videos in bfloat16, where formats mix, with averaged weights; and in float32."
+    optim, some = Optim(lr=1e-3, warmup=1, clip=1.0), Loop(steps=STEPS, global_batch=4, save_every=SAVED, ema=0.9 * (model == 'video'))
+    plain = kill_test.text_config(folder, optim, some) if model == 'text' else kill_test.video_config(folder, optim, some, dtype='bfloat16' if model == 'video' else 'float32')
     return override(plain, [*LAYOUTS[title][1], *words])
 
 def place_of(folder, model, title): return folder / 'runs' / f'{model}: {title}'.replace(' ', '-')
@@ -74,12 +74,12 @@ def differing(mine, theirs):
         if name not in mine[file] or name not in theirs[file] or not torch.equal(bits(mine[file][name]), bits(theirs[file][name]))]
 
 def wanted(folder, model, source, title):
-    "Whether a pair is tried; with a file `all` in the folder, every one. Checkpoints of four ranks are made last, so that no two ranks take them up; the films' model has too few layers for two turns."
+    "Whether a pair is tried; with a file `all` in the folder, every one. Checkpoints of four ranks are made last, so that no two ranks take them up; the videos' model has too few layers for two turns."
     if ranks(source) == 4 and ranks(title) == 2 or model != 'text' and TURNS in (source, title): return False
     if (folder / 'all').exists(): return True
     if 4 in (ranks(source), ranks(title)): return model == 'text' and (source == title or 'one rank' in (source, title))
     if model == 'text': return 'one rank' in (source, title) or title in (source, AFTER[source])
-    return source == 'one rank' if model == 'film in float32' else 'one rank' in (source, title) and {source, title} <= set(MIXED)
+    return source == 'one rank' if model == 'video in float32' else 'one rank' in (source, title) and {source, title} <= set(MIXED)
 
 def pairs(folder, world): return [(model, source, title) for model in MODELS for title in LAYOUTS if ranks(title) == world for source in LAYOUTS if wanted(folder, model, source, title)]
 def sources(folder, model): return [source for source in LAYOUTS if any(wanted(folder, model, source, title) for title in LAYOUTS)]
@@ -94,16 +94,16 @@ def text_answer(training, config, task, mesh):
     def run(chunk, x):
         x = chunk.hidden(batch, x, [within] * len(chunk.stage.layers['text']))
         return whole_logits(chunk, x, mesh) if chunk.stage.last else x
-    return relay(training.model, mesh, run)
+    return forward_through_stages(training.model, mesh, run)
 
-def film_inputs():
+def video_inputs():
     "Noisy clips, times and texts."
     draw = torch.Generator().manual_seed(0)
     return torch.randn(2, 16, 3, 6, 6, generator=draw), torch.tensor([700., 150.]), torch.randn(2, 24, 64, generator=draw)
 
-def film_answer(training, config, task, mesh):
+def video_answer(training, config, task, mesh):
     "What the model in training says of them."
-    return as_one(training.model, mesh)(*film_inputs()).float()
+    return as_one(training.model, mesh)(*video_inputs()).float()
 
 def trained(folder, model, title):
     "A run to its end, which answers when it has made the step that it saves."
@@ -111,7 +111,7 @@ def trained(folder, model, title):
     def after_step(record, config, task, mesh, training, *more):
         due = loop_after_step(record, config, task, mesh, training, *more)
         if record.step == SAVED:
-            with torch.no_grad(), training.average.used(), gathered(*training.model): found = (text_answer if model == 'text' else film_answer)(training, config, task, mesh)
+            with torch.no_grad(), training.average.used(), gathered(*training.model): found = (text_answer if model == 'text' else video_answer)(training, config, task, mesh)
             if mesh.first: save_file({'answer': found.contiguous()}, run / 'answer.safetensors')
         return due
     loop_after_step = loop.after_step
@@ -148,7 +148,7 @@ def taken(folder): return {f'{model}: {source} -> {title}': taken_up(folder, mod
 def prepare(folder):
     "Models, data, and the checkpoints of one rank."
     kill_test.write_text(folder)
-    kill_test.write_film(folder)
+    kill_test.write_video(folder)
     made(folder)
 
 def matrix(folder):
@@ -173,7 +173,7 @@ def judged(folder, found):
         model, source, _ = re.split(': | -> ', title)
         went_on = [json.loads(line) for line in (place_of(folder, model, source) / 'metrics.jsonl').read_text().splitlines()][SAVED]
         far = {name: apart(x, went_on[name]) for name, x in numbers.items()}
-        limits = ROUGH if model == 'film' else NUMBERS
+        limits = ROUGH if model == 'video' else NUMBERS
         wrong += [f'{title}: {one}' for one in bad[:3]] + [f'{title}: {name} {numbers[name]}, and {went_on[name]} without a new start' for name in far if not far[name] <= limits[name]]
         rows.append([title, len(bad), far['loss'], far['grad_norm']])
     return parity.table(['checkpoint -> layout', 'what differs', 'loss of the next step', 'its gradient'], rows), wrong
@@ -197,8 +197,8 @@ def test_a_checkpoint_opens_in_transformers_and_diffusers_and_answers_as_the_mod
             assert not report['missing_keys'] and not report['unexpected_keys'], (model, title)
             with torch.no_grad():
                 if model == 'text': theirs = torch.cat([opened(**hf_inputs(opened, sample)).logits[0] for sample in (asked[0], asked[1])])
-                else: theirs = opened(*film_inputs(), return_dict=False)[0]
-            assert len(answer) >= len(theirs) and parity.apart(answer[:len(theirs)], theirs) < (1e-2 if model == 'film' else 1e-5), (model, title)
+                else: theirs = opened(*video_inputs(), return_dict=False)[0]
+            assert len(answer) >= len(theirs) and parity.apart(answer[:len(theirs)], theirs) < (1e-2 if model == 'video' else 1e-5), (model, title)
 
 # Ends that nobody wished for
 
@@ -370,11 +370,11 @@ def test_a_fall_back_is_told_in_one_message_and_a_wished_step_in_the_same_words(
     assert find_start(config, run, said.append) == step_of(run) and len(said) == 1 and str(bad) in said[0], said
 
 def test_damage_of_a_file_that_all_checkpoints_share_is_told_as_such(house, tmp_path):
-    "A film's codec and text encoder lie once on the disk, under a name in the base folder and one in each checkpoint."
-    config, run = own_run(house, 'film', tmp_path)
+    "A video's codec and text encoder lie once on the disk, under a name in the base folder and one in each checkpoint."
+    config, run = own_run(house, 'video', tmp_path)
     for name in ('vae/diffusion_pytorch_model.safetensors', 'text_encoder/model.safetensors'):
         shared = step_of(run) / name
-        assert shared.samefile(step_of(run, STEPS) / name) and shared.samefile(tmp_path / 'film' / name)
+        assert shared.samefile(step_of(run, STEPS) / name) and shared.samefile(tmp_path / 'video' / name)
         before = shared.read_bytes()
         shared.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))                 # in place, as a failing disk does
         with pytest.raises(ValueError) as caught: find_start(config, run, lambda words: None)
@@ -385,10 +385,10 @@ def test_damage_of_a_file_that_all_checkpoints_share_is_told_as_such(house, tmp_
 
 # Kills
 
-@pytest.mark.parametrize('model, kills', [('text', 2), ('film', 1)])
+@pytest.mark.parametrize('model, kills', [('text', 2), ('video', 1)])
 def test_a_killed_run_ends_as_one_that_was_not(house, tmp_path, model, kills):
     "One kill during a save each, and one outside."
-    for name in ('data', 'text', 'film', 'features'): (tmp_path / name).symlink_to(house / name)
+    for name in ('data', 'text', 'video', 'features'): (tmp_path / name).symlink_to(house / name)
     hits, problems = kill_test.killed(tmp_path, model, kills, saves=1, steps=6)
     assert not problems and hits, (hits, problems[:5])
 

@@ -23,7 +23,7 @@ from mmkit.converters.weights import Tower
 from mmkit.datasets.conversation import Conversations
 from mmkit.datasets.features import Extraction
 from mmkit.datasets.llava import Report
-from mmkit.datasets.statistics import Survey
+from mmkit.datasets.statistics import DataStatistics
 from mmkit.launcher.estimate import Estimate
 from mmkit.launcher.hosts import Lines
 from mmkit.launcher.run import Run
@@ -32,12 +32,12 @@ def train(data: Conversations) -> str:
     config = mmkit.Config(weights='w', data=mmkit.Data(files=('a.json',), columns=mmkit.Columns(user='human')), layout=mmkit.Layout(tp=2, cp_kind='ring'),
                           optim=mmkit.Optim(lr=1e-5, betas=(0.9, 0.95)), loop=mmkit.Loop(steps=2), freeze=('vision',))
     config = mmkit.override(config, ['loop.steps=3'])
-    film = mmkit.Config(task='wan2_1', weights='w', film=mmkit.Film(source='s', clips=mmkit.Clips(num_frames=9), flow=mmkit.Flow(draw='uniform', weighted=False), sampling=mmkit.Sampling(steps=5)))
+    video = mmkit.Config(task='wan2_1', weights='w', video=mmkit.VideoData(source='s', clips=mmkit.Clips(num_frames=9), flow=mmkit.Flow(draw='uniform', weighted=False), sampling=mmkit.Sampling(steps=5)))
     loaded: Config = mmkit.load_config(Path('config.json'))
     edited: Config = mmkit.form(config, ranks=2).config
     clips: mmkit.Clips = mmkit.form(mmkit.Clips()).config
     preset: Config = mmkit.PRESETS['toy']('w', mmkit.Data())
-    looked: Survey = mmkit.survey(data, 20)
+    looked: DataStatistics = mmkit.data_statistics(data, 20)
     run: Run = mmkit.launch(edited, 2, folder='runs/one')
     run = mmkit.resume(mmkit.Run('runs/one'), 2, ['loop.steps=9'], restarts=1)
     mmkit.watch(run)
@@ -46,7 +46,7 @@ def train(data: Conversations) -> str:
     mmkit.watch(mmkit.prepare_run(edited, hosts, 'runs/two'))
     print(lines, mmkit.shell_script(hosts, 'runs/two'), mmkit.slurm_script(lines.hosts, lines.run.folder))
     print(mmkit.runs('runs'), mmkit.watch_async(run))
-    cost: Estimate = mmkit.estimate(film, 8, speed=mmkit.speed_of(run))
+    cost: Estimate = mmkit.estimate(video, 8, speed=mmkit.speed_of(run))
     hours = (cost.seconds or 0.0) / 3600 + config.loop.steps + loaded.layout.tp + clips.num_frames + preset.seed + looked.count
     pictures = [mmkit.plot_losses([run]), mmkit.compare({'one': run}), mmkit.show_samples(run)]
     return f'{run.status}: {hours:.1f} h, {len(pictures)} pictures'
@@ -60,15 +60,15 @@ def convert() -> Report:
     return mmkit.llava_to_mllm('in.json', 'out.json', 'pictures')
 
 def ask() -> Extraction:
-    print(mmkit.chat('w', 'What is this?', images=['a.jpg']).text, [clip.fps for clip in mmkit.film('w', ['a dog'])])
+    print(mmkit.chat('w', 'What is this?', images=['a.jpg']).text, [clip.fps for clip in mmkit.generate('w', ['a dog'])])
     with mmkit.open_chat('w') as talk: talk.ask('Why?')
-    with mmkit.open_film('w') as studio: studio.film(['a dog'])
-    return mmkit.extract('films', 'w', 'features', mmkit.Clips(num_frames=9), ranks=2)
+    with mmkit.open_pipeline('w') as pipeline: pipeline.generate(['a dog'])
+    return mmkit.extract('videos', 'w', 'features', mmkit.Clips(num_frames=9), ranks=2)
 '''
 MISTAKES = {                                    # a line of a script: what is said of it
     "mmkit.Config(wieghts='w')": 'Unexpected keyword argument "wieghts"',
-    "mmkit.Loop(loss='words')": 'incompatible type "Literal[\'words\']"',
-    "mmkit.Layout(data='zero9')": "Literal['zero9']",
+    "mmkit.Loop(loss_reduction='words')": 'incompatible type "Literal[\'words\']"',
+    "mmkit.Layout(data_parallel='zero9')": "Literal['zero9']",
     "mmkit.Layout(tp='2')": 'incompatible type "str"; expected "int"',
     "mmkit.Confg(weights='w')": 'Module has no attribute "Confg"',
     "mmkit.override(mmkit.Layout(), []).tpp": '"Layout" has no attribute "tpp"',

@@ -7,10 +7,10 @@ from mmkit.datasets.clips import Clips
 from mmkit.datasets.features import Features, Index, OnlineFeatures, collate_features, extract_features
 from mmkit.datasets.video import VideoClips
 from mmkit.models.codecs import open_codecs
-from mmkit.toy.wan import film_clips, tiny_wan, write_exact, write_films
+from mmkit.toy.wan import video_clips, tiny_wan, write_exact, write_videos
 
 SMALL = Clips(num_frames=9, max_height=48, max_width=48)
-CLIPS, CAPTIONS = film_clips()
+CLIPS, CAPTIONS = video_clips()
 
 class Counted:
     "Encoders that remember what they were asked."
@@ -186,7 +186,7 @@ def wait_for(condition, seconds=60):
     while not condition(): assert time.monotonic() < until, 'it took too long'; time.sleep(0.01)
 
 def test_a_kill_loses_at_most_the_clip_in_hand(tmp_path):
-    source, store = write_films(tmp_path), tmp_path / 'features'
+    source, store = write_videos(tmp_path), tmp_path / 'features'
     kept = lambda: list(store.glob('latents/*/*.safetensors'))
     process = run(tmp_path, source, store, 0, 1)
     wait_for(lambda: len(kept()) >= 8)
@@ -198,7 +198,7 @@ def test_a_kill_loses_at_most_the_clip_in_hand(tmp_path):
     assert int(process.communicate(timeout=120)[0]) == 48 - done and len(Features(store)) == 48
 
 def test_ranks_share_one_index_without_waiting(tmp_path):
-    source, store = write_films(tmp_path), tmp_path / 'features'
+    source, store = write_videos(tmp_path), tmp_path / 'features'
     processes = [run(tmp_path, source, store, rank, 3) for rank in range(3)]
     assert [int(process.communicate(timeout=120)[0]) for process in processes] == [16, 16, 16]
     features = Features(store)

@@ -37,9 +37,9 @@ CASES = {
     'two resolutions': [(3, (3, 6, 6)), (1, (2, 4, 10))],
 }
 LAYOUTS = {
-    1: {'tp 1': Layout(data='ddp'), 'recompute': Layout(recompute='full')},
-    2: {'tp 2': Layout(tp=2, data='ddp'), 'tp 2, sequence parallel': Layout(tp=2, sequence_parallel=True, data='ddp'),
-        'tp 2, sequence parallel, recompute': Layout(tp=2, sequence_parallel=True, recompute='full'), 'dp 2': Layout(data='ddp'), 'dp 2, zero1, overlap': Layout(overlap=True)},
+    1: {'tp 1': Layout(data_parallel='ddp'), 'recompute': Layout(recompute='full')},
+    2: {'tp 2': Layout(tp=2, data_parallel='ddp'), 'tp 2, sequence parallel': Layout(tp=2, sequence_parallel=True, data_parallel='ddp'),
+        'tp 2, sequence parallel, recompute': Layout(tp=2, sequence_parallel=True, recompute='full'), 'dp 2': Layout(data_parallel='ddp'), 'dp 2, zero1, overlap': Layout(overlap=True)},
 }
 FLOW = Flow()
 
@@ -169,12 +169,12 @@ def half_step(folder, mesh):
     "Of a model in bfloat16: its loss before and after some steps of training, and which parameters are in float32 and which did not move."
     model, wrapped, task = open_model(folder, mesh, torch.bfloat16)
     batch, before = batches_of(MODELS['i2v'], 'three clips'), {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer, schedule = build_optimizer(wrapped, Optim(lr=1e-2, decay='constant'), mesh.layout, torch.bfloat16, 5)
+    optimizer, schedule = build_optimizer(wrapped, Optim(lr=1e-2, schedule='constant'), mesh.layout, torch.bfloat16, 5)
     losses = []
     for _ in range(5):
         losses.append(parity.step_gradients(task, wrapped, mesh, batch)[0])
         optimizer.step(); schedule.step(1)
-    if mesh.layout.overlap and mesh.layout.data == 'zero1': wrapped[0].start_param_sync(force_sync=True)
+    if mesh.layout.overlap and mesh.layout.data_parallel == 'zero1': wrapped[0].start_param_sync(force_sync=True)
     names = {piece.mm: piece.hf[0] for piece in pieces(task.towers)[0]}
     return dict(losses=losses, exact=sorted(names[name] for name, p in model.named_parameters() if p.dtype == torch.float32),
         still=[name for name, p in model.named_parameters() if torch.equal(p, before[name])])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEW_PREFIXES', 'UNREAD', 'HARMLESS', 'hub_name', 'ties_embeddings', 'open_safetensors', 'safetensors_index',
-           'open_shards', 'load_config_json', 'HFFolder', 'tied_copies', 'Ignored', 'load_mapped', 'load_peer_file',
+           'open_shards', 'load_config_json', 'HFFolder', 'tied_copies', 'Ignored', 'load_mapped', 'load_megatron_file',
            'rank_files', 'model_chunks', 'layer_count', 'Found', 'find_layout', 'compare_names', 'joined', 'unpack',
            'MMFolder', 'open_weights']
 
@@ -145,7 +145,7 @@ def load_mapped(path: Path) -> Any:
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED): return load()       # for a private map Linux wants room for all of it; nobody writes into this one
 
 
-def load_peer_file(path: Path) -> dict:
+def load_megatron_file(path: Path) -> dict:
     "The content of a .pt file with its tensors mapped, not read; a ValueError names the file when that takes running code."
     if not path.is_file(): raise ValueError(f'{path} is missing: the checkpoint is not complete')
     advice = 'mmkit reads tensors only and runs no code from a checkpoint'
@@ -180,7 +180,7 @@ def rank_files(path: Path) -> dict[tuple[int, int], Path]:
 # %% ../../nbs/4_converters/02_folders.ipynb #92612d53
 def model_chunks(file: Path) -> tuple[list[dict[str, Tensor]], set[str]]:
     "The tensors of each virtual chunk in a rank's file, and the names of what a training keeps beside them."
-    content = load_peer_file(file)
+    content = load_megatron_file(file)
     keys = ['model'] if 'model' in content else [f'model{v}' for v in range(len(content)) if f'model{v}' in content]
     if not keys: raise ValueError(f'{file} holds {some(map(str, content))} but no model')
     if flat := [key for key in keys if not isinstance(content[key], dict)]: raise ValueError(f'{file} holds no dictionary of tensors in {some(flat)}: give a Megatron checkpoint')

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..parallel.stages import Rows
+from ..parallel.stages import LayerSplit
 
 # %% ../../nbs/4_converters/00_weights.ipynb #8bccc3a8
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def join_rows(rule: Rule, parts: list[Tensor]) -> list[Runs]:
     return [[x] for x in rule.pack.unpack(rule.split.join(parts))]
 
 # %% ../../nbs/4_converters/00_weights.ipynb #86dda6e9
-def rows(layers: Iterable | None, depth: int, name: str = 'layers') -> Rows:
+def rows(layers: Iterable | None, depth: int, name: str = 'layers') -> LayerSplit:
     "`layers` as rows of numbers that add up to `depth`: None is one stage, [1, 3] is one row, [[1, 1], [1, 1]] two chunks."
     layers = list(layers or [depth])
     table = tuple(map(tuple, layers if isinstance(layers[0], (list, tuple)) else [layers]))
@@ -134,7 +134,7 @@ def rows(layers: Iterable | None, depth: int, name: str = 'layers') -> Rows:
 class Tower:
     "A stack of numbered layers with what comes before the first and after the last; it draws itself as a table."
     rules: tuple[Rule, ...]
-    layers: Rows
+    layers: LayerSplit
     name: str = 'tower'
     versioned: bool = True          # whether the peer notes a version in files without virtual chunks
 

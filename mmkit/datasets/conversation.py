@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Positions', 'COLOURS', 'Encoder', 'check_marks', 'open_encoder', 'Item', 'find_media', 'picture_item', 'clip_item',
            'to_sample', 'look', 'with_positions', 'encode_record', 'thumbnail', 'media_html', 'runs', 'token_html',
-           'View', 'Shelf', 'Listing', 'check_files', 'open_records', 'Conversations', 'Batch', 'shift', 'padding',
-           'collate_conversations', 'question', 'encode_prompt']
+           'View', 'PackedRecords', 'FileCache', 'check_files', 'open_records', 'Conversations', 'Batch', 'shift',
+           'padding', 'collate_conversations', 'question', 'encode_prompt']
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #cb22051c
 import base64
@@ -29,7 +29,7 @@ from ..core.values import require
 from .llava import Dropped, Report
 from .media import (MediaError, PatchRule, fit_area, frames_patches, open_image_processor, picture_patches, picture_rule, read_frames,
                                   read_picture, see, video_rule)
-from .turns import BadRecord, Record, Tokens, Turn, check_record, prompt_tokens, read_raw, split_files, to_record, to_tokens, vision_marks
+from .turns import BadRecord, Conversation, Tokens, Turn, check_record, prompt_tokens, read_raw, split_files, to_conversation, to_tokens, vision_marks
 
 Positions = Callable[[Tensor, Tensor, Tensor], 'Tensor | np.ndarray']      # input_ids (s,), grid (k, 3), seconds (k,) -> (3, s)
 
@@ -109,7 +109,7 @@ def to_sample(tokens: Tokens, images: Sequence[Item], videos: Sequence[Item], wi
                 seconds=torch.tensor([item.seconds for item in items], dtype=torch.float32), left_out=torch.tensor(tokens.left_out))
 
 
-def look(record: Record, encoder: Encoder) -> tuple[list[Item], list[Item]]:
+def look(record: Conversation, encoder: Encoder) -> tuple[list[Item], list[Item]]:
     "The pictures and the clips of a record as Items."
     return [picture_item(source, encoder) for source in record.images], [clip_item(source, encoder) for source in record.videos]
 
@@ -119,7 +119,7 @@ def with_positions(sample: dict, positions: Positions) -> dict:
     return {**sample, 'positions': torch.as_tensor(positions(sample['input_ids'], sample['grid'], sample['seconds']))}
 
 
-def encode_record(record: Record, encoder: Encoder, positions: Positions) -> dict:
+def encode_record(record: Conversation, encoder: Encoder, positions: Positions) -> dict:
     "The Sample of a record: `to_sample` and positions (3, s). Raises BadRecord or MediaError."
     images, videos = look(record, encoder)
     data = encoder.data
@@ -191,23 +191,23 @@ class View:
                 f'<details><summary>token by token</summary><div style="font-family:monospace">{"".join(boxes)}</div></details></div>')
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #dfcd73d5
-class Shelf:
+class PackedRecords:
     "Records as JSON in one array of bytes; [i] gives record i back."
 
-    def __init__(self, records: Iterable[Record]):
+    def __init__(self, records: Iterable[Conversation]):
         lines = [json.dumps(asdict(record), ensure_ascii=False).encode() for record in records]
         self.ends = np.cumsum([0, *map(len, lines)])
         self.bytes = np.frombuffer(b''.join(lines), np.uint8)
 
     def __len__(self) -> int: return len(self.ends) - 1
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Conversation:
         made = json.loads(self.bytes[self.ends[index]:self.ends[index + 1]].tobytes())
-        return Record(tuple(Turn(**turn) for turn in made['turns']), tuple(made['images']),
+        return Conversation(tuple(Turn(**turn) for turn in made['turns']), tuple(made['images']),
                       tuple(tuple(clip) if isinstance(clip, list) else clip for clip in made['videos']), made['system'], made['name'])
 
 
-class Listing:
+class FileCache:
     "Whether a file exists, from one listing per folder instead of one question per file."
 
     def __init__(self): self.names = {}
@@ -218,23 +218,23 @@ class Listing:
         return name in self.names[folder]
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #0744cfbf
-def check_files(record: Record, media_dir: str | Path, exists: Callable[[str], bool]) -> None:
+def check_files(record: Conversation, media_dir: str | Path, exists: Callable[[str], bool]) -> None:
     "Raises BadRecord naming the first picture or clip of the record that is not there."
     for name in (*record.images, *record.videos):
         for path in (name if isinstance(name, tuple) else (name,)):
             if not exists(find_media(path, media_dir, exists)): raise BadRecord(f'no file {path}, neither under {media_dir} nor as given')
 
 
-def open_records(data: Data) -> tuple[list[Record], Report]:
+def open_records(data: Data) -> tuple[list[Conversation], Report]:
     "The usable records of the files, and a Report that names the others."
     from tqdm.auto import tqdm
     files = split_files(data.files)
     require(files, 'data.files is empty: name one or more JSON or JSONL files')
     raws = [(f'{Path(file).name}[{number}]', raw) for file in files for number, raw in enumerate(read_raw(file))][:data.max_samples]
-    records, dropped, exists = [], [], Listing()
+    records, dropped, exists = [], [], FileCache()
     for index, (place, raw) in enumerate(tqdm(raws, unit=' records', mininterval=1, disable=len(raws) < 10_000)):
         try:
-            record = to_record(raw, data.columns)
+            record = to_conversation(raw, data.columns)
             check_record(record)
             check_files(record, data.media_dir, exists)
             records.append(replace(record, name=place))
@@ -251,7 +251,7 @@ class Conversations:
     def __init__(self, data: Data, folder: str | Path, positions: Positions):
         self.encoder, self.positions = open_encoder(folder, data), positions
         records, self.report = open_records(data)
-        self.shelf, self.broken = Shelf(records), dict[int, str]()
+        self.shelf, self.broken = PackedRecords(records), dict[int, str]()
 
     def __len__(self) -> int: return len(self.shelf)
 
@@ -308,16 +308,16 @@ def collate_conversations(samples: Sequence[dict], multiple: int = 1, pad: int =
     return batch
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #009263a5
-def question(messages: Any, images: Sequence, videos: Sequence, data: Data) -> Record:
-    "A Record that ends with the user's turn."
+def question(messages: Any, images: Sequence, videos: Sequence, data: Data) -> Conversation:
+    "A Conversation that ends with the user's turn."
     if isinstance(messages, str):
         marks = ('' if '<image>' in messages else '<image>' * len(images)) + ('' if '<video>' in messages else '<video>' * len(videos))
         messages = [dict(role='user', content=f'{marks}\n{messages}' if marks else messages)]
-    if not isinstance(messages, Record):
-        read = to_record({data.columns.messages: [asdict(turn) if isinstance(turn, Turn) else turn for turn in messages]}, data.columns)
-        messages = Record(read.turns, read.images + tuple(images), read.videos + tuple(videos), read.system)
+    if not isinstance(messages, Conversation):
+        read = to_conversation({data.columns.messages: [asdict(turn) if isinstance(turn, Turn) else turn for turn in messages]}, data.columns)
+        messages = Conversation(read.turns, read.images + tuple(images), read.videos + tuple(videos), read.system)
     turns = messages.turns[:-1] if messages.turns and messages.turns[-1].role == 'assistant' else messages.turns
-    record = Record(turns, messages.images, messages.videos, messages.system)
+    record = Conversation(turns, messages.images, messages.videos, messages.system)
     check_record(record, answered=False)
     return record
 
@@ -325,8 +325,8 @@ def question(messages: Any, images: Sequence, videos: Sequence, data: Data) -> R
 def encode_prompt(messages: Any, images: Sequence = (), videos: Sequence = (), *, encoder: Encoder, positions: Positions | None = None) -> dict:
     "A Sample that ends with the assistant's header, nothing cut or trained; positions (3, s) only if the function is given."
     record = question(messages, images, videos, encoder.data)
-    seen, films = look(record, encoder)
-    tokens = prompt_tokens(record.turns, [item.grid for item in seen], [item.grid for item in films], encoder.tokenizer,
+    seen, videos = look(record, encoder)
+    tokens = prompt_tokens(record.turns, [item.grid for item in seen], [item.grid for item in videos], encoder.tokenizer,
                            system=encoder.data.system if record.system is None else record.system, merge=encoder.picture.merge)
-    sample = to_sample(tokens, seen, films, encoder.picture.width)
+    sample = to_sample(tokens, seen, videos, encoder.picture.width)
     return with_positions(sample, positions) if positions else sample

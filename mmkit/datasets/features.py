@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Encoders', 'key_of', 'tensor_path', 'write_tensors', 'read_tensors', 'Index', 'Ready', 'stamp', 'get_ready',
            'Extraction', 'ahead', 'keep_clip', 'keep_nothing', 'extract_features', 'pt_tensors', 'read_pt',
-           'own_entries', 'peer_entries', 'Features', 'OnlineFeatures', 'pad_text', 'collate_features']
+           'own_entries', 'mindspeed_mm_entries', 'Features', 'OnlineFeatures', 'pad_text', 'collate_features']
 
 # %% ../../nbs/5_datasets/07_features.ipynb #18fa52ae
 import fcntl
@@ -235,7 +235,7 @@ def own_entries(folder: Path) -> tuple[list[dict], list[Dropped]]:
     return [line for line in lines if 'dropped' not in line], [Dropped(line['number'], line['name'], line['dropped']) for line in lines if 'dropped' in line]
 
 
-def peer_entries(file: Path) -> tuple[list[dict], list[Dropped]]:
+def mindspeed_mm_entries(file: Path) -> tuple[list[dict], list[Dropped]]:
     "The records of the peer's data.jsonl with their file and size, and those without one."
     kept, dropped = [], []
     for number, line in enumerate(filter(str.strip, file.read_text(encoding='utf-8').splitlines())):
@@ -256,7 +256,7 @@ class Features:
         self.folder = folder if folder.is_dir() else folder.parent
         own, peer = self.folder / 'index.jsonl', folder / 'data.jsonl' if folder.is_dir() else folder
         require(own.is_file() or peer.is_file(), f'{folder} holds neither index.jsonl nor data.jsonl: extract features into it first')
-        self.entries, dropped = own_entries(self.folder) if own.is_file() else peer_entries(peer)
+        self.entries, dropped = own_entries(self.folder) if own.is_file() else mindspeed_mm_entries(peer)
         self.report = ClipReport(len(self.entries), tuple(dropped))
         require(self.entries, f'{folder} holds no usable features{f"; the first: {dropped[0].reason}" if dropped else ""}')
         self.sizes = [tuple(entry['size']) for entry in self.entries]
@@ -272,7 +272,7 @@ class Features:
     @property
     def nothing(self) -> Tensor:
         "The vectors (L d) of the empty caption. Raises ValueError for the peer's features, which have none."
-        require((self.folder / 'nothing.json').is_file(), f'{self.folder} has no vectors of the empty caption: set film.caption_dropout=0, or extract the features with mmkit')
+        require((self.folder / 'nothing.json').is_file(), f'{self.folder} has no vectors of the empty caption: set video.caption_dropout=0, or extract the features with mmkit')
         return read_tensors(tensor_path(self.folder, 'text', load_json(self.folder / 'nothing.json')['text']))['text']
 
     def _repr_markdown_(self) -> str: return size_table(self.sizes)

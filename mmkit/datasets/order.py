@@ -190,7 +190,7 @@ def draw_sizes(order: SizeOrder, steps: int = 6) -> str:
 def check_shared_memory(least: int = 1 << 24) -> None:
     "Raises a ValueError where fewer than `least` bytes are left of the memory in which workers hand over samples: they would wait there without a word."
     room = shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else least
-    require(room >= least, f'/dev/shm, in which workers hand over samples, has {room} bytes left: start the container with --shm-size=16g, or set workers to 0 (data.workers=0, film.workers=0)')
+    require(room >= least, f'/dev/shm, in which workers hand over samples, has {room} bytes left: start the container with --shm-size=16g, or set workers to 0 (data.workers=0, video.workers=0)')
 
 # %% ../../nbs/5_datasets/05_order.ipynb #094296f1
 def micro_batches(order: Order) -> Iterator[list[int]]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Facts', 'missing_bytes', 'has_pictures', 'look_into', 'answer', 'serve', 'receive', 'end', 'Reader', 'exchange',
            'start', 'Take', 'find_lies', 'plan_take', 'ClipReport', 'same_names', 'VideoClips', 'look_at',
-           'first_readable', 'make_report', 'strip', 'film_html', 'draw_clips']
+           'first_readable', 'make_report', 'strip', 'video_html', 'draw_clips']
 
 # %% ../../nbs/5_datasets/06_video.ipynb #371b6d8e
 import base64
@@ -301,11 +301,11 @@ def strip(frames: np.ndarray, most: int = 6, height: int = 72, numbers: Sequence
     return ''.join(tags)
 
 
-def film_html(video: bytes, frames: np.ndarray, height: int = 192) -> str:
-    "HTML of an mp4 that plays, if it is not above 2 MB, and of a strip of its frames (t, h, w, 3) for pages where no film can."
+def video_html(video: bytes, frames: np.ndarray, height: int = 192) -> str:
+    "HTML of an mp4 that plays, if it is not above 2 MB, and of a strip of its frames (t, h, w, 3) for pages where no video can."
     data = base64.b64encode(video).decode() if len(video) < 2e6 else ''
-    film = f'<video controls loop autoplay muted playsinline height="{height}" style="image-rendering:pixelated" src="data:video/mp4;base64,{data}"></video><br>'
-    return f'{film if data else ""}{strip(frames)}'
+    player = f'<video controls loop autoplay muted playsinline height="{height}" style="image-rendering:pixelated" src="data:video/mp4;base64,{data}"></video><br>'
+    return f'{player if data else ""}{strip(frames)}'
 
 
 def draw_clips(clips: VideoClips, most: int = 6) -> str:

@@ -20,7 +20,7 @@ from ..core.device import Device, npu_facts, pick_device
 from .doctor import doctor
 from ..launcher.extract import extract
 from ..core.files import write_atomic
-from ..recipes.first_video import CLIPS, film_job
+from ..recipes.first_video import CLIPS, video_job
 from ..recipes.first_run import toy_job
 from ..models.costs import Talks
 from .operations import ALLOWED, OPERATIONS, attempt, compare_operations
@@ -33,17 +33,17 @@ from ..core.values import override, relative
 def small_jobs(folder: str | Path, steps: int = 20) -> dict[str, Config]:
     "A tiny model of each kind with its data below a folder, and what trains it."
     folder = Path(folder)
-    talks, films = toy_job(folder / 'talks', pictures=128, held_out=4, steps=steps), film_job(folder / 'films', steps=steps)
-    extract(folder / 'films' / 'data.json', films.weights, films.film.features, CLIPS, ranks=1, device='cpu')
-    jobs = {'Qwen2.5-VL, tiny': talks, 'Wan2.1, tiny': films}
-    return {name: replace(job, loop=replace(job.loop, global_batch=16, micro_batch=2, samples=None, sample_every=0, save_every=0)) for name, job in jobs.items()}
+    talks, videos = toy_job(folder / 'talks', pictures=128, held_out=4, steps=steps), video_job(folder / 'videos', steps=steps)
+    extract(folder / 'videos' / 'data.json', videos.weights, videos.video.features, CLIPS, ranks=1, device='cpu')
+    jobs = {'Qwen2.5-VL, tiny': talks, 'Wan2.1, tiny': videos}
+    return {name: replace(job, loop=replace(job.loop, global_batch=16, micro_batch=2, sample_prompts=None, sample_every=0, save_every=0)) for name, job in jobs.items()}
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #e53fce87
 WAYS: list[tuple[str, Callable[[int], list[str]]]] = [
     ('tp {}', lambda n: [f'layout.tp={n}']), ('tp {}, sequence parallel', lambda n: [f'layout.tp={n}', 'layout.sequence_parallel=true']), ('pp {}', lambda n: [f'layout.pp={n}']),
     ('cp {}, Ulysses', lambda n: [f'layout.cp={n}']), ('cp {}, ring', lambda n: [f'layout.cp={n}', 'layout.cp_kind=ring'])]
-PAIRS = {'cp 4, two by two': ['layout.cp=4', 'layout.cp_kind=usp'], 'tp 2, pp 2': ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2'], 'cp 2, fsdp': ['layout.cp=2', 'layout.data=fsdp'],
-         'tp 2, cp 2, zero1': ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data=zero1']}
+PAIRS = {'cp 4, two by two': ['layout.cp=4', 'layout.cp_kind=usp'], 'tp 2, pp 2': ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2'], 'cp 2, fsdp': ['layout.cp=2', 'layout.data_parallel=fsdp'],
+         'tp 2, cp 2, zero1': ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data_parallel=zero1']}
 
 def allowed(config: Config, words: Sequence[str], ranks: int) -> bool:
     "Whether the model can be laid out like this over so many ranks."
@@ -53,7 +53,7 @@ def allowed(config: Config, words: Sequence[str], ranks: int) -> bool:
 def layouts_of(config: Config, ranks: int) -> dict[str, list[str]]:
     "The layouts to try over all ranks: what is different, by title."
     if ranks < 2: return {}
-    found = {data: [f'layout.data={data}'] for data in ('zero1', 'fsdp')}
+    found = {data: [f'layout.data_parallel={data}'] for data in ('zero1', 'fsdp')}
     for title, words in WAYS:
         widest = next((n for n in (8, 4, 2) if ranks % n == 0 and allowed(config, words(n), ranks)), None)
         if widest: found[title.format(widest)] = words(widest)
@@ -75,16 +75,16 @@ def measures(run: Run, config: Config, ranks: int, peak: float | None) -> dict[s
     if peak is None: return found
     foreseen = plan(config, ranks)
     share = 1.0                                                              # a plan counts the fullest micro-batches; conversations are shorter
-    if isinstance(foreseen.load, Talks): share = tokens / (sum(foreseen.load.lengths) * foreseen.count * config.layout.copies(ranks))
+    if isinstance(foreseen.load, Talks): share = tokens / (sum(foreseen.load.lengths) * foreseen.count * config.layout.replicas(ranks))
     return found | dict(mfu=share * statistics.mean(place.flops for place in foreseen.places) / seconds / peak)
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #9da7e771
 def rows_of(config: Config, device: Device, ranks: int) -> dict[str, tuple[int, list[str]]]:
     "For every run of a job its ranks and what is different."
     here, exact, own = [f'device={device.name}'], 'dtype=float32', f'dtype={device.dtype}'
-    rows = {'CPU': (1, ['device=cpu', exact, 'layout.data=ddp'])} | ({} if device.name == 'cpu' else {'one rank': (1, [*here, exact, 'layout.data=ddp'])})
-    if own != exact: rows |= {f'one rank, {device.dtype}': (1, [*here, own, 'layout.data=ddp'])} | ({f'zero1, {device.dtype}': (ranks, [*here, own, 'layout.data=zero1'])} if ranks > 1 else {})
-    return rows | {title: (ranks, [*here, exact, 'layout.data=ddp', *words]) for title, words in layouts_of(config, ranks).items()}
+    rows = {'CPU': (1, ['device=cpu', exact, 'layout.data_parallel=ddp'])} | ({} if device.name == 'cpu' else {'one rank': (1, [*here, exact, 'layout.data_parallel=ddp'])})
+    if own != exact: rows |= {f'one rank, {device.dtype}': (1, [*here, own, 'layout.data_parallel=ddp'])} | ({f'zero1, {device.dtype}': (ranks, [*here, own, 'layout.data_parallel=zero1'])} if ranks > 1 else {})
+    return rows | {title: (ranks, [*here, exact, 'layout.data_parallel=ddp', *words]) for title, words in layouts_of(config, ranks).items()}
 
 def trained(config: Config, ranks: int, device: Device, folder: Path, peak: float | None, reference: list[float] | None, allowed: float) -> dict[str, Any]:
     "Losses of a run, how far they are from the CPU's (None: it is the CPU's), and its speed."

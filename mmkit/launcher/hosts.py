@@ -29,7 +29,7 @@ import psutil
 from ..config import Config
 from ..core.device import INTERFACES, NPU_DEFAULTS, Device, Place, npu_installed, pick_device, place
 from ..core.files import Jsonl, load_json, read_end, write_atomic
-from ..core.ranks import answers, close_group, follow_parent, last_words, leave, run_target
+from ..core.ranks import answers, close_group, follow_parent, find_traceback, leave, run_target
 from .run import Run, make_folder
 from ..trainer.plan import check_files, shape_of
 from ..core.values import dumps, require
@@ -208,7 +208,7 @@ def main(folder: str | Path, name: str, ranks: int, limit: float) -> None:
     if here.local_rank == 0:
         talking.start()
         threading.Thread(target=keep_listening, args=[silence, alarm, folder / 'log' / 'beat' if here.rank == 0 else None], daemon=True).start()
-    if code := run_target('mmkit.trainer.loop', [str(folder)]): fail(log, console, last_words(read_end(Path(f'{log}.txt'))), code)
+    if code := run_target('mmkit.trainer.loop', [str(folder)]): fail(log, console, find_traceback(read_end(Path(f'{log}.txt'))), code)
     silence.over.set()
     if here.local_rank == 0: talking.join(5)
     if here.rank == 0: close_notes(folder)

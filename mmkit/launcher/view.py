@@ -21,18 +21,18 @@ from typing import Any
 
 from ..core.plots import draw_curves, smoothed, smoothing, to_png
 from ..datasets.media import read_frames
-from ..datasets.video import film_html
+from ..datasets.video import video_html
 from ..core.files import Jsonl, load_json
 from .folder import RunFolder, duration, memory_words, other_machine, progress, read_failure, seconds_left, started
 
 # %% ../../nbs/7_launcher/01_view.ipynb #12e59ae8
 def thumbnail(places: Sequence[Path], name: str | None, width: int = 160) -> str:
-    "HTML of the picture or film `name`, `width` pixels wide, looked for in several folders; its name when it cannot be shown."
+    "HTML of the picture or video `name`, `width` pixels wide, looked for in several folders; its name when it cannot be shown."
     path = next((place / name for place in places if name and (place / name).is_file()), None)
     if path is None: return escape(f'{name} (not found)') if name else ''
     from PIL import Image
     try:
-        if path.suffix == '.mp4': return film_html(path.read_bytes(), read_frames(path, video_fps=1e6, video_maxlen=6).pixels, width)
+        if path.suffix == '.mp4': return video_html(path.read_bytes(), read_frames(path, video_fps=1e6, video_maxlen=6).pixels, width)
         picture = Image.open(path).convert('RGB')
     except (OSError, ValueError): return escape(f'{path.name} (not readable)')
     picture.thumbnail((width, width))
@@ -52,7 +52,7 @@ def answer_html(sample: dict) -> str:
 
 # %% ../../nbs/7_launcher/01_view.ipynb #16c93117
 def samples_html(run: RunFolder, step: int | None = None, count: int = 8, columns: int = 1) -> str:
-    "An HTML table of the samples after `step` (default: the newest), several beside each other: picture, question, answer and what was expected, or film and prompt. Empty when there is none."
+    "An HTML table of the samples after `step` (default: the newest), several beside each other: picture, question, answer and what was expected, or video and prompt. Empty when there is none."
     files = {int(path.stem.split('-')[1]): path for path in sorted((run.folder / 'samples').glob('step-*.json'))}
     if not files: return ''
     step = max(files) if step is None else step

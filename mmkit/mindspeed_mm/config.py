@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from .fields import DEFAULTS, PROGRAMS, TABLES, Fate, Unfit, fate_of, model_folder
+from .fields import DEFAULTS, PROGRAMS, TABLES, FieldMapping, Unfit, mapping_of, model_folder
 from .script import MARK, Example, Field, read_example
 from ..core.values import read, require
 
 # %% ../../nbs/9_tools/02_mindspeed_mm.config.ipynb #0c3cd76e
-BASE: dict[str, dict[str, Any]] = {'qwen2_5_vl': {'task': 'qwen2_5_vl', 'layout.data': 'ddp', 'dtype': 'float32', 'loop.loss': 'micro_batch', 'freeze': ('vision',)},
-    'wan2_1': {'task': 'wan2_1', 'layout.data': 'ddp', 'dtype': 'float32', 'film.caption_dropout': 0.0}}
+BASE: dict[str, dict[str, Any]] = {'qwen2_5_vl': {'task': 'qwen2_5_vl', 'layout.data_parallel': 'ddp', 'dtype': 'float32', 'loop.loss_reduction': 'micro_batch', 'freeze': ('vision',)},
+    'wan2_1': {'task': 'wan2_1', 'layout.data_parallel': 'ddp', 'dtype': 'float32', 'video.caption_dropout': 0.0}}
 
-ABSENT = {'layout.data': 'no --use-distributed-optimizer', 'dtype': 'no --bf16', 'loop.loss': 'no --calculate-per-token-loss', 'freeze': 'no vision_encoder.freeze', 'film.caption_dropout': 'no captions dropped'}
+ABSENT = {'layout.data_parallel': 'no --use-distributed-optimizer', 'dtype': 'no --bf16', 'loop.loss_reduction': 'no --calculate-per-token-loss', 'freeze': 'no vision_encoder.freeze', 'video.caption_dropout': 'no captions dropped'}
 
 
 def tree_of(settings: Mapping[str, Any]) -> dict:
@@ -40,13 +40,13 @@ def tree_of(settings: Mapping[str, Any]) -> dict:
 TITLES = {'same': 'carried over', 'other': 'carried over with another meaning', 'left': 'not carried over'}
 
 
-def gather(pairs: Iterable[tuple[Field, Fate]]) -> list[tuple[bool, str, str]]:
-    "Fields of one fate in one line: whether it is loud, what became of them, and which they are; loud ones first."
+def gather(pairs: Iterable[tuple[Field, FieldMapping]]) -> list[tuple[bool, str, str]]:
+    "Fields of one mapping in one line: whether it is loud, what became of them, and which they are; loud ones first."
     gathered: dict[tuple, list[str]] = defaultdict(list)
-    for field, fate in sorted(pairs, key=lambda pair: not pair[1].loud):
-        ours = ', '.join(f'{name}={value!r}' for name, value in fate.settings.items())
-        text = f'{ours} ({fate.words})' if ours and fate.words else ours or fate.words
-        gathered[fate.loud, text].append(f"{field} (the peer's default)" if field.kind == 'default' else str(field))
+    for field, mapping in sorted(pairs, key=lambda pair: not pair[1].loud):
+        ours = ', '.join(f'{name}={value!r}' for name, value in mapping.settings.items())
+        text = f'{ours} ({mapping.words})' if ours and mapping.words else ours or mapping.words
+        gathered[mapping.loud, text].append(f"{field} (the peer's default)" if field.kind == 'default' else str(field))
     return [(loud, text, ', '.join(fields)) for (loud, text), fields in gathered.items()]
 
 # %% ../../nbs/9_tools/02_mindspeed_mm.config.ipynb #c2e80d7c
@@ -55,23 +55,23 @@ class Carried:
     "A training of MindSpeed-MM as a config (None when it is not whole), what became of every field, what stands in the way, and on how many ranks it ran."
     example: Example
     config: Config | None
-    fates: tuple[tuple[Field, Fate], ...]
+    mappings: tuple[tuple[Field, FieldMapping], ...]
     problems: tuple[str, ...]
     ranks: int | None
 
-    def group(self, name: str) -> list[tuple[Field, Fate]]:
-        "The fields with a fate of this group."
-        return [pair for pair in self.fates if pair[1].group == name]
+    def group(self, name: str) -> list[tuple[Field, FieldMapping]]:
+        "The fields with a mapping of this group."
+        return [pair for pair in self.mappings if pair[1].group == name]
 
     @property
-    def title(self) -> str: return f'{self.example.script}: {len(self.fates)} fields' + (f', {self.ranks} ranks' if self.ranks else '')
+    def title(self) -> str: return f'{self.example.script}: {len(self.mappings)} fields' + (f', {self.ranks} ranks' if self.ranks else '')
 
     def __str__(self) -> str:
         said = [self.title]
         for group, title in TITLES.items():
             said.append(f'\n{title} ({len(self.group(group))})')
             said += [f'  {"! " if loud else ""}{text}: {fields}' if group == 'left' else f'  {fields} -> {text}' for loud, text, fields in gather(self.group(group))]
-        if any(fate.loud for _, fate in self.fates): said.append('\n! changes what is trained')
+        if any(mapping.loud for _, mapping in self.mappings): said.append('\n! changes what is trained')
         return '\n'.join([*said, *(f'\nin the way: {problem}' for problem in self.problems)])
 
     def _repr_html_(self) -> str:
@@ -82,18 +82,18 @@ class Carried:
         return ''.join(html)
 
 # %% ../../nbs/9_tools/02_mindspeed_mm.config.ipynb #a3900ebf
-def settle(example: Example, task: str) -> tuple[list[tuple[Field, Fate]], list[str]]:
-    "The fate of every field, the peer's defaults included, and what stands in the way."
-    fates, problems = [], []
+def settle(example: Example, task: str) -> tuple[list[tuple[Field, FieldMapping]], list[str]]:
+    "The mapping of every field, the peer's defaults included, and what stands in the way."
+    mappings, problems = [], []
     defaults = [Field('', 'default', name, value) for name, value in DEFAULTS.items() if example.get(name) is None]
     for field in (*example.fields, *defaults):
-        try: fates.append((field, fate_of(field, example, task)))
+        try: mappings.append((field, mapping_of(field, example, task)))
         except Unfit as error:
-            fates.append((field, Fate('left', {}, 'it stands in the way, see below', True)))
+            mappings.append((field, FieldMapping('left', {}, 'it stands in the way, see below', True)))
             problems.append(str(error))
-    told = {name for _, fate in fates for name in fate.settings}
-    fates += [(Field('', 'default', ABSENT[name], ''), Fate('same', {name: value})) for name, value in BASE[task].items() if name in ABSENT and name not in told]
-    return fates, problems
+    told = {name for _, mapping in mappings for name in mapping.settings}
+    mappings += [(Field('', 'default', ABSENT[name], ''), FieldMapping('same', {name: value})) for name, value in BASE[task].items() if name in ABSENT and name not in told]
+    return mappings, problems
 
 
 def rank_count(example: Example) -> int | None:
@@ -113,7 +113,7 @@ def explain(example: Example, problems: list[str]) -> list[str]:
 
 # %% ../../nbs/9_tools/02_mindspeed_mm.config.ipynb #bd5ab2c2
 NO_TRAINING = {'posttrain_sora_dpo.py': 'mmkit has no training by preference', 'get_wan_feature.py': 'it trains nothing; mmkit extract-features CLIPS --weights FOLDER --to FEATURES does the same',
-    **dict.fromkeys(('inference_vlm.py', 'evaluate_vlm.py'), 'it trains nothing; mmkit chat asks a model'), 'inference_sora.py': 'it trains nothing; mmkit film asks a model'}
+    **dict.fromkeys(('inference_vlm.py', 'evaluate_vlm.py'), 'it trains nothing; mmkit chat asks a model'), 'inference_sora.py': 'it trains nothing; mmkit generate asks a model'}
 
 
 def begin(example: Example, task: str) -> dict[str, Any]:
@@ -142,8 +142,8 @@ def from_mindspeed_mm(folder: str | Path, script: str | Path | None = None, give
     require(example.get('--mm-model') is not None, f'{example.script}: --mm-model is missing: add it')
     require(model in ('qwen2_5vl', 'wandit'), f'{example.get("--mm-model")}: {model_id} is {model!r}; mmkit trains qwen2_5vl and wandit')
     ranks = rank_count(example)
-    fates, problems = settle(example, task)
-    settings = {**begin(example, task), **{name: value for _, fate in fates for name, value in fate.settings.items()}}
+    mappings, problems = settle(example, task)
+    settings = {**begin(example, task), **{name: value for _, mapping in mappings for name, value in mapping.settings.items()}}
     if ranks and '--global-batch-size' not in {field.name for field in example.fields}: settings['loop.global_batch'] = settings['loop.micro_batch'] * max(1, ranks // (settings.get('layout.tp', 1) * settings.get('layout.pp', 1) * settings.get('layout.cp', 1)))
     config = whole_config(example, settings, ranks, problems)
-    return Carried(example, config, tuple(fates), tuple(explain(example, problems)), ranks)
+    return Carried(example, config, tuple(mappings), tuple(explain(example, problems)), ranks)

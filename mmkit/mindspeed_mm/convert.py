@@ -116,7 +116,7 @@ WAN = (
     (TARGET + 'tp_size', int, 1, 'number of tensor-parallel ranks'), OVERWRITE)
 WAN_UNUSED = ((TARGET + 'ep_size', int, 1, 'the model has no experts'), ('cfg.lora_path', str, None, 'LoRA weights are merged by mm_to_hf and merge_lora_to_base'))
 WAN_REFUSED = {
-    'layerzero_to_mm': 'the shards of a LayerZero training are pickled objects of MindSpeed: merge them with MindSpeed-MM, then mm_to_hf reads what it wrote (mmkit needs no such step: layout.data=fsdp saves Hugging Face folders)'}
+    'layerzero_to_mm': 'the shards of a LayerZero training are pickled objects of MindSpeed: merge them with MindSpeed-MM, then mm_to_hf reads what it wrote (mmkit needs no such step: layout.data_parallel=fsdp saves Hugging Face folders)'}
 REFUSED_FIELDS = tuple((name, Any, None, 'understood, not used') for name in (*(name for name, *_ in WAN + WAN_UNUSED), 'iteration', 'prefix', 'ema_model'))
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #540df216

@@ -16,12 +16,12 @@ from ..config import Sampling
 from ..core.values import require
 from .wan2_1 import Wan2_1
 from ..parallel.mesh import Mesh
-from ..parallel.pipeline import relay
+from ..parallel.pipeline import forward_through_stages
 
 # %% ../../nbs/3_models/09_denoise.ipynb #dd076a5f
 def as_one(chunks: Sequence[Wan2_1], mesh: Mesh) -> Callable[..., Tensor]:
     "This rank's stages as the model they are a part of: called with what the model takes, its velocity comes out on every rank."
-    return lambda *inputs: relay(chunks, mesh, lambda chunk, x: chunk(*inputs, received=x))
+    return lambda *inputs: forward_through_stages(chunks, mesh, lambda chunk, x: chunk(*inputs, received=x))
 
 def guided(model: Callable[..., Tensor], words: Tensor, nothing: Tensor, guidance: float, first: Tensor | None = None, image: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     "Velocity of clips (b c f h w) at times (b): away from `nothing` (b s d) towards `words` (b s d), `guidance` times as far."

@@ -15,7 +15,7 @@ from torch import Tensor
 from .qwen2_5_vl import Qwen2_5_VL
 from ..parallel.attention import Attend, Cache, segments
 from ..parallel.mesh import Mesh
-from ..parallel.pipeline import relay
+from ..parallel.pipeline import forward_through_stages
 
 Pick = Callable[[Tensor], Tensor]           # logits (n, vocabulary) -> ids (n,)
 
@@ -61,13 +61,13 @@ def tokens(chunks: Sequence[Qwen2_5_VL], batch: dict, prompts: int, room: int, m
     caches = {chunk.stage.index: [Cache(lengths.tolist(), room) for _ in chunk.stage.layers['text']] for chunk in chunks}
     within = segments(batch['lengths'].tolist(), causal=True, device=device)
     choose = lambda chunk, x, rows: pick(whole_logits(chunk, x[rows], mesh)) if chunk.stage.last else x
-    ids = relay(chunks, mesh, lambda chunk, x: choose(chunk, chunk.hidden(batch, x, [cache.fill(within) for cache in caches[chunk.stage.index]]), last))
+    ids = forward_through_stages(chunks, mesh, lambda chunk, x: choose(chunk, chunk.hidden(batch, x, [cache.fill(within) for cache in caches[chunk.stage.index]]), last))
     place = torch.stack([part.max() for part in batch['positions'][:, :int(lengths.sum())].split(lengths.tolist(), 1)])
     for left in reversed(range(room)):
         yield ids
         if not left: return
         place = place + 1
-        ids = relay(chunks, mesh, lambda chunk, x: choose(chunk, further(chunk, x, ids, place, [cache.step(filled) for cache in caches[chunk.stage.index]]), slice(None)))
+        ids = forward_through_stages(chunks, mesh, lambda chunk, x: choose(chunk, further(chunk, x, ids, place, [cache.step(filled) for cache in caches[chunk.stage.index]]), slice(None)))
         filled = filled + 1
 
 # %% ../../nbs/3_models/08_generate.ipynb #8e9e455a

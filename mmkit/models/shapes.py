@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'VisionShape', 'vision_costs', 'dealt', 'check_text', 'TextShape', 'text_costs', 'QwenShape', 'WanShape',
-           'check_wan', 'own_class', 'rows_of', 'transformer_of', 'text_room', 'shape_of']
+           'check_wan', 'own_class', 'layer_splits', 'transformer_of', 'text_room', 'shape_of']
 
 # %% ../../nbs/3_models/01_shapes.ipynb #6f22b7cd
 import importlib.util
@@ -18,7 +18,7 @@ from typing import Any
 from ..config import Config, Layout
 from ..core.files import load_json
 from ..core.values import require
-from ..parallel.stages import Rows, check_cut, layer_rows, stages
+from ..parallel.stages import LayerSplit, check_cut, layer_rows, stages
 
 # %% ../../nbs/3_models/01_shapes.ipynb #e373596c
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def own_class(task: str) -> type:
 # %% ../../nbs/3_models/01_shapes.ipynb #0b46c0f2
 SHAPES = {'qwen2_5_vl': QwenShape, 'wan2_1': WanShape}
 
-def rows_of(shape: QwenShape | WanShape, layout: Layout) -> dict[str, Rows]:
+def layer_splits(shape: QwenShape | WanShape, layout: Layout) -> dict[str, LayerSplit]:
     "Rows of layers for each tower of a model, as the layout gives them or balanced."
     return layer_rows(shape.costs, layout)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Layout
-from .rope import apply_rope, cos_sin, mrope
+from .rope import apply_rotary, cos_sin, mrope
 from .shapes import TextShape
 from ..parallel.attention import Attend
 from ..parallel.engine import megatron
@@ -34,12 +34,12 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         qkv = apply_linear(self.linear_qkv, x).transpose(0, 1).unflatten(-1, (-1, self.ratio + 2, self.head_width))     # b s g ratio+2 d
         q, k, v = qkv[..., :self.ratio, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
-        mixed = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        mixed = attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
         return apply_linear(self.linear_proj, mixed.flatten(2).transpose(0, 1))
 
 def text_layer(shape: TextShape, config: Any, layout: Layout) -> Layer:
     "A layer of the tower."
-    mlp = Mlp(config, shape.width, shape.hidden, shape.width, bias=False, gated=True, again=layout.recompute == 'selective')
+    mlp = Mlp(config, shape.width, shape.hidden, shape.width, bias=False, gated=True, recompute=layout.recompute == 'selective')
     return Layer(config, shape.width, shape.epsilon, TextAttention(shape, config), mlp)
 
 # %% ../../nbs/3_models/03_text.ipynb #29812ad9

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Layout
-from .rope import apply_rope, cos_sin, rope_2d
+from .rope import apply_rotary, cos_sin, rope_2d
 from .shapes import VisionShape
 from ..parallel.attention import Attend, segments
 from ..parallel.layers import Layer, Mlp, Norm, apply_linear, column_linear, engine_config, recompute, row_linear
@@ -72,12 +72,12 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         qkv = apply_linear(self.linear_qkv, x).transpose(0, 1).unflatten(-1, (-1, 3, self.head_width))        # b s h 3 d
         q, k, v = qkv.unbind(-2)
-        mixed = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        mixed = attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
         return apply_linear(self.linear_proj, mixed.flatten(2).transpose(0, 1))
 
 def vision_layer(shape: VisionShape, config: Any, layout: Layout) -> Layer:
     "A layer of the tower."
-    mlp = Mlp(config, shape.width, shape.hidden, shape.width, bias=True, gated=True, again=layout.recompute == 'selective')
+    mlp = Mlp(config, shape.width, shape.hidden, shape.width, bias=True, gated=True, recompute=layout.recompute == 'selective')
     return Layer(config, shape.width, shape.epsilon, VisionAttention(shape, config), mlp)
 
 # %% ../../nbs/3_models/02_vision.ipynb #cc086da0

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['gelu', 'grid_of', 'patchify', 'unpatchify', 'tokenwise', 'PatchEmbed', 'rope_3d', 'quiet_linear', 'Attention',
-           'SelfAttention', 'CrossAttention', 'LayerNorm', 'modulated', 'gated', 'Block', 'waves', 'linear',
-           'TextEmbed', 'ImageEmbed', 'Head', 'padded', 'per_clip', 'Told', 'unpack', 'Beginning', 'Wan2_1']
+           'SelfAttention', 'CrossAttention', 'LayerNorm', 'modulated', 'gated', 'Block', 'sinusoidal_embedding',
+           'linear', 'TextEmbed', 'ImageEmbed', 'Head', 'padded', 'per_clip', 'Conditioning', 'unpack', 'Beginning',
+           'Wan2_1']
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #29070e47
 import math
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 
 from ..config import Layout
 from ..core.values import require
-from .rope import turn_pairs
+from .rope import apply_rotary_interleaved
 from .shapes import WanShape
-from ..parallel.attention import Attend, WholeRow, attend, row_attention, row_places
-from ..parallel.autograd import RowNorm, Shared
+from ..parallel.attention import Attend, GatherSequence, attend, packed_attention, rank_positions
+from ..parallel.autograd import SplitRMSNorm, Shared
 from ..parallel.engine import megatron
 from ..parallel.layers import activated, apply_linear, as_allocated, column_linear, engine_config, recompute, row_linear, same_sequence, slice_sequence, whole_sequence
 from ..parallel.mesh import Axis, Mesh
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width, width = shape.head_width, shape.width
         self.proj_q, self.proj_k, self.proj_v = (quiet_linear(quiet, width, width) for _ in range(3))
-        self.q_norm, self.k_norm = (RowNorm(config, axis, width, shape.epsilon) for _ in range(2))
+        self.q_norm, self.k_norm = (SplitRMSNorm(config, axis, width, shape.epsilon) for _ in range(2))
         self.proj_out = row_linear(config, width, width, bias=True)
 
     def heads(self, x: Tensor) -> Tensor: return x.transpose(0, 1).unflatten(-1, (-1, self.head_width))          # s b n -> b s h d
@@ -102,7 +103,7 @@ class SelfAttention(Attention):
     "Each token of a clip sees all others."
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = self.inward(x, x)
-        return self.outward(attend(turn_pairs(q, cos, sin), turn_pairs(k, cos, sin), v))
+        return self.outward(attend(apply_rotary_interleaved(q, cos, sin), apply_rotary_interleaved(k, cos, sin), v))
 
 class CrossAttention(Attention):
     "Each token of a clip sees the text, and the tokens of a picture if there is one."
@@ -110,7 +111,7 @@ class CrossAttention(Attention):
         super().__init__(shape, config, quiet, axis)
         if shape.image_width is None: return
         self.k_img, self.v_img = (quiet_linear(quiet, shape.width, shape.width) for _ in range(2))
-        self.k_norm_img = RowNorm(config, axis, shape.width, shape.epsilon)
+        self.k_norm_img = SplitRMSNorm(config, axis, shape.width, shape.epsilon)
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
         q, k, v = self.inward(x, text)
@@ -141,9 +142,9 @@ gelu = partial(F.gelu, approximate='tanh')
 
 class Block(nn.Module):
     "Self-attention, cross-attention and an mlp over tokens (s b width), the first and the last modulated by time (b 6 width)."
-    def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis, again: bool = False):
+    def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis, recompute: bool = False):
         super().__init__()
-        self.config, self.epsilon, self.again = config, shape.epsilon, again
+        self.config, self.epsilon, self.recompute = config, shape.epsilon, recompute
         self.modulation = tokenwise(nn.Parameter(torch.empty(1, 6, shape.width)), config)
         self.self_attn = SelfAttention(shape, config, quiet, axis)
         self.norm3 = LayerNorm(config, shape.width, shape.epsilon)
@@ -156,10 +157,10 @@ class Block(nn.Module):
         x = gated(x, self.self_attn(seen, cos, sin, attend), gate)
         x = x + self.cross_attn(whole_sequence(self.norm3(x), self.config), text, image)
         inner = apply_linear(self.ffn['0'], modulated(x, mlp_scale, mlp_shift, self.epsilon))
-        return gated(x, activated(self.ffn['2'], gelu, inner, self.again), mlp_gate)
+        return gated(x, activated(self.ffn['2'], gelu, inner, self.recompute), mlp_gate)
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #08373159
-def waves(time: Tensor, width: int) -> Tensor:
+def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
     "Cosines, then sines (b width) of times (b), in float32."
     angles = time.float()[:, None] * torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2, dtype=torch.float32, device=time.device))
     return torch.cat([angles.cos(), angles.sin()], -1)
@@ -214,7 +215,7 @@ def per_clip(x: Tensor, config: Any, axis: Axis) -> Tensor:
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #17fdb8f2
 @dataclass(frozen=True)
-class Told:
+class Conditioning:
     "What every block of a clip reads beside its tokens: the time (b width) and its modulation (b 6 width), text (l b width), and a picture (n b width) or None."
     vector: Tensor
     modulation: Tensor
@@ -225,10 +226,10 @@ class Told:
         "One tensor (all b width) with the tokens x (s b width) at its end: what a stage sends to the next."
         return torch.cat([part for part in (self.vector[None], self.modulation.transpose(0, 1), self.words, self.picture, x) if part is not None])
 
-def unpack(received: Tensor, words: int, picture: int) -> tuple[Told, Tensor]:
+def unpack(received: Tensor, words: int, picture: int) -> tuple[Conditioning, Tensor]:
     "What `pack` joined, and the tokens; `words` and `picture` are numbers of tokens."
     vector, modulation, text, image, x = received.split([1, 6, words, picture, len(received) - 7 - words - picture])
-    return Told(vector[0], modulation.transpose(0, 1), text, image if picture else None), x
+    return Conditioning(vector[0], modulation.transpose(0, 1), text, image if picture else None), x
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #c08b48a7
 class Beginning(nn.Module):
@@ -242,12 +243,12 @@ class Beginning(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), linear(width, 6 * width, dtype))
         if shape.image_width: self.img_emb = ImageEmbed(shape, quiet)
 
-    def tell(self, time: Tensor, text: Tensor, image: Tensor | None) -> Told:
+    def make_conditioning(self, time: Tensor, text: Tensor, image: Tensor | None) -> Conditioning:
         "What is read beside the tokens, from times (b), text (b s text_width) and image (b n image_width)."
         words, picture = (None if x is None else Shared.apply(x, self.mesh.tp) for x in (self.text_embedding(text), image if image is None else self.img_emb(image)))
-        vector = self.time_embedding(waves(time, self.shape.time_width)).to(words.dtype)
+        vector = self.time_embedding(sinusoidal_embedding(time, self.shape.time_width)).to(words.dtype)
         modulation = self.time_projection(vector).unflatten(-1, (6, -1))
-        return Told(*(per_clip(x, self.config, self.mesh.tp) for x in (vector, modulation)), words, picture)
+        return Conditioning(*(per_clip(x, self.config, self.mesh.tp) for x in (vector, modulation)), words, picture)
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #6f26fa95
 class Wan2_1(Beginning):
@@ -266,13 +267,13 @@ class Wan2_1(Beginning):
         "Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s text_width), zeros behind it, and image (b n image_width); or what the next stage is to receive."
         require((image is None) == (self.shape.image_width is None), f'the model {"needs image features" if image is None else "takes no image"}; its image_dim is {self.shape.image_width}')
         grid, patches = grid_of(latents, self.shape), patchify(latents, self.shape.patch)
-        length, row = len(patches), padded(patches, self.mesh.layout.row_multiple)
-        held = row_places(len(row), self.mesh.layout)[self.mesh.cp.rank]
+        length, row = len(patches), padded(patches, self.mesh.layout.sequence_multiple)
+        held = rank_positions(len(row), self.mesh.layout)[self.mesh.cp.rank]
         cos, sin = (padded(table, len(row))[held].to(latents.device) for table in rope_3d(grid, self.shape.head_width))
-        if self.stage.first: told, x = self.tell(time, text, image), self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
-        else: told, x = unpack(received, text.shape[1], 0 if image is None else image.shape[1])
-        within = row_attention([length, len(row) - length], False, self.mesh)                 # clips do not see the padding behind them
-        for number, block in enumerate(self.blocks): x = recompute(self.mesh.layout, number, partial(block, attend=within), x, told.modulation, told.words, told.picture, cos, sin)
-        if not self.stage.last: return told.pack(x)
-        patches = WholeRow.apply(same_sequence(self.head(x, told.vector), self.config), self.mesh)          # every rank computes the same loss
+        if self.stage.first: conditioning, x = self.make_conditioning(time, text, image), self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
+        else: conditioning, x = unpack(received, text.shape[1], 0 if image is None else image.shape[1])
+        within = packed_attention([length, len(row) - length], False, self.mesh)                 # clips do not see the padding behind them
+        for number, block in enumerate(self.blocks): x = recompute(self.mesh.layout, number, partial(block, attend=within), x, conditioning.modulation, conditioning.words, conditioning.picture, cos, sin)
+        if not self.stage.last: return conditioning.pack(x)
+        patches = GatherSequence.apply(same_sequence(self.head(x, conditioning.vector), self.config), self.mesh)          # every rank computes the same loss
         return unpatchify(patches[:length], grid, self.shape.patch)

@@ -152,7 +152,7 @@ def foresee(config: Any, ranks: int | None) -> str:
     count = config.check(ranks)
     check_files(config)
     most = max(place.total for place in plan(config, ranks).places)
-    return f'{ranks} ranks, {config.layout.copies(ranks)} copies, {count} micro-batches a step on each; a rank needs {amount(most, "B")} at most'
+    return f'{ranks} ranks, {config.layout.replicas(ranks)} copies, {count} micro-batches a step on each; a rank needs {amount(most, "B")} at most'
 
 
 def named_in(sentence: str, names: Sequence[str]) -> list[str]:

@@ -123,10 +123,10 @@ def runs(folder: str | Path = 'runs') -> 'Markdown':
 
 # %% ../../nbs/8_notebook/00_show.ipynb #7a8b6a99
 def show_samples(run: RunFolder | str | Path, step: int | None = None, count: int = 8) -> 'HTML':
-    "An HTML table of the samples after `step` (default: the newest): picture, question, answer and what was expected, or film and prompt."
+    "An HTML table of the samples after `step` (default: the newest): picture, question, answer and what was expected, or video and prompt."
     from IPython.display import HTML
     run = run if isinstance(run, RunFolder) else RunFolder(run)
-    return HTML(samples_html(run, step, count) or f'{escape(run.folder.name)} has no samples yet: set loop.sample_every and loop.samples')
+    return HTML(samples_html(run, step, count) or f'{escape(run.folder.name)} has no samples yet: set loop.sample_every and loop.sample_prompts')
 
 # %% ../../nbs/8_notebook/00_show.ipynb #ecc4e98a
 def looks(run: Run, smooth: float) -> Callable[[], None]:

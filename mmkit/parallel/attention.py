@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Attend', 'Tiles', 'attend', 'segments', 'tile', 'tile_gradients', 'ring_tiles', 'stacking', 'ring_chunks',
-           'row_places', 'exchanged', 'Exchange', 'ulysses', 'tile_scores', 'add_tile', 'passed_on', 'Ring', 'ring',
-           'row_attention', 'WholeRow', 'Together', 'Cache', 'future', 'kernel_options', 'fused_attention',
+           'rank_positions', 'exchanged', 'Exchange', 'ulysses', 'tile_scores', 'add_tile', 'passed_on', 'Ring', 'ring',
+           'packed_attention', 'GatherSequence', 'Together', 'Cache', 'future', 'kernel_options', 'fused_attention',
            'npu_attend', 'npu_segments', 'overlap', 'npu_tiles', 'npu_tile', 'npu_tile_gradients']
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #68d25a1d
@@ -69,9 +69,9 @@ def ring_chunks(length: int, ring: int) -> list[Tensor]:
     front, back = torch.arange(length).unflatten(0, (2 * ring, -1)).chunk(2)
     return list(torch.stack([front, back.flip(0)], 1))
 
-def row_places(length: int, layout: Layout) -> list[Tensor]:
-    "For every rank of cp the places (length / cp) of a row that it holds; `layout.row_multiple` divides the length."
-    if length % layout.row_multiple: raise ValueError(f'a row of {length} tokens is no multiple of {layout.row_multiple}; pad it')
+def rank_positions(length: int, layout: Layout) -> list[Tensor]:
+    "For every rank of cp the places (length / cp) of a row that it holds; `layout.sequence_multiple` divides the length."
+    if length % layout.sequence_multiple: raise ValueError(f'a row of {length} tokens is no multiple of {layout.sequence_multiple}; pad it')
     rows = [chunks.flatten() for chunks in ring_chunks(length, layout.ring)] if layout.ring > 1 else [torch.arange(length)]
     return [part for row in rows for part in row.chunk(layout.ulysses)]
 
@@ -192,18 +192,18 @@ def ring(axis: Axis, lengths: Sequence[int], causal: bool, device: torch.device 
     return lambda q, k, v: Ring.apply(q, k, v, axis, tiles)
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #2f783bdd
-def row_attention(lengths: Sequence[int], causal: bool, mesh: Mesh) -> Attend:
-    "Attention within consecutive segments of a row, of which this rank holds the tokens at `row_places`."
+def packed_attention(lengths: Sequence[int], causal: bool, mesh: Mesh) -> Attend:
+    "Attention within consecutive segments of a row, of which this rank holds the tokens at `rank_positions`."
     return ulysses(mesh.ulysses, ring(mesh.ring, lengths, causal, mesh.at))
 
-class WholeRow(torch.autograd.Function):
+class GatherSequence(torch.autograd.Function):
     "All tokens (s ...) in their order on every rank of cp, of the parts they hold; every rank must go on to compute the same loss, each counting its share."
     @staticmethod
     def forward(ctx, x: Tensor, mesh: Mesh) -> Tensor:
         ctx.cp = mesh.cp
         parts = [torch.empty_like(x) for _ in range(mesh.cp.size)]
         dist.all_gather(parts, x.contiguous(), group=mesh.cp.group)
-        places = torch.cat(row_places(len(x) * mesh.cp.size, mesh.layout))
+        places = torch.cat(rank_positions(len(x) * mesh.cp.size, mesh.layout))
         ctx.places = places.to(x.device)
         return torch.cat(parts)[places.argsort().to(x.device)]                    # sorted on the host: an NPU has no kernel for whole numbers
 

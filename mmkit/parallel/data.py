@@ -86,7 +86,7 @@ def finish_with(tied: Sequence[nn.Parameter], along: Axis | None) -> Callable[..
 
 def distributed(trained: Sequence[Trained], config: Any, layout: Layout) -> list[nn.Module]:
     "Megatron's DistributedDataParallel around each stage, and with overlap what pauses its reductions."
-    engine, zero1 = megatron(), layout.data == 'zero1'
+    engine, zero1 = megatron(), layout.data_parallel == 'zero1'
     options = engine.DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=zero1,
         overlap_grad_reduce=layout.overlap, overlap_param_gather=layout.overlap and zero1)
     wrapped = [engine.DistributedDataParallel(config, options, chunk, disable_bucketing=turn > 0) for turn, chunk in enumerate(trained)]
@@ -98,7 +98,7 @@ def wrap_data_parallel(model: Sequence[nn.Module], config: Any, mesh: Mesh) -> l
     "What Megatron trains, around each of this rank's stages; `config` is the one their layers were made with."
     for p in (p for chunk in model for p in chunk.parameters()): megatron().set_defaults_if_not_set_tensor_model_parallel_attributes(p)
     trained = as_trained(model, config, mesh)
-    wrapped = [Sharded(chunk, config) for chunk in trained] if mesh.layout.data == 'fsdp' else distributed(trained, config, mesh.layout)
+    wrapped = [Sharded(chunk, config) for chunk in trained] if mesh.layout.data_parallel == 'fsdp' else distributed(trained, config, mesh.layout)
     config.finalize_model_grads_func = finish_with(tied_parameters(model), tied_axis(model, mesh))
     return wrapped
 
@@ -113,15 +113,15 @@ def finite(norm: Callable[[], float]) -> Callable[[], float]:
 
 def build_optimizer(wrapped: Sequence[nn.Module], optim: Optim, layout: Layout, dtype: torch.dtype, steps: int) -> tuple[Any, Any]:
     "Megatron's optimizer and learning-rate schedule for the wrapped stages of this rank and a run of this many steps."
-    engine, masters = megatron(), dtype == torch.bfloat16 and layout.data != 'fsdp'        # under fsdp the parameters themselves are kept in float32
+    engine, masters = megatron(), dtype == torch.bfloat16 and layout.data_parallel != 'fsdp'        # under fsdp the parameters themselves are kept in float32
     optimizer = engine.get_megatron_optimizer(engine.OptimizerConfig(
         optimizer='adam', lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.betas[0], adam_beta2=optim.betas[1],
         adam_eps=optim.eps, clip_grad=optim.clip, bf16=masters, params_dtype=dtype if masters else torch.float32,
-        use_distributed_optimizer=layout.data == 'zero1'), list(wrapped), use_gloo_process_groups=False)
+        use_distributed_optimizer=layout.data_parallel == 'zero1'), list(wrapped), use_gloo_process_groups=False)
     optimizer.count_zeros = lambda: 0         # the chain of optimizers counts zero gradients, and sums them over the ranks, asked or not
     optimizer.get_grad_norm = finite(optimizer.get_grad_norm)        # asked before every update
     schedule = engine.OptimizerParamScheduler(optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup,
-        lr_decay_steps=steps + (optim.warmup > 0), lr_decay_style=optim.decay, start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=0, wd_incr_style='constant')
+        lr_decay_steps=steps + (optim.warmup > 0), lr_decay_style=optim.schedule, start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=0, wd_incr_style='constant')
     if optim.warmup: schedule.step(1)         # the first update already moves: rate lr/warmup instead of 0
     return optimizer, schedule
 

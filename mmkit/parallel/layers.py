@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rms_norm', 'swiglu', 'engine_config', 'as_allocated', 'column_linear', 'row_linear', 'apply_linear', 'npu_rms_norm',
-           'Norm', 'again_from', 'recompute', 'activated', 'npu_swiglu', 'Mlp', 'Layer', 'npu_turned', 'slice_sequence',
+           'Norm', 'recomputed', 'recompute', 'activated', 'npu_swiglu', 'Mlp', 'Layer', 'npu_rotary', 'slice_sequence',
            'whole_sequence', 'same_sequence']
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #cc3c8d39
@@ -75,19 +75,19 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return rms_norm(x, self.weight, self.epsilon)
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #396a06d9
-def again_from(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
     "The layer's output, of which nothing but the inputs is kept for the backward pass."
     with set_checkpoint_early_stop(False): return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)     # a layer left halfway would not let its parameters go
 
 def recompute(layout: Layout, number: int, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
     "The output of layer number `number` (from 0) of a tower on a stage; where the layout wants it, the layer is run again in the backward pass."
     chosen = layout.recompute == 'full' and (layout.recompute_layers is None or number < layout.recompute_layers)
-    return again_from(layer, *inputs) if chosen and torch.is_grad_enabled() else layer(*inputs)
+    return recomputed(layer, *inputs) if chosen and torch.is_grad_enabled() else layer(*inputs)
 
-def activated(linear: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor, again: bool) -> Tensor:
-    "linear(activation(x)); with `again`, only x is kept for the backward pass."
-    if not (again and torch.is_grad_enabled()): return apply_linear(linear, activation(x))
-    made, kept = again_from(activation, x), x.detach()
+def activated(linear: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor, recompute: bool) -> Tensor:
+    "linear(activation(x)); with `recompute`, only x is kept for the backward pass."
+    if not (recompute and torch.is_grad_enabled()): return apply_linear(linear, activation(x))
+    made, kept = recomputed(activation, x), x.detach()
     same = lambda saved, place=made.data_ptr(), shape=made.shape: None if saved.data_ptr() == place and saved.numel() == shape.numel() else saved
     def back(saved: Tensor | None) -> Tensor:
         with torch.no_grad(): return activation(kept) if saved is None else saved
@@ -108,14 +108,14 @@ def npu_swiglu(x: Tensor) -> Tensor:
 swiglu = by_device(swiglu, npu=npu_swiglu)
 
 class Mlp(nn.Module):
-    "Column linear, activation, row linear: (... inputs) -> (... outputs); with `again`, the activation is made again in the backward pass."
-    def __init__(self, config: Any, inputs: int, hidden: int, outputs: int, bias: bool, gated: bool, again: bool = False):
+    "Column linear, activation, row linear: (... inputs) -> (... outputs); with `recompute`, the activation is computed again in the backward pass."
+    def __init__(self, config: Any, inputs: int, hidden: int, outputs: int, bias: bool, gated: bool, recompute: bool = False):
         super().__init__()
-        self.activation, self.again = swiglu if gated else F.gelu, again
+        self.activation, self.recompute = swiglu if gated else F.gelu, recompute
         self.linear_fc1 = column_linear(config, inputs, hidden * (2 if gated else 1), bias)
         self.linear_fc2 = row_linear(config, hidden, outputs, bias)
 
-    def forward(self, x: Tensor) -> Tensor: return activated(self.linear_fc2, self.activation, apply_linear(self.linear_fc1, x), self.again)
+    def forward(self, x: Tensor) -> Tensor: return activated(self.linear_fc2, self.activation, apply_linear(self.linear_fc1, x), self.recompute)
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #3235e96f
 class Layer(nn.Module):
@@ -130,7 +130,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.pre_mlp_layernorm(x))
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #7ce50f39
-def npu_turned(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
+def npu_rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
     "x (b s h d) turned by the NPU's kernel with cosines and sines (b or 1, s, d), in their format."
     import torch_npu
     (b, s, h, d), pairs = x.shape, mode == 'interleave'

@@ -35,7 +35,7 @@ class Axis:
 # %% ../../nbs/2_parallel/02_mesh.ipynb #4c798873
 @dataclass(frozen=True)
 class Mesh:
-    "The ranks of a run as a grid: a copy of the model has its layers on `pp` ranks, their weights on `tp`, its tokens on `cp`; `dp` copies share the data."
+    "The ranks of a run as a grid: a data-parallel replica has its layers on `pp` ranks, their weights on `tp`, its tokens on `cp`; `dp` copies share the data."
     layout: Layout
     device: Device
     place: Place
@@ -58,7 +58,7 @@ class Mesh:
         return self.place.rank == 0
 
     @property
-    def first_of_copy(self) -> bool:
+    def first_of_replica(self) -> bool:
         "Whether this rank is the one that writes what its copy of the model makes."
         return self.tp.rank == self.cp.rank == self.pp.rank == 0
 
@@ -68,7 +68,7 @@ class Mesh:
 # %% ../../nbs/2_parallel/02_mesh.ipynb #c3776327
 def grid(layout: Layout, world: int) -> np.ndarray:
     "Rank numbers as an array pp x dp x cp x tp."
-    return np.arange(world).reshape(layout.pp, layout.copies(world), layout.cp, layout.tp)
+    return np.arange(world).reshape(layout.pp, layout.replicas(world), layout.cp, layout.tp)
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #0f3980d8
 MEETINGS: list[dist.Store] = []         # the launch's meeting place, and one more entry for every world that was opened at it
@@ -89,7 +89,7 @@ def axis(group: Any) -> Axis:
 def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int = 42, minutes: float = 30) -> Mesh:
     "This rank's mesh; `minutes` is how long a rank waits for the others. Use it in a `with`, or call `close_mesh` at the end."
     device, here = device or pick_device(), place()
-    layout.copies(here.world)
+    layout.replicas(here.world)
     prepare(device)
     device.prepare(here.local_rank)
     if dist.is_initialized(): raise RuntimeError('a mesh is already open in this process; close it first (close_mesh())')

@@ -30,7 +30,7 @@ def toy_job(folder: str | Path, seed: int = 0, pictures: int = 2560, held_out: i
     start = tiny_qwen2_5_vl(folder / 'start', conversation_texts(file), seed=seed)
     config = PRESETS['toy'](str(start), Data(files=(str(file),), media_dir=str(images)))
     optim = replace(config.optim, warmup=min(config.optim.warmup, steps // 10))
-    return replace(config, seed=seed, optim=optim, loop=replace(config.loop, steps=steps, samples=str(exam), sample_every=100))
+    return replace(config, seed=seed, optim=optim, loop=replace(config.loop, steps=steps, sample_prompts=str(exam), sample_every=100))
 
 # %% ../../nbs/9_tools/05_recipes.first_run.ipynb #59963750
 def score(folder: str | Path, exam: str | Path, media_dir: str | Path, count: int = 10**9) -> tuple[float, list[dict]]:
@@ -75,10 +75,10 @@ def examine_run(run: Run, config: Config, start: float, say: Callable[[str], Non
     "Draws the losses of an ended run and judges its last checkpoint."
     plot_losses(run).savefig(run.folder / 'losses.png')
     say(f'losses: {run.folder / "losses.png"}')
-    media = Path(config.loop.samples).parent / 'COCO2017' / 'train2017'
+    media = Path(config.loop.sample_prompts).parent / 'COCO2017' / 'train2017'
     checkpoint = run.checkpoints()[-1]
-    untrained, _ = score(config.weights, config.loop.samples, media, 100)
-    trained, found = score(checkpoint, config.loop.samples, media)
+    untrained, _ = score(config.weights, config.loop.sample_prompts, media, 100)
+    trained, found = score(checkpoint, config.loop.sample_prompts, media)
     theirs = ask_transformers(checkpoint, found[:8])
     for one, said in zip(found, theirs): say(f'  {one["image"].rsplit("/", 1)[-1]}  expected {one["expected"]!r}  transformers says {said!r}')
     agreed = sum(one['answer'] == said for one, said in zip(found, theirs))

@@ -34,10 +34,10 @@ from ..converters.writing import behind
 from ..core.files import STATE, TRAINING, check_manifest, load_json, sync_folder, write_atomic
 from ..parallel.fsdp import computed_in, own_part, share_of, whole_of
 from ..parallel.mesh import Mesh
-from ..parallel.optimizer_state import MOMENTS, Moments, adam_steps, set_adam_steps
-from .step import Average
+from ..parallel.optimizer_state import MOMENTS, OptimizerState, adam_steps, set_adam_steps
+from .step import EMA
 from .task import Task
-from .weights import Files, bytes_of, complete, layout_of, room_beside, shared_folder, told, weight_files, whole_tensors, whole_weights, write_tensors
+from .weights import Files, bytes_of, complete, layout_of, room_beside, shared_folder, from_rank0, weight_files, whole_tensors, whole_weights, write_tensors
 from ..core.values import require
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #0f36fbe7
@@ -48,8 +48,8 @@ class Training:
     wrapped: list[nn.Module]
     optimizer: Any
     schedule: Any
-    average: Average
-    moments: Moments
+    average: EMA
+    moments: OptimizerState
 
     def named(self) -> dict[int, dict[str, nn.Parameter]]:
         "The trained parameters by number of stage and name."
@@ -135,14 +135,14 @@ def has_room(size: int, mesh: Mesh, report: Callable[[str], None] = print) -> bo
 class Saving:
     "Step `step` on its way to `checkpoints/step-0000100` of a run; all ranks begin it together, and when each is `ready`, or before, end it together."
     def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int, background: bool = False):
-        self.target, self.task, self.mesh, self.keep = Path(run, 'checkpoints', f'step-{step:07d}'), task, mesh, config.loop.keep
+        self.target, self.task, self.mesh, self.keep = Path(run, 'checkpoints', f'step-{step:07d}'), task, mesh, config.loop.keep_checkpoints
         self.layout, state = layout_of(training.model, task.towers, mesh, task.like), describe_state(training, task, mesh, config, step)
         weights = weight_files(task.like, self.layout, Path(task.like.path).relative_to(task.root))
         states = state_files(training, task, mesh) if config.loop.save_optimizer else {}
         size = sum(map(bytes_of, (weights, *states.values()))) + room_beside(Path(task.root), Path(task.like.path).relative_to(task.root), self.target)
         if mesh.first:
             for left in self.target.parent.glob('.*.partial'): shutil.rmtree(left)
-        self.background = background = background and told(mesh, lambda: has_room(size, mesh))
+        self.background = background = background and from_rank0(mesh, lambda: has_room(size, mesh))
         self.room, self.pen, self.written = ExitStack(), ExitStack(), {}
         self.folder = self.room.enter_context(shared_folder(self.target, size, mesh))
         later = self.pen.enter_context(behind(*[math.inf] * background))
@@ -157,11 +157,11 @@ class Saving:
     def ready(self) -> bool: return self.last.done()                    # this rank's files are written
 
     def end(self) -> Path:
-        "The checkpoint, once all ranks have written their files; raises what writing raised. Older ones go as `loop.keep` says."
+        "The checkpoint, once all ranks have written their files; raises what writing raised. Older ones go as `loop.keep_checkpoints` says."
         with self.room.pop_all():
             self.pen.close()
             complete(self.folder, Path(self.task.root), self.task.like, self.layout, self.written, self.mesh)
-        told(self.mesh, lambda: drop_old(self.target.parents[1], self.keep, self.target))
+        from_rank0(self.mesh, lambda: drop_old(self.target.parents[1], self.keep, self.target))
         return self.target
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #df208e3e

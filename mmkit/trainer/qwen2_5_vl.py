@@ -22,11 +22,11 @@ from ..converters.folders import HFFolder, open_weights
 from ..converters.qwen2_5_vl import qwen2_5_vl_towers
 from ..datasets.conversation import Conversations, check_files, collate_conversations, encode_prompt, find_media, open_encoder
 from ..datasets.order import ledger, ordered_batches, stream
-from ..datasets.turns import BadRecord, Record, check_record, read_raw, split_files, to_record
+from ..datasets.turns import BadRecord, Conversation, check_record, read_raw, split_files, to_conversation
 from ..core.files import write_atomic
 from ..models.generate import Pick, generate, likeliest
 from ..models.qwen2_5_vl import Qwen2_5_VL, freeze, position_ids
-from ..models.shapes import QwenShape, rows_of, shape_of
+from ..models.shapes import QwenShape, layer_splits, shape_of
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import build_stages
 
@@ -56,12 +56,12 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
     return batch
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #f05ca506
-def read_questions(file: str | Path, data: Data, count: int) -> list[Record]:
+def read_questions(file: str | Path, data: Data, count: int) -> list[Conversation]:
     "The first `count` conversations of a file, each with its answer and its pictures there. Raises ValueError naming the first that is not so."
     found = []
     for number, raw in enumerate(read_raw(str(file))[:count]):
         try:
-            found.append(to_record(raw, data.columns))
+            found.append(to_conversation(raw, data.columns))
             check_record(found[-1])
             check_files(found[-1], data.media_dir, os.path.isfile)
         except BadRecord as error: raise ValueError(f'{file}: conversation {number} cannot be asked: {error}') from None
@@ -72,10 +72,10 @@ class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
     def __init__(self, config: Config):
         self.config, self.like, self.shape = config, HFFolder(config.processor or config.weights), shape_of(config)
-        self.towers = qwen2_5_vl_towers(self.like.config, *rows_of(self.shape, config.layout).values())
+        self.towers = qwen2_5_vl_towers(self.like.config, *layer_splits(self.shape, config.layout).values())
         self.source = open_weights(config.weights, self.towers)
         self.root, self.places = self.like.path, partial(positions, self.shape)
-        self.asked = read_questions(config.loop.samples, config.data, config.loop.sample_count) if config.loop.samples else []
+        self.asked = read_questions(config.loop.sample_prompts, config.data, config.loop.sample_count) if config.loop.sample_prompts else []
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
         chunks = build_stages(Qwen2_5_VL, self.shape, mesh, dtype)
@@ -83,21 +83,21 @@ class QwenTask:
         return chunks
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
-        "For every step, this rank's packed micro-batches; their lengths are multiples of `layout.row_multiple`."
+        "For every step, this rank's packed micro-batches; their lengths are multiples of `layout.sequence_multiple`."
         data, loop, dataset = self.config.data, self.config.loop, Conversations(self.config.data, self.like.path, self.places)
         if mesh.first and dataset.report.dropped: print(dataset.report, flush=True)
         order = ordered_batches(len(dataset), loop.global_batch, loop.micro_batch, mesh.dp.rank, mesh.dp.size, self.config.seed, first_step, data.shuffle)
         self.ledger = ledger(order, [[Path(file).name, Path(file).stat().st_size] for file in split_files(data.files)])
-        collate = partial(pack, multiple=mesh.layout.row_multiple, pad=dataset.encoder.pad)
+        collate = partial(pack, multiple=mesh.layout.sequence_multiple, pad=dataset.encoder.pad)
         with closing(stream(dataset, order, collate, data.workers)) as steps:
             for step in steps: yield [to_device(batch, mesh.at) for batch in step]
 
     def forward(self, model: nn.Module, batch: dict) -> Tensor:
-        return model(batch | dict(weights=weights_of(batch['labels'], batch['samples'], self.config.loop.loss)[0]))
+        return model(batch | dict(weights=weights_of(batch['labels'], batch['samples'], self.config.loop.loss_reduction)[0]))
 
     def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        "Cross-entropy of a micro-batch in nats: (sum, count) in the meaning of `loop.loss`, and no parts (2 0)."
-        return output.sum(), weights_of(batch['labels'], batch['samples'], self.config.loop.loss)[1], output.new_zeros(2, 0)
+        "Cross-entropy of a micro-batch in nats: (sum, count) in the meaning of `loop.loss_reduction`, and no parts (2 0)."
+        return output.sum(), weights_of(batch['labels'], batch['samples'], self.config.loop.loss_reduction)[1], output.new_zeros(2, 0)
 
     def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
         "Answers the first held-out conversations and writes question, answer, expected answer and picture of each as JSON."
@@ -118,7 +118,7 @@ def answer(model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Dat
         said += [tokenizer.decode(row, skip_special_tokens=True) for row in ids[:len(prompts)]]
     return said
 
-def examine(model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Data, records: Sequence[Record]) -> list[dict]:
+def examine(model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Data, records: Sequence[Conversation]) -> list[dict]:
     "Answers to conversations whose last answers are known, each as {question, answer, expected, image}."
     asked = [replace(record, turns=record.turns[:-1]) for record in records]
     said = answer(model, mesh, folder, data, asked)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Files', 'load_weights', 'joined', 'whole_tensors', 'whole_weights', 'with_dtype', 'layout_of', 'weight_files',
-           'bytes_of', 'write_tensors', 'known_entry', 'second_name', 'parts_beside', 'room_beside', 'describe', 'told',
-           'shared_folder', 'complete', 'save_weights']
+           'bytes_of', 'write_tensors', 'known_entry', 'second_name', 'parts_beside', 'room_beside', 'describe',
+           'from_rank0', 'shared_folder', 'complete', 'save_weights']
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #f6e5e0a5
 import json
@@ -30,7 +30,7 @@ from ..converters.writing import Later, SafetensorsWriter, behind, new_folder
 from ..core.files import MANIFEST, entry, listed, room_for, write_manifest
 from ..parallel.fsdp import computed_in, every_part, fill
 from ..parallel.mesh import Mesh
-from ..parallel.pipeline import handed
+from ..parallel.pipeline import broadcast_from_stage
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #902aae91
 def load_weights(model: Sequence[nn.Module], source: HFFolder | MMFolder, towers: tuple[Tower, ...], mesh: Mesh) -> None:
@@ -59,7 +59,7 @@ def whole_tensors(held: Mapping[int, Mapping[str, Tensor]], towers: tuple[Tower,
     "Every tensor that somebody holds, whole, under its Hugging Face name, one after the other, on all ranks; `held` are this rank's by number of stage and name."
     for k, piece in ((k, piece) for k, chunk in enumerate(pieces(towers)) for piece in chunk if not piece.rule.copy):
         part = held.get(k, {}).get(piece.mm)
-        full = handed(None if part is None else joined(every_part(part), piece.rule.split, mesh), k % mesh.pp.size, mesh)
+        full = broadcast_from_stage(None if part is None else joined(every_part(part), piece.rule.split, mesh), k % mesh.pp.size, mesh)
         if full is not None: yield from zip(piece.hf, piece.rule.pack.unpack(full))
 
 def whole_weights(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
@@ -144,7 +144,7 @@ def describe(like: HFFolder, folder: Path, layout: dict[str, tuple[torch.dtype, 
     (folder / 'config.json').write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding='utf-8')
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #6e3e2447
-def told(mesh: Mesh, call: Callable[[], Any]) -> Any:
+def from_rank0(mesh: Mesh, call: Callable[[], Any]) -> Any:
     "On every rank, what the call gives on rank 0; so is its ValueError or OSError."
     answer = [None, None]
     if mesh.first:
@@ -158,7 +158,7 @@ def told(mesh: Mesh, call: Callable[[], Any]) -> Any:
 def shared_folder(target: Path, size: int, mesh: Mesh) -> Iterator[Path]:
     "`new_folder` for all ranks together: the same folder, which becomes `target` when all of them went well."
     with ExitStack() as stack:
-        yield told(mesh, lambda: stack.enter_context(new_folder(target, size)))
+        yield from_rank0(mesh, lambda: stack.enter_context(new_folder(target, size)))
         dist.barrier()
     dist.barrier()
 

@@ -6,10 +6,10 @@ import torch
 import torch_npu
 from npu_emulator import calls
 
-from mmkit.models.rope import apply_rope, cos_sin, rope_1d, turn_pairs
+from mmkit.models.rope import apply_rotary, cos_sin, rope_1d, apply_rotary_interleaved
 from mmkit.parallel import attention
 from mmkit.parallel.attention import Cache, attend, fused_attention, npu_segments, npu_tiles, ring_tiles, segments, tile, tile_gradients
-from mmkit.parallel.layers import npu_turned, rms_norm, swiglu
+from mmkit.parallel.layers import npu_rotary, rms_norm, swiglu
 from mmkit.core.values import largest
 
 LIMIT = 1e-5                                    # largest difference over largest value, in float32: 84 of its roundings
@@ -142,17 +142,17 @@ def test_swiglu_of_strides(): same(lambda x: swiglu(x.transpose(0, 1)), seeded(3
 @pytest.mark.parametrize('b, s, h, d', ((1, 7, 3, 16), (2, 5, 1, 80), (2, 16, 2, 2)))
 def test_rope_of_halves(b, s, h, d):
     cos, sin = cos_sin(rope_1d(torch.arange(b * s).view(b, s), d, 100.0), torch.float32)
-    same(apply_rope, seeded(b, s, h, d).requires_grad_(), cos, sin, fused=('npu_rotary_mul', 'npu_rotary_mul_backward'))
+    same(apply_rotary, seeded(b, s, h, d).requires_grad_(), cos, sin, fused=('npu_rotary_mul', 'npu_rotary_mul_backward'))
     short = seeded(b, s, h, d).bfloat16()
-    assert apply_rope(short.npu(), cos.npu(), sin.npu()).dtype == torch.bfloat16
-    assert torch.equal(apply_rope(short.npu(), cos.npu(), sin.npu()).cpu(), apply_rope(short, cos, sin))       # in float32, then rounded once, as the twin
+    assert apply_rotary(short.npu(), cos.npu(), sin.npu()).dtype == torch.bfloat16
+    assert torch.equal(apply_rotary(short.npu(), cos.npu(), sin.npu()).cpu(), apply_rotary(short, cos, sin))       # in float32, then rounded once, as the twin
 
 @pytest.mark.parametrize('b, s, h, d', ((1, 7, 3, 16), (2, 5, 1, 6)))
 def test_rope_of_pairs(b, s, h, d):
     angles = rope_1d(torch.arange(s), d, 100.0)
     halves = lambda x: x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if x.device.type == 'npu' else x
-    same(turn_pairs, seeded(b, s, h, d).requires_grad_(), angles.cos(), angles.sin(), fused=('npu_rotary_mul', 'npu_rotary_mul_backward'), change=halves)
-    products = lambda q, k: torch.einsum('bqhd,bkhd->bhqk', *(turn_pairs(x, angles.cos().to(x.device), angles.sin().to(x.device)) for x in (q, k)))
+    same(apply_rotary_interleaved, seeded(b, s, h, d).requires_grad_(), angles.cos(), angles.sin(), fused=('npu_rotary_mul', 'npu_rotary_mul_backward'), change=halves)
+    products = lambda q, k: torch.einsum('bqhd,bkhd->bhqk', *(apply_rotary_interleaved(x, angles.cos().to(x.device), angles.sin().to(x.device)) for x in (q, k)))
     same(products, seeded(b, s, h, d).requires_grad_(), seeded(b, s, h, d, seed=1).requires_grad_(), fused=('npu_rotary_mul',))      # the order of channels falls out
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=str)
@@ -184,12 +184,12 @@ def test_shapes_that_do_not_fit_are_refused_by_us():
         with pytest.raises(ValueError): attend(*wrong)
     cos, sin = (x.npu() for x in cos_sin(rope_1d(torch.arange(6)[None], 8, 100.0), torch.float32))
     for wrong in ((cos[:, :5], sin[:, :5]), (cos[..., :4], sin[..., :4]), (cos, sin[:, :3]), (cos.repeat(3, 1, 1), sin.repeat(3, 1, 1))):
-        with pytest.raises(ValueError, match='cosines'): npu_turned(q, *wrong, mode='half')
+        with pytest.raises(ValueError, match='cosines'): npu_rotary(q, *wrong, mode='half')
     ones = lambda *shape: torch.ones(shape, device='npu')
     for mode, shape, turns in (('half', (1000, 1, 1, 8), (1, 1, 8)), ('half', (1, 1, 1000, 8), (1, 1, 8)), ('interleave', (10, 1, 100, 8), (1, 1, 8)), ('half', (1, 1, 1, 896), (1, 1, 896)), ('half', (1, 1, 1, 7), (1, 1, 7))):
-        with pytest.raises(ValueError, match='the NPU turns no'): npu_turned(ones(*shape), ones(*turns), ones(*turns), mode)
-    for mode, shape in (('half', (999, 1, 2, 8)), ('interleave', (3, 1, 333, 8)), ('half', (2, 1, 2, 894))): npu_turned(ones(*shape), ones(1, 1, shape[-1]), ones(1, 1, shape[-1]), mode)
-    with pytest.raises(ValueError, match='cosines'): npu_turned(ones(2, 1, 2, 8), ones(2, 1, 8), ones(2, 1, 8), 'interleave')
+        with pytest.raises(ValueError, match='the NPU turns no'): npu_rotary(ones(*shape), ones(*turns), ones(*turns), mode)
+    for mode, shape in (('half', (999, 1, 2, 8)), ('interleave', (3, 1, 333, 8)), ('half', (2, 1, 2, 894))): npu_rotary(ones(*shape), ones(1, 1, shape[-1]), ones(1, 1, shape[-1]), mode)
+    with pytest.raises(ValueError, match='cosines'): npu_rotary(ones(2, 1, 2, 8), ones(2, 1, 8), ones(2, 1, 8), 'interleave')
     with pytest.raises(ValueError, match='a weight of'): rms_norm(q, torch.ones(7, device='npu'), 1e-6)
     with pytest.raises(ValueError, match='gate and value'): swiglu(q[..., :7])
 

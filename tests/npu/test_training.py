@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 import parity
-from mmkit.config import Clips, Config, Data, Film, Layout, Loop, Optim
+from mmkit.config import Clips, Config, Data, VideoData, Layout, Loop, Optim
 from mmkit.core.device import place
 from mmkit.toy.qwen import emoji_names, emoji_picture, sentence, tiny_qwen2_5_vl
-from mmkit.toy.wan import film_clips, tiny_wan, write_exact
+from mmkit.toy.wan import video_clips, tiny_wan, write_exact
 from mmkit.core.values import override, relative
 
 LIMIT, ROUGH = 1e-5, 0.02                       # relative difference of losses, in float32 and in bfloat16
 STEPS = int(os.environ['NPU_STEPS'])           # of every row; --steps N makes it so many
 LAYOUTS = {'tp 2': ['layout.tp=2'], 'tp 2, sequence parallel': ['layout.tp=2', 'layout.sequence_parallel=true'], 'pp 2': ['layout.pp=2', 'loop.micro_batch=1'],
-           'cp 2, Ulysses': ['layout.cp=2'], 'cp 2, ring': ['layout.cp=2', 'layout.cp_kind=ring'], 'dp 2, zero1': ['layout.data=zero1', 'loop.micro_batch=1']}
+           'cp 2, Ulysses': ['layout.cp=2'], 'cp 2, ring': ['layout.cp=2', 'layout.cp_kind=ring'], 'dp 2, zero1': ['layout.data_parallel=zero1', 'loop.micro_batch=1']}
 MODELS = ('qwen', 't2v', 'i2v')
 ROWS = {                                        # title: (ranks, model, what differs); those that are `resumed` save in the middle and are begun again
     **{model: (1, model, []) for model in MODELS},
@@ -46,25 +46,25 @@ def write_talks(folder):
     tiny_qwen2_5_vl(folder / 'qwen', texts, random_all=True, seed=3, hidden=64, layers=2, heads=4, kv_heads=2, ffn=96, vision_hidden=64, vision_depth=2, vision_heads=4,
         vision_ffn=80, window=56, full_attention=(1,))
 
-def write_films(folder):
+def write_videos(folder):
     "Seven clips of five frames, two tiny models and their features."
     from mmkit.datasets.features import extract_features
     from mmkit.datasets.video import VideoClips
     from mmkit.models.codecs import open_codecs
-    clips, captions = film_clips()
+    clips, captions = video_clips()
     for i in range(7): write_exact(folder / f'{i}.mp4', clips[3 * i][:5])
-    (folder / 'films.json').write_text(json.dumps([dict(path=f'{i}.mp4', cap=captions[3 * i]) for i in range(7)]))
+    (folder / 'videos.json').write_text(json.dumps([dict(path=f'{i}.mp4', cap=captions[3 * i]) for i in range(7)]))
     for model in MODELS[1:]:
         tiny_wan(folder / model, image=model == 'i2v', layers=2, ffn=192, room=24, random_all=True, seed=3)
-        extract_features(VideoClips(folder / 'films.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
+        extract_features(VideoClips(folder / 'videos.json', CLIPS), open_codecs(folder / model, image=model == 'i2v'), folder / f'features-{model}', progress=False)
 
 def config_of(folder, title, device, steps=STEPS):
     "The configuration of a row."
     _, model, words = ROWS[title]
-    common = dict(weights=str(folder / model), layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant', clip=1.0), dtype='float32', device=device,
+    common = dict(weights=str(folder / model), layout=Layout(data_parallel='ddp'), optim=Optim(lr=1e-3, schedule='constant', clip=1.0), dtype='float32', device=device,
         loop=Loop(steps=steps, global_batch=4 if model == 'qwen' else 2, micro_batch=2))
     if model == 'qwen': plain = Config(data=Data(files=(str(folder / 'talks.json'),), media_dir=str(folder), max_length=512, workers=0), **common)
-    else: plain = Config(task='wan2_1', film=Film(features=str(folder / f'features-{model}'), clips=CLIPS, workers=0), **common)
+    else: plain = Config(task='wan2_1', video=VideoData(features=str(folder / f'features-{model}'), clips=CLIPS, workers=0), **common)
     return override(plain, words)
 
 def run(folder, device, titles):
@@ -140,7 +140,7 @@ def cpu(tmp_path_factory):
     "Tiny models with their data, and what the rows of one rank give on the CPU."
     folder = tmp_path_factory.mktemp('training')
     write_talks(folder)
-    write_films(folder)
+    write_videos(folder)
     return folder, parity.on_ranks('npu.test_training', 'on_cpu', folder, 1, 300)
 
 def test_it_learns_on_the_cpu(cpu):

@@ -1,4 +1,4 @@
-"""Training films gives the same losses and first gradients however the model and the batch are laid out, and from kept features the same as from files.
+"""Training videos gives the same losses and first gradients however the model and the batch are laid out, and from kept features the same as from files.
 
 Clips of two lengths, dropped captions, Wan's own table of times and weights; a model of text and one that continues pictures."""
 import json
@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import mmkit.trainer.sampling
 import parity
-from mmkit.config import Clips, Config, Film, Layout, Loop, Optim, Sampling
+from mmkit.config import Clips, Config, VideoData, Layout, Loop, Optim, Sampling
 from mmkit.core.values import largest, override, relative
 from mmkit.datasets.features import extract_features
 from mmkit.datasets.video import VideoClips
 from mmkit.core.device import pick_device, place
 from mmkit.models.codecs import open_codecs
 from mmkit.parallel.mesh import open_mesh
-from mmkit.toy.wan import film_clips, tiny_wan, write_exact
-from mmkit.trainer.sampling import film
+from mmkit.toy.wan import video_clips, tiny_wan, write_exact
+from mmkit.trainer.sampling import generate
 from mmkit.trainer.loop import fit
 
 STEPS, GLOBAL = 3, 4
@@ -31,34 +31,34 @@ PROMPTS, SAMPLING = ['a red heart moves left', 'a dog moves up', 'a banana'], Sa
 LAYOUTS = {                                     # title: ranks, what differs from the first row
     'tp 1, one by one': (1, []),
     'micro-batches of 4': (1, ['loop.micro_batch=4']),
-    'recompute': (1, ['layout.recompute=full', 'loop.micro_batch=4', 'film.workers=2']),
+    'recompute': (1, ['layout.recompute=full', 'loop.micro_batch=4', 'video.workers=2']),
     'recompute, selective': (1, ['layout.recompute=selective', 'loop.micro_batch=4']),
     'recompute of two blocks': (1, ['layout.recompute=full', 'layout.recompute_layers=2', 'loop.micro_batch=4']),
-    'from files': (1, ['film.features=null', 'film.source=SOURCE']),
+    'from files': (1, ['video.features=null', 'video.source=SOURCE']),
     'tp 2': (2, ['layout.tp=2', 'loop.micro_batch=4']),
     'tp 2, sequence parallel': (2, ['layout.tp=2', 'layout.sequence_parallel=true', 'loop.micro_batch=4']),
     'dp 2, ddp': (2, ['loop.micro_batch=2']),
-    'dp 2, zero1': (2, ['layout.data=zero1']),
-    'dp 2, zero1, overlap, average': (2, ['layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=2', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=EVERY']),
+    'dp 2, zero1': (2, ['layout.data_parallel=zero1']),
+    'dp 2, zero1, overlap, average': (2, ['layout.data_parallel=zero1', 'layout.overlap=true', 'loop.micro_batch=2', 'loop.ema=0.9', 'loop.sample_prompts=PROMPTS', 'loop.sample_every=EVERY']),
     'cp 2, Ulysses': (2, ['layout.cp=2', 'loop.micro_batch=4']),
     'cp 2, ring': (2, ['layout.cp=2', 'layout.cp_kind=ring', 'loop.micro_batch=2']),
     'tp 2, cp 2': (4, ['layout.tp=2', 'layout.cp=2', 'loop.micro_batch=4']),
-    'tp 2, sequence parallel, cp 2, selective': (4, ['layout.tp=2', 'layout.recompute=selective', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data=zero1', 'loop.micro_batch=4']),
-    'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=4', 'loop.samples=PROMPTS', 'loop.sample_every=EVERY']),
-    'dp 2, fsdp': (2, ['layout.data=fsdp', 'loop.micro_batch=2']),
-    'dp 2, fsdp, recompute, average': (2, ['layout.data=fsdp', 'layout.recompute=full', 'loop.micro_batch=2', 'loop.average=0.9', 'loop.samples=PROMPTS', 'loop.sample_every=EVERY']),
-    'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data=fsdp', 'loop.micro_batch=2']),
-    'dp 2, ddp, from files': (2, ['film.features=null', 'film.source=SOURCE']),
-    'pp 2': (2, ['layout.pp=2', 'loop.samples=PROMPTS', 'loop.sample_every=EVERY']),
+    'tp 2, sequence parallel, cp 2, selective': (4, ['layout.tp=2', 'layout.recompute=selective', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data_parallel=zero1', 'loop.micro_batch=4']),
+    'cp 4, two by two': (4, ['layout.cp=4', 'layout.cp_kind=usp', 'loop.micro_batch=4', 'loop.sample_prompts=PROMPTS', 'loop.sample_every=EVERY']),
+    'dp 2, fsdp': (2, ['layout.data_parallel=fsdp', 'loop.micro_batch=2']),
+    'dp 2, fsdp, recompute, average': (2, ['layout.data_parallel=fsdp', 'layout.recompute=full', 'loop.micro_batch=2', 'loop.ema=0.9', 'loop.sample_prompts=PROMPTS', 'loop.sample_every=EVERY']),
+    'tp 2, sequence parallel, dp 2, fsdp': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.data_parallel=fsdp', 'loop.micro_batch=2']),
+    'dp 2, ddp, from files': (2, ['video.features=null', 'video.source=SOURCE']),
+    'pp 2': (2, ['layout.pp=2', 'loop.sample_prompts=PROMPTS', 'loop.sample_every=EVERY']),
     'pp 2, uneven': (2, ['layout.pp=2', 'layout.layers={"wan": [[1, 3]]}']),
     'pp 2, two turns': (2, ['layout.pp=2', 'layout.vpp=2']),
     'pp 2, two turns, an empty stage': (2, ['layout.pp=2', 'layout.vpp=2', 'layout.layers={"wan": [[1, 0], [2, 1]]}']),
     'pp 4, an empty stage': (4, ['layout.pp=4', 'layout.layers={"wan": [[1, 0, 1, 2]]}']),
-    'cp 2, dp 2, ring, zero1, recompute': (4, ['layout.cp=2', 'layout.cp_kind=ring', 'layout.data=zero1', 'layout.recompute=full', 'loop.micro_batch=2']),
+    'cp 2, dp 2, ring, zero1, recompute': (4, ['layout.cp=2', 'layout.cp_kind=ring', 'layout.data_parallel=zero1', 'layout.recompute=full', 'loop.micro_batch=2']),
     'tp 2, pp 2': (4, ['layout.tp=2', 'layout.pp=2', 'loop.micro_batch=2']),
     'tp 2, sequence parallel, pp 2, recompute': (4, ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2', 'layout.recompute=full', 'loop.micro_batch=4']),
     'pp 2, cp 2': (4, ['layout.pp=2', 'layout.cp=2', 'loop.micro_batch=4']),
-    'pp 2, dp 2, zero1, overlap': (4, ['layout.pp=2', 'layout.data=zero1', 'layout.overlap=true', 'loop.micro_batch=2']),
+    'pp 2, dp 2, zero1, overlap': (4, ['layout.pp=2', 'layout.data_parallel=zero1', 'layout.overlap=true', 'loop.micro_batch=2']),
 }
 BITS = ['pp 2', 'pp 2, uneven', 'pp 2, two turns', 'pp 2, two turns, an empty stage', 'pp 4, an empty stage']             # first gradients and all losses equal to the last bit
 BOTH = ['tp 1, one by one', 'from files', 'tp 2, sequence parallel', 'dp 2, ddp', 'cp 2, ring', 'cp 4, two by two', 'dp 2, fsdp, recompute, average', 'tp 2, pp 2', *BITS]
@@ -69,12 +69,12 @@ FIRST = next(iter(LAYOUTS))
 def write_clips(folder):
     "Twenty-three clips, every third one of five frames, and their list; 23 and 4 share no factor, so the batches of each epoch differ."
     records = []
-    for number, (frames, caption) in enumerate(zip(*film_clips())):
+    for number, (frames, caption) in enumerate(zip(*video_clips())):
         if number % 2 or len(records) == 23: continue
         write_exact(folder / f'{number}.mp4', frames[:5] if number % 3 == 0 else frames)
         records.append(dict(path=f'{number}.mp4', cap=caption))
     (folder / 'data.json').write_text(json.dumps(records))
-    Image.fromarray(film_clips()[0][0][0]).save(folder / 'heart.png')
+    Image.fromarray(video_clips()[0][0][0]).save(folder / 'heart.png')
     for model, more in (('t2v', {}), ('i2v', dict(image=str(folder / 'heart.png')))):
         (folder / f'prompts-{model}.json').write_text(json.dumps([dict(prompt=prompt, **more) for prompt in PROMPTS]))
 
@@ -90,8 +90,8 @@ def rows_of(folder):
 def config_of(folder, title):
     "The configuration of a row."
     _, model, words = ROWS[title]
-    film = Film(features=str(folder / f'features-{model}'), clips=CLIPS, caption_dropout=0.3, sampling=SAMPLING, workers=0)
-    plain = Config(task='wan2_1', weights=str(folder / model), film=film, layout=Layout(data='ddp'), optim=Optim(lr=1e-3, decay='constant', weight_decay=0.1, eps=1e-8, clip=1.0),
+    video = VideoData(features=str(folder / f'features-{model}'), clips=CLIPS, caption_dropout=0.3, sampling=SAMPLING, workers=0)
+    plain = Config(task='wan2_1', weights=str(folder / model), video=video, layout=Layout(data_parallel='ddp'), optim=Optim(lr=1e-3, schedule='constant', weight_decay=0.1, eps=1e-8, clip=1.0),
         loop=Loop(steps=steps_of(folder), global_batch=GLOBAL), dtype='float32')
     known = dict(SOURCE=folder / 'data.json', PROMPTS=folder / f'prompts-{model}.json', EVERY=steps_of(folder) - 1)
     return override(plain, [re.sub('|'.join(known), lambda name: str(known[name[0]]), word) for word in words])
@@ -99,7 +99,7 @@ def config_of(folder, title):
 @pytest.fixture(scope='module')
 def house(tmp_path_factory, request):
     "Two models, their features, and what all rows gave on one, two and four ranks."
-    folder = tmp_path_factory.mktemp('films')
+    folder = tmp_path_factory.mktemp('videos')
     (folder / 'steps').write_text(str(request.config.getoption('steps')))
     write_clips(folder)
     for model in ('t2v', 'i2v'):
@@ -108,7 +108,7 @@ def house(tmp_path_factory, request):
     found, seconds = {}, {}
     for ranks in sorted({row[0] for row in rows_of(folder).values()}):
         start = time.perf_counter()
-        found |= parity.on_ranks('test_film_layouts', 'train', folder, ranks, 1800)
+        found |= parity.on_ranks('test_video_layouts', 'train', folder, ranks, 1800)
         seconds[ranks] = time.perf_counter() - start
     return folder, found, seconds
 
@@ -133,7 +133,7 @@ def half(folder):
     "A step and a saved model in bfloat16, under ddp and under fsdp: losses, dtypes in the file, distances of the gradients."
     folder, found, gradients = Path(folder), {}, {}
     for data in ('ddp', 'fsdp'):
-        config = override(config_of(folder, f'i2v: {FIRST}'), ['dtype=bfloat16', f'layout.data={data}', 'layout.recompute=full', 'loop.micro_batch=2', 'loop.steps=2'])
+        config = override(config_of(folder, f'i2v: {FIRST}'), ['dtype=bfloat16', f'layout.data_parallel={data}', 'layout.recompute=full', 'loop.micro_batch=2', 'loop.steps=2'])
         with open_mesh(config.layout, pick_device('cpu'), config.seed) as mesh:
             task, _, wrapped = parity.open_trainer(config, mesh)
             _, gradients[data] = parity.step_gradients(task, wrapped, mesh, next(task.batches(mesh)))
@@ -199,18 +199,18 @@ def test_what_is_saved_opens_in_diffusers(house):
         assert (1e-4 < apart < 1) if 'average' in title else (apart < 3e-5), (title, apart)
 
 def test_samples_are_what_the_saved_weights_make(house):
-    """The averaged ones, filmed by two copies in turn; the second clip too, whose noise must be that of its number.
+    """The averaged ones, generated by two copies in turn; the second clip too, whose noise must be that of its number.
 
     A layout adds in another order, so a number that lies between two grey levels may fall to either side: one level, in few places. Frames are compared
-    before H.264, which chooses anew what it leaves out: one value of the first clip one level higher, and its film is 0.55 levels apart on average."""
+    before H.264, which chooses anew what it leaves out: one value of the first clip one level higher, and its video is 0.55 levels apart on average."""
     last = steps_of(house[0])
     for title, (_, model, words) in rows_of(house[0]).items():
-        if 'loop.samples=PROMPTS' not in words: continue
+        if 'loop.sample_prompts=PROMPTS' not in words: continue
         run = house[0] / 'runs' / title.replace(' ', '-')
         asked = json.loads((house[0] / f'prompts-{model}.json').read_text())
         sampled = {int(path.stem[5:]): json.loads(path.read_text()) for path in sorted((run / 'samples').glob('step-*.json'))}
         assert list(sampled) == [last - 1, last] and all([{key: one[key] for key in one if key != 'video'} for one in found] == asked for found in sampled.values())
-        made = film(run / 'checkpoints' / f'step-{last:07d}', PROMPTS, images=[one['image'] for one in asked] if model == 'i2v' else None, sampling=SAMPLING, device='cpu', progress=False)
+        made = generate(run / 'checkpoints' / f'step-{last:07d}', PROMPTS, images=[one['image'] for one in asked] if model == 'i2v' else None, sampling=SAMPLING, device='cpu', progress=False)
         shown = [frames_of(run / 'samples' / one['video']) for one in sampled[last]]
         for number, frames in enumerate(shown):
             levels = [np.abs(frames - one.frames) for one in made]
@@ -219,7 +219,7 @@ def test_samples_are_what_the_saved_weights_make(house):
 
 def test_fsdp_computes_and_saves_in_the_formats_of_ddp(house):
     "In bfloat16 only the gradients of what makes text and picture tokens, to which every layer adds, are added up in another order."
-    found = parity.on_ranks('test_film_layouts', 'half', house[0], 2, 200)
+    found = parity.on_ranks('test_video_layouts', 'half', house[0], 2, 200)
     assert found['fsdp']['dtypes'] == found['ddp']['dtypes'] and set(found['fsdp']['dtypes'].values()) == {'torch.float32', 'torch.bfloat16'}
     assert relative(found['fsdp']['losses'][:1], found['ddp']['losses'][:1]) < 1e-6 and relative(found['fsdp']['losses'], found['ddp']['losses']) < 1e-3
     added = [name for name in found['apart'] if 'text_embedder' in name or 'image_embedder' in name]
@@ -230,7 +230,7 @@ def test_two_clips_are_enough(house, tmp_path):
     folder = house[0]
     (tmp_path / 'data.json').write_text(json.dumps(json.loads((folder / 'data.json').read_text())[1:3]))
     for number in (2, 4): (tmp_path / f'{number}.mp4').write_bytes((folder / f'{number}.mp4').read_bytes())
-    words = ['film.features=null', f'film.source={tmp_path}/data.json', 'loop.steps=2', 'loop.global_batch=8', 'loop.micro_batch=8']
+    words = ['video.features=null', f'video.source={tmp_path}/data.json', 'loop.steps=2', 'loop.global_batch=8', 'loop.micro_batch=8']
     records = fit(override(config_of(folder, f't2v: {FIRST}'), words), tmp_path / 'run')
     assert len(records) == 2 and all(0.5 < record.loss < 10 for record in records)
     with open_mesh(Layout(), pick_device('cpu'), 0) as mesh:
