@@ -54,7 +54,7 @@ def python(cell):
     "The cell as a syntax tree, magics left out; None when it is in another language."
     text = source(cell)
     if re.match(r'%%(?!ranks|torchrun|time|capture|prun)', text.lstrip()): return None
-    return ast.parse(re.sub(r'^(\s*)[%!?].*$', r'\1pass', text, flags=re.M))
+    return ast.parse(re.sub(r'^(\s*)[%!?](?=[A-Za-z]).*$', r'\1pass', text, flags=re.M))
 
 def trees(root):
     "(where, tree) of every Python cell of every notebook and of every module and test."
