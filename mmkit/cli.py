@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from .config import load_config
-from .core.values import dumps, override
-from .mindspeed_mm.convert import SCRIPT_FLAGS, convert, convert_parser, optional_layers
 from .core.files import load_json, write_atomic
 from .core.ranks import RankFailed
+from .core.values import dumps, override
+from .mindspeed_mm.convert import SCRIPT_FLAGS, convert, convert_parser, optional_layers
 
 # %% ../nbs/9_tools/10_cli.ipynb #fbddec0f
 def finish(program: str, command: Callable[[], Any]) -> int:
-    "The exit code of a command: 0 and its result printed, 1 and a sentence on stderr, or 130 when it was interrupted."
+    """The exit code of a command: 0 and its result printed, 1 and a sentence on stderr, or 130 when it was
+    interrupted.
+    """
     try:
         print(command())
         return 0
@@ -54,7 +56,10 @@ def option(name: str, words: str, **settings: Any) -> tuple[str, dict]:
 def train(options: Namespace) -> str:
     "Trains, with one line of text for each step; returns a sentence with the run's folder."
     from mmkit.launcher.run import launch
-    run = launch(override(load_config(options.config), options.changes), ranks=options.ranks, folder=options.run)
+
+    run = launch(
+        override(load_config(options.config), options.changes), ranks=options.ranks, folder=options.run
+    )
     run.follow(at_once)
     return f'{run.status}: {run.folder}'
 
@@ -62,40 +67,91 @@ def train(options: Namespace) -> str:
 def resume(options: Namespace) -> str:
     "Starts a run again and follows it; returns a sentence with its folder."
     from mmkit.launcher.resume import follow_new, resume
+
     run = follow_new(resume(options.run, options.ranks, options.changes), at_once)
     return f'{run.status}: {run.folder}'
 
 
-TRAIN = train, dict(help='train as a config.json says', usage='mmkit train CONFIG.json [--ranks N] [--run FOLDER] [name=value ...]'), (
-    option('config', 'config of a run; name=value changes it, such as layout.tp=2', metavar='CONFIG.json'),
-    option('--ranks', 'number of ranks (all devices; 2 on a CPU)', type=int),
-    option('--run', 'new folder for records, logs and checkpoints (runs/ and the time)', metavar='FOLDER'))
+TRAIN = (
+    train,
+    dict(
+        help='train as a config.json says',
+        usage='mmkit train CONFIG.json [--ranks N] [--run FOLDER] [name=value ...]',
+    ),
+    (
+        option(
+            'config', 'config of a run; name=value changes it, such as layout.tp=2', metavar='CONFIG.json'
+        ),
+        option('--ranks', 'number of ranks (all devices; 2 on a CPU)', type=int),
+        option(
+            '--run', 'new folder for records, logs and checkpoints (runs/ and the time)', metavar='FOLDER'
+        ),
+    ),
+)
 
-RESUME = resume, dict(help='go on with a run that has ended', usage='mmkit resume RUN [--ranks N] [name=value ...]'), (
-    option('run', 'folder of the run; name=value changes its config, such as layout.tp=2, or resume=120 for an older step', metavar='RUN'),
-    option('--ranks', 'number of ranks (as many as before)', type=int))
+RESUME = (
+    resume,
+    dict(help='go on with a run that has ended', usage='mmkit resume RUN [--ranks N] [name=value ...]'),
+    (
+        option(
+            'run',
+            'folder of the run; name=value changes its config, such as layout.tp=2, or resume=120 for an'
+            ' older step',
+            metavar='RUN',
+        ),
+        option('--ranks', 'number of ranks (as many as before)', type=int),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #adde045f
 def doctor(options: Namespace) -> Any:
-    "Says what is here and what is wanted, and whether machines reach each other; returns the report. ValueError after it where something has to be done."
+    """Says what is here and what is wanted, and whether machines reach each other; returns the report.
+
+    ValueError after it where something has to be done.
+    """
     from mmkit.diagnostics.doctor import doctor
-    report = doctor(options.hosts.split(',') if options.hosts else (), options.here, options.port, options.limit)
-    if report.good: return report
+
+    report = doctor(
+        options.hosts.split(',') if options.hosts else (), options.here, options.port, options.limit
+    )
+    if report.good:
+        return report
     at_once(report)
-    raise ValueError(report[0].remedy if options.hosts and not report[0].good else 'not everything is as it should be; the last column says what to do')
+    raise ValueError(
+        report[0].remedy
+        if options.hosts and not report[0].good
+        else 'not everything is as it should be; the last column says what to do'
+    )
 
 
-DOCTOR = doctor, dict(help='say what is installed here, what is wanted, and what to do about it; and whether machines reach each other', usage='mmkit doctor [--hosts A,B [--here NAME] [--port N] [--limit SECONDS]]'), (
-    option('--hosts', 'several machines, the first is where they meet: try whether they reach each other; start it on all of them', metavar='A,B'),
-    option('--here', 'which of them this machine is (found by its name and addresses)', metavar='NAME'),
-    option('--port', 'port of the first machine (29500)', type=int, default=29500),
-    option('--limit', 'seconds for each step of it (30)', type=float, default=30))
+DOCTOR = (
+    doctor,
+    dict(
+        help=(
+            'say what is installed here, what is wanted, and what to do about it; and whether machines reach'
+            ' each other'
+        ),
+        usage='mmkit doctor [--hosts A,B [--here NAME] [--port N] [--limit SECONDS]]',
+    ),
+    (
+        option(
+            '--hosts',
+            'several machines, the first is where they meet: try whether they reach each other; start it on'
+            ' all of them',
+            metavar='A,B',
+        ),
+        option('--here', 'which of them this machine is (found by its name and addresses)', metavar='NAME'),
+        option('--port', 'port of the first machine (29500)', type=int, default=29500),
+        option('--limit', 'seconds for each step of it (30)', type=float, default=30),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #ed99d0ea
 def plan(options: Namespace) -> Any:
     "Says what a run would need; returns the plan."
     from mmkit.core.device import pick_device
     from mmkit.trainer.plan import plan
+
     config = override(load_config(options.config), options.changes)
     return plan(config, options.ranks or pick_device(config.device).count())
 
@@ -103,100 +159,221 @@ def plan(options: Namespace) -> Any:
 def estimate(options: Namespace) -> Any:
     "Says what a run would cost; returns the estimate."
     from mmkit.launcher.estimate import estimate, speed_of
+
     config = override(load_config(options.config), options.changes)
     return estimate(config, options.ranks, speed_of(options.like) if options.like else None)
 
 
-PLAN = plan, dict(help='say what a run needs of every rank, without starting it', usage='mmkit plan CONFIG.json [--ranks N] [name=value ...]'), (
-    option('config', 'config of a run; name=value changes it, such as layout.tp=2', metavar='CONFIG.json'),
-    option('--ranks', 'number of ranks, here or elsewhere (all devices; 2 on a CPU)', type=int))
+PLAN = (
+    plan,
+    dict(
+        help='say what a run needs of every rank, without starting it',
+        usage='mmkit plan CONFIG.json [--ranks N] [name=value ...]',
+    ),
+    (
+        option(
+            'config', 'config of a run; name=value changes it, such as layout.tp=2', metavar='CONFIG.json'
+        ),
+        option('--ranks', 'number of ranks, here or elsewhere (all devices; 2 on a CPU)', type=int),
+    ),
+)
 
-ESTIMATE = estimate, dict(help='say what a run will cost: tokens, epochs, time, memory, disk', usage='mmkit estimate CONFIG.json [--ranks N] [--like RUN] [name=value ...]'), (
-    option('config', 'config of a run; name=value changes it, such as loop.steps=100', metavar='CONFIG.json'),
-    option('--ranks', 'number of ranks (all devices; 2 on a CPU)', type=int),
-    option('--like', 'run folder of a short run of the same kind, which tells the speed', metavar='RUN'))
+ESTIMATE = (
+    estimate,
+    dict(
+        help='say what a run will cost: tokens, epochs, time, memory, disk',
+        usage='mmkit estimate CONFIG.json [--ranks N] [--like RUN] [name=value ...]',
+    ),
+    (
+        option(
+            'config', 'config of a run; name=value changes it, such as loop.steps=100', metavar='CONFIG.json'
+        ),
+        option('--ranks', 'number of ranks (all devices; 2 on a CPU)', type=int),
+        option('--like', 'run folder of a short run of the same kind, which tells the speed', metavar='RUN'),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #ab0f8c0c
 def first_run(options: Namespace) -> Any:
     "Makes pictures and a small model, trains it and judges it; returns the scores."
     from mmkit.recipes.first_run import first_run
+
     return first_run(options.run, options.ranks, options.seed, options.steps, at_once)
 
 
-FIRST_RUN = first_run, dict(help='make pictures and a small model, train it on them, ask it about others'), (
-    option('--run', 'new folder for everything (runs/first-run)', metavar='FOLDER'),
-    *(option(f'--{name}', f'({default})', type=int, default=default) for name, default in (('ranks', 2), ('seed', 0), ('steps', 400))))
+FIRST_RUN = (
+    first_run,
+    dict(help='make pictures and a small model, train it on them, ask it about others'),
+    (
+        option('--run', 'new folder for everything (runs/first-run)', metavar='FOLDER'),
+        *(
+            option(f'--{name}', f'({default})', type=int, default=default)
+            for name, default in (('ranks', 2), ('seed', 0), ('steps', 400))
+        ),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #94e7ece1
 def llava_to_mllm(options: Namespace) -> Any:
     "Converts a LLaVA file; returns the report."
     from mmkit.datasets.llava import llava_to_mllm
+
     return llava_to_mllm(options.source, options.target, options.images)
 
 
-LLAVA_TO_MLLM = llava_to_mllm, dict(help='convert a LLaVA-Instruct file to messages and images'), (
-    option('source', 'LLaVA-Instruct JSON', metavar='IN'),
-    option('target', 'new JSON file', metavar='OUT'),
-    option('--images', 'folder with the pictures', metavar='DIR', required=True))
+LLAVA_TO_MLLM = (
+    llava_to_mllm,
+    dict(help='convert a LLaVA-Instruct file to messages and images'),
+    (
+        option('source', 'LLaVA-Instruct JSON', metavar='IN'),
+        option('target', 'new JSON file', metavar='OUT'),
+        option('--images', 'folder with the pictures', metavar='DIR', required=True),
+    ),
+)
 
 
 def chat(options: Namespace) -> Any:
     "Asks the model in a Hugging Face folder; returns its answer."
     from mmkit.trainer.chat import chat
+
     return chat(options.folder, options.question, images=options.image)
 
 
-CHAT = chat, dict(help='ask a model'), (
-    option('folder', 'Hugging Face folder, such as a checkpoint', metavar='FOLDER'),
-    option('question', 'what to ask', metavar='QUESTION'),
-    option('--image', 'picture to ask about; may be given again', metavar='PICTURE', action='append', default=[]))
+CHAT = (
+    chat,
+    dict(help='ask a model'),
+    (
+        option('folder', 'Hugging Face folder, such as a checkpoint', metavar='FOLDER'),
+        option('question', 'what to ask', metavar='QUESTION'),
+        option(
+            '--image',
+            'picture to ask about; may be given again',
+            metavar='PICTURE',
+            action='append',
+            default=[],
+        ),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #9e97c0f7
 def extract_features(options: Namespace) -> Any:
     "Encodes clips and captions; returns what was done and the report."
     from mmkit.config import Clips
     from mmkit.launcher.extract import extract
-    return extract(options.source, options.weights, options.folder, override(Clips(), options.changes), ranks=options.ranks, dtype=options.dtype)
+
+    return extract(
+        options.source,
+        options.weights,
+        options.folder,
+        override(Clips(), options.changes),
+        ranks=options.ranks,
+        dtype=options.dtype,
+    )
 
 
-EXTRACT = extract_features, dict(help='encode clips and captions once, before training', usage='mmkit extract-features CLIPS --weights FOLDER --to FEATURES [--ranks N] [--dtype NAME] [name=value ...]'), (
-    option('source', 'data.json, .jsonl, .csv, data.txt or a folder of clips; name=value sets how they are cut, such as num_frames=81', metavar='CLIPS'),
-    option('--weights', 'pipeline folder whose encoders are used', metavar='FOLDER', required=True),
-    option('--to', 'folder of features; what is there already is not encoded again', metavar='FEATURES', dest='folder', required=True),
-    option('--ranks', 'number of processes (all devices; 2 on a CPU)', type=int),
-    option('--dtype', 'number format of the encoders (bfloat16 on a device, float32 on a CPU)', choices=('float32', 'bfloat16')))
+EXTRACT = (
+    extract_features,
+    dict(
+        help='encode clips and captions once, before training',
+        usage=(
+            'mmkit extract-features CLIPS --weights FOLDER --to FEATURES [--ranks N] [--dtype NAME]'
+            ' [name=value ...]'
+        ),
+    ),
+    (
+        option(
+            'source',
+            'data.json, .jsonl, .csv, data.txt or a folder of clips; name=value sets how they are cut, such'
+            ' as num_frames=81',
+            metavar='CLIPS',
+        ),
+        option('--weights', 'pipeline folder whose encoders are used', metavar='FOLDER', required=True),
+        option(
+            '--to',
+            'folder of features; what is there already is not encoded again',
+            metavar='FEATURES',
+            dest='folder',
+            required=True,
+        ),
+        option('--ranks', 'number of processes (all devices; 2 on a CPU)', type=int),
+        option(
+            '--dtype',
+            'number format of the encoders (bfloat16 on a device, float32 on a CPU)',
+            choices=('float32', 'bfloat16'),
+        ),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #14b9fef2
 def prompts_in(text: str) -> list[str]:
     "The prompts of a .json list or of the lines of a .txt, or the text itself as the only one."
-    if not text.endswith(('.json', '.txt')): return [text]
-    if text.endswith('.json'): return load_json(Path(text))
+    if not text.endswith(('.json', '.txt')):
+        return [text]
+    if text.endswith('.json'):
+        return load_json(Path(text))
     return [line for line in Path(text).read_text(encoding='utf-8').splitlines() if line.strip()]
 
 
 def generate(options: Namespace) -> str:
     "Asks a model for clips; returns the names of their files."
     from mmkit.trainer.sampling import generate, sampling_of
-    made = generate(options.folder, prompts_in(options.prompt), images=options.image or None, sampling=override(sampling_of(options.folder), options.changes), output=options.output)
+
+    made = generate(
+        options.folder,
+        prompts_in(options.prompt),
+        images=options.image or None,
+        sampling=override(sampling_of(options.folder), options.changes),
+        output=options.output,
+    )
     return '\n'.join(str(clip.path) for clip in made)
 
 
-GENERATE = generate, dict(help='ask a model for clips', usage='mmkit generate FOLDER PROMPT [--to FOLDER] [--image PICTURE] [name=value ...]'), (
-    option('folder', 'pipeline folder of Wan2.1, such as a checkpoint; name=value sets how clips are made, such as steps=30', metavar='FOLDER'),
-    option('prompt', 'what to show, or a .txt or .json file with several', metavar='PROMPT'),
-    option('--to', 'folder for the mp4 files (videos)', metavar='FOLDER', dest='output', default='videos'),
-    option('--image', 'picture to continue, one for each prompt', metavar='PICTURE', action='append', default=[]))
+GENERATE = (
+    generate,
+    dict(
+        help='ask a model for clips',
+        usage='mmkit generate FOLDER PROMPT [--to FOLDER] [--image PICTURE] [name=value ...]',
+    ),
+    (
+        option(
+            'folder',
+            'pipeline folder of Wan2.1, such as a checkpoint; name=value sets how clips are made, such as'
+            ' steps=30',
+            metavar='FOLDER',
+        ),
+        option('prompt', 'what to show, or a .txt or .json file with several', metavar='PROMPT'),
+        option(
+            '--to', 'folder for the mp4 files (videos)', metavar='FOLDER', dest='output', default='videos'
+        ),
+        option(
+            '--image',
+            'picture to continue, one for each prompt',
+            metavar='PICTURE',
+            action='append',
+            default=[],
+        ),
+    ),
+)
 
 
 def first_video(options: Namespace) -> Any:
     "Makes clips and a small model, trains it and judges its videos; returns the scores."
     from mmkit.recipes.first_video import first_video
+
     return first_video(options.run, options.ranks, options.seed, options.steps, at_once)
 
 
-FIRST_VIDEO = first_video, dict(help='make clips and a small model, train it on them, judge its videos'), (
-    option('--run', 'new folder for everything (runs/first-video)', metavar='FOLDER'),
-    *(option(f'--{name}', f'({default})', type=int, default=default) for name, default in (('ranks', 2), ('seed', 0), ('steps', 4500))))
+FIRST_VIDEO = (
+    first_video,
+    dict(help='make clips and a small model, train it on them, judge its videos'),
+    (
+        option('--run', 'new folder for everything (runs/first-video)', metavar='FOLDER'),
+        *(
+            option(f'--{name}', f'({default})', type=int, default=default)
+            for name, default in (('ranks', 2), ('seed', 0), ('steps', 4500))
+        ),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #f0592f1d
 MODES = {'convert_to_mm': 'hf_to_mm', 'convert_to_hf': 'mm_to_hf'}
@@ -205,73 +382,189 @@ MODES = {'convert_to_mm': 'hf_to_mm', 'convert_to_hf': 'mm_to_hf'}
 def convert_wan(options: Namespace) -> Any:
     "Converts the weights of a Wan2.1 transformer; returns what was written."
     from mmkit.mindspeed_mm.convert import convert_wan
-    return convert_wan(MODES[options.mode], options.source_path, options.target_path, options.ckpt_path, options.pp_vpp_layers, flags=SCRIPT_FLAGS, overwrite=options.overwrite)
+
+    return convert_wan(
+        MODES[options.mode],
+        options.source_path,
+        options.target_path,
+        options.ckpt_path,
+        options.pp_vpp_layers,
+        flags=SCRIPT_FLAGS,
+        overwrite=options.overwrite,
+    )
 
 
-CONVERT_WAN = convert_wan, dict(help='convert Wan2.1 weights, with the words of convert_ckpt.py'), (
-    option('--source_path', 'folder to read: transformer or pipeline folder, or MindSpeed-MM folder', metavar='FOLDER', required=True),
-    option('--target_path', 'folder to write; it must be new or empty, or see --overwrite', metavar='FOLDER', required=True),
-    option('--mode', 'which way', choices=tuple(MODES), required=True),
-    option('--ckpt_path', 'transformer or pipeline folder of the model, which convert_to_hf needs', metavar='FOLDER'),
-    option('--pp_vpp_layers', 'for convert_to_mm, layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk: [[7,8],[7,8]]', metavar='LAYERS', type=optional_layers),
-    option('--overwrite', 'let the new folder take the place of an earlier checkpoint', action='store_true'))
+CONVERT_WAN = (
+    convert_wan,
+    dict(help='convert Wan2.1 weights, with the words of convert_ckpt.py'),
+    (
+        option(
+            '--source_path',
+            'folder to read: transformer or pipeline folder, or MindSpeed-MM folder',
+            metavar='FOLDER',
+            required=True,
+        ),
+        option(
+            '--target_path',
+            'folder to write; it must be new or empty, or see --overwrite',
+            metavar='FOLDER',
+            required=True,
+        ),
+        option('--mode', 'which way', choices=tuple(MODES), required=True),
+        option(
+            '--ckpt_path',
+            'transformer or pipeline folder of the model, which convert_to_hf needs',
+            metavar='FOLDER',
+        ),
+        option(
+            '--pp_vpp_layers',
+            'for convert_to_mm, layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk:'
+            ' [[7,8],[7,8]]',
+            metavar='LAYERS',
+            type=optional_layers,
+        ),
+        option(
+            '--overwrite', 'let the new folder take the place of an earlier checkpoint', action='store_true'
+        ),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #f7f102bf
 def from_mindspeed_mm(options: Namespace) -> str:
     "Reads an example of MindSpeed-MM and, where it is whole, writes it as a config; returns the report."
     from mmkit.mindspeed_mm.config import from_mindspeed_mm
-    carried = from_mindspeed_mm(options.folder, options.script, dict(word.split('=', 1) for word in options.changes))
+
+    carried = from_mindspeed_mm(
+        options.folder, options.script, dict(word.split('=', 1) for word in options.changes)
+    )
     if carried.config is None:
         at_once(carried)
         raise ValueError(f'no config comes of it: {"; ".join(carried.problems)}')
-    if options.output is None: return f'{carried}\n\n--output config.json writes the config'
-    if Path(options.output).exists(): raise ValueError(f'{options.output} is already there: give a new name')
+    if options.output is None:
+        return f'{carried}\n\n--output config.json writes the config'
+    if Path(options.output).exists():
+        raise ValueError(f'{options.output} is already there: give a new name')
     write_atomic(options.output, dumps(carried.config))
     return f'{carried}\n\nwrote {options.output}'
 
 
-FROM_MINDSPEED_MM = from_mindspeed_mm, dict(help='make a config of an example of MindSpeed-MM, and say what becomes of every field', usage='mmkit from-mindspeed-mm FOLDER [--script FILE] [--output CONFIG.json] [NAME=value ...]'), (
-    option('folder', 'folder of the example; NAME=value sets a variable of its script, such as NNODES=2', metavar='FOLDER'),
-    option('--script', 'the script that trains, where the folder has several', metavar='FILE'),
-    option('--output', 'new file for the config', metavar='CONFIG.json'))
+FROM_MINDSPEED_MM = (
+    from_mindspeed_mm,
+    dict(
+        help='make a config of an example of MindSpeed-MM, and say what becomes of every field',
+        usage='mmkit from-mindspeed-mm FOLDER [--script FILE] [--output CONFIG.json] [NAME=value ...]',
+    ),
+    (
+        option(
+            'folder',
+            'folder of the example; NAME=value sets a variable of its script, such as NNODES=2',
+            metavar='FOLDER',
+        ),
+        option('--script', 'the script that trains, where the folder has several', metavar='FILE'),
+        option('--output', 'new file for the config', metavar='CONFIG.json'),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #08b3b925
 def launch_lines(options: Namespace) -> str:
     "Makes a run folder and writes the script that trains on several machines, or returns the line of each."
     from mmkit.launcher.hosts import launch_on, shell_script, slurm_script
-    names = [f'node{number + 1}' for number in range(int(options.hosts))] if options.slurm and options.hosts.isdigit() else options.hosts.split(',')
+
+    names = (
+        [f'node{number + 1}' for number in range(int(options.hosts))]
+        if options.slurm and options.hosts.isdigit()
+        else options.hosts.split(',')
+    )
     for script in filter(None, (options.slurm, options.shell)):
-        if Path(script).exists(): raise ValueError(f'{script} is already there: give a new name')
+        if Path(script).exists():
+            raise ValueError(f'{script} is already there: give a new name')
     told = {word: getattr(options, word) for word in ('interface', 'port', 'restarts', 'silence', 'setup')}
-    lines = launch_on(override(load_config(options.config), options.changes), names, options.ranks, options.run, **told)
+    lines = launch_on(
+        override(load_config(options.config), options.changes), names, options.ranks, options.run, **told
+    )
     folder = lines.run.folder
-    if options.slurm: write_atomic(options.slurm, slurm_script(lines.hosts, folder))
-    if options.shell: write_atomic(options.shell, shell_script(lines.hosts, folder))
-    if options.slurm or options.shell: return f'wrote {" and ".join(filter(None, (options.slurm, options.shell)))}; the run folder is {folder}'
+    if options.slurm:
+        write_atomic(options.slurm, slurm_script(lines.hosts, folder))
+    if options.shell:
+        write_atomic(options.shell, shell_script(lines.hosts, folder))
+    if options.slurm or options.shell:
+        return (
+            f'wrote {" and ".join(filter(None, (options.slurm, options.shell)))}; the run folder is {folder}'
+        )
     return repr(lines)
 
 
-LAUNCH_LINES = launch_lines, dict(help='say what to start on each of several machines, or write a script that does', usage='mmkit launch-lines CONFIG.json --hosts A,B --ranks N [--interface NAME] [--slurm FILE] [--shell FILE] [name=value ...]'), (
-    option('config', 'config of a run; name=value changes it, such as layout.tp=8', metavar='CONFIG.json'),
-    option('--hosts', 'machines as they reach each other, the first is where they meet; with --slurm how many', metavar='A,B', required=True),
-    option('--ranks', 'number of ranks on each machine', type=int, required=True),
-    option('--interface', 'network interface that the machines share, such as eth0', metavar='NAME'),
-    option('--run', 'new folder for records, logs and checkpoints, on a disk of all machines (runs/ and the time)', metavar='FOLDER'),
-    option('--slurm', 'new file for a script for sbatch', metavar='FILE'),
-    option('--shell', 'new file for a script that starts all machines over ssh', metavar='FILE'),
-    option('--setup', 'shell command that each machine executes first in these scripts', metavar='WORDS', default=''),
-    *(option(f'--{name}', f'{words} ({default})', type=int, default=default) for name, words, default in (('port', 'port of the first machine', 29500),
-        ('restarts', 'how often ranks that died are started again', 3), ('silence', 'seconds after which a silent machine is lost', 40))))
+LAUNCH_LINES = (
+    launch_lines,
+    dict(
+        help='say what to start on each of several machines, or write a script that does',
+        usage=(
+            'mmkit launch-lines CONFIG.json --hosts A,B --ranks N [--interface NAME] [--slurm FILE] [--shell'
+            ' FILE] [name=value ...]'
+        ),
+    ),
+    (
+        option(
+            'config', 'config of a run; name=value changes it, such as layout.tp=8', metavar='CONFIG.json'
+        ),
+        option(
+            '--hosts',
+            'machines as they reach each other, the first is where they meet; with --slurm how many',
+            metavar='A,B',
+            required=True,
+        ),
+        option('--ranks', 'number of ranks on each machine', type=int, required=True),
+        option('--interface', 'network interface that the machines share, such as eth0', metavar='NAME'),
+        option(
+            '--run',
+            'new folder for records, logs and checkpoints, on a disk of all machines (runs/ and the time)',
+            metavar='FOLDER',
+        ),
+        option('--slurm', 'new file for a script for sbatch', metavar='FILE'),
+        option('--shell', 'new file for a script that starts all machines over ssh', metavar='FILE'),
+        option(
+            '--setup',
+            'shell command that each machine executes first in these scripts',
+            metavar='WORDS',
+            default='',
+        ),
+        *(
+            option(f'--{name}', f'{words} ({default})', type=int, default=default)
+            for name, words, default in (
+                ('port', 'port of the first machine', 29500),
+                ('restarts', 'how often ranks that died are started again', 3),
+                ('silence', 'seconds after which a silent machine is lost', 40),
+            )
+        ),
+    ),
+)
 
 # %% ../nbs/9_tools/10_cli.ipynb #33887d98
-COMMANDS = {'doctor': DOCTOR, 'first-run': FIRST_RUN, 'first-video': FIRST_VIDEO, 'plan': PLAN, 'estimate': ESTIMATE, 'train': TRAIN, 'resume': RESUME, 'chat': CHAT, 'generate': GENERATE, 'llava-to-mllm': LLAVA_TO_MLLM,
-            'extract-features': EXTRACT, 'convert-wan': CONVERT_WAN, 'from-mindspeed-mm': FROM_MINDSPEED_MM, 'launch-lines': LAUNCH_LINES}
-CHANGED = (train, resume, plan, estimate, extract_features, generate, from_mindspeed_mm, launch_lines)         # the commands that take name=value
+COMMANDS = {
+    'doctor': DOCTOR,
+    'first-run': FIRST_RUN,
+    'first-video': FIRST_VIDEO,
+    'plan': PLAN,
+    'estimate': ESTIMATE,
+    'train': TRAIN,
+    'resume': RESUME,
+    'chat': CHAT,
+    'generate': GENERATE,
+    'llava-to-mllm': LLAVA_TO_MLLM,
+    'extract-features': EXTRACT,
+    'convert-wan': CONVERT_WAN,
+    'from-mindspeed-mm': FROM_MINDSPEED_MM,
+    'launch-lines': LAUNCH_LINES,
+}
+# the commands that take name=value
+CHANGED = (train, resume, plan, estimate, extract_features, generate, from_mindspeed_mm, launch_lines)
 
 
 class OneSentence(ArgumentParser):
     "A parser that says in one line what it did not understand."
-    def error(self, message: str) -> None: self.exit(2, f'{self.prog}: {" ".join(message.split())}: --help shows what is possible\n')
+
+    def error(self, message: str) -> None:
+        self.exit(2, f'{self.prog}: {" ".join(message.split())}: --help shows what is possible\n')
 
 
 def mmkit_parser() -> ArgumentParser:
@@ -279,8 +572,9 @@ def mmkit_parser() -> ArgumentParser:
     parser = OneSentence(prog='mmkit', description='Train Qwen2.5-VL and Wan2.1 with Megatron-Core.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     for name, (command, words, options) in COMMANDS.items():
-        one = commands.add_parser(name, allow_abbrev=False, **words)     # else --rank would pass for --ranks
-        for flag, settings in options: one.add_argument(flag, **settings)
+        one = commands.add_parser(name, allow_abbrev=False, **words)  # else --rank would pass for --ranks
+        for flag, settings in options:
+            one.add_argument(flag, **settings)
         one.set_defaults(command=command, one=one)
     return parser
 
@@ -288,6 +582,11 @@ def mmkit_parser() -> ArgumentParser:
 def mmkit(arguments: Sequence[str] | None = None) -> int:
     "The command mmkit; its arguments default to those of the process, its exit code comes back."
     options, options.changes = mmkit_parser().parse_known_args(arguments)
-    odd = [word for word in options.changes if options.command not in CHANGED or word.startswith('-') or '=' not in word]
-    if odd: options.one.error(f'not understood: {" ".join(odd)}')
+    odd = [
+        word
+        for word in options.changes
+        if options.command not in CHANGED or word.startswith('-') or '=' not in word
+    ]
+    if odd:
+        options.one.error(f'not understood: {" ".join(odd)}')
     return finish('mmkit', lambda: options.command(options))

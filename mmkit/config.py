@@ -19,22 +19,50 @@ from .core.values import check_kinds, dumps, read, require
 def check_layout(layout: 'Layout') -> None:
     "Raises ValueError with what to change when the settings of a layout do not go together."
     check_kinds(layout)
-    for name in ('tp', 'pp', 'vpp', 'cp'): require(getattr(layout, name) >= 1, f'layout.{name} must be at least 1, not {getattr(layout, name)}')
-    require(layout.tp > 1 or not layout.sequence_parallel, 'layout.sequence_parallel needs layout.tp > 1; set tp=2 or sequence_parallel=false')
-    require(layout.vpp == 1 or layout.pp > 1, f'layout.vpp={layout.vpp} needs layout.pp > 1; set pp=2 or vpp=1')
+    for name in ('tp', 'pp', 'vpp', 'cp'):
+        require(getattr(layout, name) >= 1, f'layout.{name} must be at least 1, not {getattr(layout, name)}')
+    require(
+        layout.tp > 1 or not layout.sequence_parallel,
+        'layout.sequence_parallel needs layout.tp > 1; set tp=2 or sequence_parallel=false',
+    )
+    require(
+        layout.vpp == 1 or layout.pp > 1, f'layout.vpp={layout.vpp} needs layout.pp > 1; set pp=2 or vpp=1'
+    )
     for tower, rows in (layout.layers or {}).items():
-        shown, wanted = [list(row) for row in rows], f'{layout.vpp} (layout.vpp) rows of {layout.pp} (layout.pp) numbers'
-        require(len(rows) == layout.vpp and all(len(row) == layout.pp for row in rows), f'layout.layers.{tower}={shown} must have {wanted}')
-        require(all(n >= 0 for row in rows for n in row), f'layout.layers.{tower}={shown} may not hold negative numbers')
-    require(layout.recompute_layers is None or layout.recompute == 'full' and layout.recompute_layers >= 1, f'layout.recompute_layers={layout.recompute_layers} says how many layers recompute=full runs again; set layout.recompute=full and at least 1, or leave it out')
-    require(layout.cp_ulysses is None or layout.cp_kind == 'usp', f'layout.cp_ulysses={layout.cp_ulysses} belongs to cp_kind=usp, not {layout.cp_kind}; leave it out')
-    require(layout.cp_ulysses is None or layout.cp_ulysses >= 1, f'layout.cp_ulysses must be at least 1, not {layout.cp_ulysses}')
-    require(layout.cp % layout.ulysses == 0, f'layout.cp_ulysses={layout.ulysses} does not divide layout.cp={layout.cp}; cp_kind=usp needs one that does')
+        shown = [list(row) for row in rows]
+        wanted = f'{layout.vpp} (layout.vpp) rows of {layout.pp} (layout.pp) numbers'
+        require(
+            len(rows) == layout.vpp and all(len(row) == layout.pp for row in rows),
+            f'layout.layers.{tower}={shown} must have {wanted}',
+        )
+        require(
+            all(n >= 0 for row in rows for n in row),
+            f'layout.layers.{tower}={shown} may not hold negative numbers',
+        )
+    require(
+        layout.recompute_layers is None or (layout.recompute == 'full' and layout.recompute_layers >= 1),
+        f'layout.recompute_layers={layout.recompute_layers} says how many layers recompute=full runs again;'
+        ' set layout.recompute=full and at least 1, or leave it out',
+    )
+    require(
+        layout.cp_ulysses is None or layout.cp_kind == 'usp',
+        f'layout.cp_ulysses={layout.cp_ulysses} belongs to cp_kind=usp, not {layout.cp_kind}; leave it out',
+    )
+    require(
+        layout.cp_ulysses is None or layout.cp_ulysses >= 1,
+        f'layout.cp_ulysses must be at least 1, not {layout.cp_ulysses}',
+    )
+    require(
+        layout.cp % layout.ulysses == 0,
+        f'layout.cp_ulysses={layout.ulysses} does not divide layout.cp={layout.cp}; cp_kind=usp needs one'
+        ' that does',
+    )
 
 # %% ../nbs/0_core/02_config.ipynb #ee12b4e6
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     "How a model is laid over ranks; data parallelism takes what is left."
+
     tp: int = 1
     sequence_parallel: bool = False
     pp: int = 1
@@ -44,34 +72,50 @@ class Layout:
     cp_kind: Literal['ulysses', 'ring', 'usp'] = 'ulysses'
     cp_ulysses: int | None = None
     data_parallel: Literal['zero1', 'ddp', 'fsdp'] = 'zero1'
-    overlap: bool = False           # of ddp and zero1; fsdp always does
+    overlap: bool = False  # of ddp and zero1; fsdp always does
     recompute: Literal['none', 'selective', 'full'] = 'none'
     recompute_layers: int | None = None
 
-    def __post_init__(self): check_layout(self)
+    def __post_init__(self):
+        check_layout(self)
 
     @property
-    def ulysses(self) -> int: return {'ulysses': self.cp, 'ring': 1, 'usp': self.cp_ulysses or max(self.cp // 2, 1)}[self.cp_kind]
+    def ulysses(self) -> int:
+        return {'ulysses': self.cp, 'ring': 1, 'usp': self.cp_ulysses or max(self.cp // 2, 1)}[self.cp_kind]
 
     @property
-    def ring(self) -> int: return self.cp // self.ulysses
+    def ring(self) -> int:
+        return self.cp // self.ulysses
 
     @property
     def sequence_multiple(self) -> int:
-        "Rows of tokens are padded to a multiple of this, so that every rank holds equally many, of a ring's two chunks too."
-        return math.lcm(2 * self.ring if self.ring > 1 else 1, self.cp * (self.tp if self.sequence_parallel else 1))
+        """Rows of tokens are padded to a multiple of this, so that every rank holds equally many, of a ring's
+        two chunks too.
+        """
+        return math.lcm(
+            2 * self.ring if self.ring > 1 else 1, self.cp * (self.tp if self.sequence_parallel else 1)
+        )
 
     def replicas(self, world: int) -> int:
         "How many data-parallel replicas (data-parallel ranks) `world` ranks hold."
         require(type(world) is int and world > 0, f'ranks={world!r} must be a whole number from 1')
-        used = {f'layout.{name}={size}': size for name in ('tp', 'pp', 'cp') if (size := getattr(self, name)) > 1 or name == 'tp'}
-        require(world % (each := math.prod(used.values())) == 0, f'{world} ranks cannot be divided by {" x ".join(used)}; use a multiple of {each} ranks, or another layout')
+        used = {
+            f'layout.{name}={size}': size
+            for name in ('tp', 'pp', 'cp')
+            if (size := getattr(self, name)) > 1 or name == 'tp'
+        }
+        require(
+            world % (each := math.prod(used.values())) == 0,
+            f'{world} ranks cannot be divided by {" x ".join(used)}; use a multiple of {each} ranks, or'
+            ' another layout',
+        )
         return world // each
 
 # %% ../nbs/0_core/02_config.ipynb #6a45cb69
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     "AdamW, gradient clipping (0 is off) and the learning-rate schedule."
+
     lr: float = 1e-5
     min_lr: float = 0.0
     warmup: int = 0
@@ -84,13 +128,20 @@ class Optim:
     def __post_init__(self):
         check_kinds(self)
         require(self.lr > 0, f'optim.lr must be positive, not {self.lr}')
-        require(0 <= self.min_lr <= self.lr, f'optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}')
-        require(self.warmup >= 0 and self.clip >= 0, f'optim.warmup={self.warmup} and optim.clip={self.clip} must not be negative')
+        require(
+            0 <= self.min_lr <= self.lr,
+            f'optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}',
+        )
+        require(
+            self.warmup >= 0 and self.clip >= 0,
+            f'optim.warmup={self.warmup} and optim.clip={self.clip} must not be negative',
+        )
 
 # %% ../nbs/0_core/02_config.ipynb #43b6cdab
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     "The keys of a record and the words for its roles, for files that spell them differently."
+
     messages: str = 'messages'
     images: str = 'images'
     videos: str = 'videos'
@@ -100,12 +151,16 @@ class Columns:
     user: str = 'user'
     assistant: str = 'assistant'
 
-    def __post_init__(self): check_kinds(self)
+    def __post_init__(self):
+        check_kinds(self)
 
 # %% ../nbs/0_core/02_config.ipynb #73d3f199
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    "Conversations: files, where their media lie, length in tokens, pixel budgets, and which tokens are trained."
+    """Conversations: files, where their media lie, length in tokens, pixel budgets, and which tokens are
+    trained.
+    """
+
     files: tuple[str, ...] = ()
     media_dir: str = '.'
     max_length: int = 1024
@@ -125,16 +180,23 @@ class Data:
 
     def __post_init__(self):
         check_kinds(self)
-        require(self.max_length >= 8, f'data.max_length={self.max_length} leaves no room for a conversation; use at least 8 tokens')
+        require(
+            self.max_length >= 8,
+            f'data.max_length={self.max_length} leaves no room for a conversation; use at least 8 tokens',
+        )
         require(self.workers >= 0, f'data.workers must be 0 or more, not {self.workers}')
         for kind in ('image', 'video'):
             low, high = getattr(self, f'{kind}_min_pixels'), getattr(self, f'{kind}_max_pixels')
-            require(0 <= low <= high, f'data.{kind}_min_pixels={low} must lie between 0 and data.{kind}_max_pixels={high}')
+            require(
+                0 <= low <= high,
+                f'data.{kind}_min_pixels={low} must lie between 0 and data.{kind}_max_pixels={high}',
+            )
 
 # %% ../nbs/0_core/02_config.ipynb #51595a21
 @dataclass(frozen=True, kw_only=True)
 class Clips:
     "How clips are chosen and cut: frames, size in pixels, rate, and what is drawn by the seed."
+
     num_frames: int = 81
     min_num_frames: int = 1
     max_height: int | None = 480
@@ -153,18 +215,46 @@ class Clips:
 
     def __post_init__(self):
         check_kinds(self)
-        require((self.max_height is None) == (self.max_width is None), 'clips.max_height and clips.max_width go together: give both or neither')
-        require(self.max_height or self.max_hxw, 'clips.max_hxw (pixels of a frame) is needed when max_height and max_width are not given')
-        require(self.num_frames % 4 == 1, f'clips.num_frames={self.num_frames} is not of the form 4k+1; use {self.num_frames // 4 * 4 + 1}')
-        require(1 <= self.min_num_frames <= self.num_frames, f'clips.min_num_frames={self.min_num_frames} must lie between 1 and num_frames={self.num_frames}')
-        for name in ('drop_short_ratio', 'cfg'): require(0 <= getattr(self, name) <= 1, f'clips.{name}={getattr(self, name)} is a share between 0 and 1')
-        for name in ('max_height', 'max_width'): require(not (getattr(self, name) or 0) % self.hw_stride, f'clips.{name}={getattr(self, name)} is no multiple of hw_stride={self.hw_stride}')
-        require(self.train_fps > 0 and self.speed_factor >= 1, f'clips.train_fps={self.train_fps} must be positive and speed_factor={self.speed_factor} at least 1')
+        require(
+            (self.max_height is None) == (self.max_width is None),
+            'clips.max_height and clips.max_width go together: give both or neither',
+        )
+        require(
+            self.max_height or self.max_hxw,
+            'clips.max_hxw (pixels of a frame) is needed when max_height and max_width are not given',
+        )
+        require(
+            self.num_frames % 4 == 1,
+            f'clips.num_frames={self.num_frames} is not of the form 4k+1; use {self.num_frames // 4 * 4 + 1}',
+        )
+        require(
+            1 <= self.min_num_frames <= self.num_frames,
+            f'clips.min_num_frames={self.min_num_frames} must lie between 1 and num_frames={self.num_frames}',
+        )
+        for name in ('drop_short_ratio', 'cfg'):
+            require(
+                0 <= getattr(self, name) <= 1,
+                f'clips.{name}={getattr(self, name)} is a share between 0 and 1',
+            )
+        for name in ('max_height', 'max_width'):
+            require(
+                not (getattr(self, name) or 0) % self.hw_stride,
+                f'clips.{name}={getattr(self, name)} is no multiple of hw_stride={self.hw_stride}',
+            )
+        require(
+            self.train_fps > 0 and self.speed_factor >= 1,
+            f'clips.train_fps={self.train_fps} must be positive and speed_factor={self.speed_factor} at'
+            ' least 1',
+        )
 
 # %% ../nbs/0_core/02_config.ipynb #bb1c9248
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    "How sigma is drawn: from the table of `steps` values as in Wan's training, or smoothly; and whether the loss is weighted by the table's bump."
+    """How sigma is drawn: from the table of `steps` values as in Wan's training, or smoothly.
+
+    And whether the loss is weighted by the table's bump.
+    """
+
     draw: Literal['table', 'logit_normal', 'uniform'] = 'table'
     shift: float = 5.0
     weighted: bool = True
@@ -175,13 +265,22 @@ class Flow:
     def __post_init__(self):
         check_kinds(self)
         require(self.shift > 0, f'flow.shift={self.shift} must be positive')
-        require(self.steps > 1 and 0 <= self.sigma_min < 1, f'flow.steps={self.steps} must be above 1 and flow.sigma_min={self.sigma_min} from 0 to below 1')
-        require(self.draw == 'table' or not self.weighted, f'flow.draw={self.draw!r} has no weights; set flow.weighted=false')
+        require(
+            self.steps > 1 and 0 <= self.sigma_min < 1,
+            f'flow.steps={self.steps} must be above 1 and flow.sigma_min={self.sigma_min} from 0 to below 1',
+        )
+        require(
+            self.draw == 'table' or not self.weighted,
+            f'flow.draw={self.draw!r} has no weights; set flow.weighted=false',
+        )
 
 # %% ../nbs/0_core/02_config.ipynb #86b68125
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    "A clip made of noise: frames, size in pixels, steps, guidance, scheduler, negative prompt, frames per second."
+    """A clip made of noise: frames, size in pixels, steps, guidance, scheduler, negative prompt, frames per
+    second.
+    """
+
     num_frames: int = 81
     height: int = 480
     width: int = 832
@@ -195,14 +294,29 @@ class Sampling:
 
     def __post_init__(self):
         check_kinds(self)
-        require(self.num_frames % 4 == 1, f'sampling.num_frames={self.num_frames} is not of the form 4k+1; use {self.num_frames // 4 * 4 + 1}')
-        for name in ('height', 'width'): require(getattr(self, name) >= 16 and not getattr(self, name) % 16, f'sampling.{name}={getattr(self, name)} is not a multiple of 16')
-        require(self.steps >= 1 and self.fps >= 1 and self.shift > 0, f'sampling.steps={self.steps}, fps={self.fps} and shift={self.shift} must be positive')
+        require(
+            self.num_frames % 4 == 1,
+            f'sampling.num_frames={self.num_frames} is not of the form 4k+1; use'
+            f' {self.num_frames // 4 * 4 + 1}',
+        )
+        for name in ('height', 'width'):
+            require(
+                getattr(self, name) >= 16 and not getattr(self, name) % 16,
+                f'sampling.{name}={getattr(self, name)} is not a multiple of 16',
+            )
+        require(
+            self.steps >= 1 and self.fps >= 1 and self.shift > 0,
+            f'sampling.steps={self.steps}, fps={self.fps} and shift={self.shift} must be positive',
+        )
 
 # %% ../nbs/0_core/02_config.ipynb #965f4922
 @dataclass(frozen=True, kw_only=True)
 class VideoData:
-    "Clips to learn from: encoded ones, or files and the rules that cut them; which times are trained, which captions are dropped, how samples are made."
+    """Clips to learn from: encoded ones, or files and the rules that cut them.
+
+    Which times are trained, which captions are dropped, how samples are made.
+    """
+
     features: str | None = None
     source: str | None = None
     clips: Clips = field(default_factory=Clips)
@@ -214,14 +328,24 @@ class VideoData:
 
     def __post_init__(self):
         check_kinds(self)
-        require(not (self.features and self.source), 'video.features and video.source are both given: encoded clips are used as they are, so give one')
-        require(0 <= self.caption_dropout <= 1, f'video.caption_dropout={self.caption_dropout} is a share between 0 and 1')
+        require(
+            not (self.features and self.source),
+            'video.features and video.source are both given: encoded clips are used as they are, so give one',
+        )
+        require(
+            0 <= self.caption_dropout <= 1,
+            f'video.caption_dropout={self.caption_dropout} is a share between 0 and 1',
+        )
         require(self.workers >= 0, f'video.workers must be 0 or more, not {self.workers}')
 
 # %% ../nbs/0_core/02_config.ipynb #9421fa1d
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    "Steps, batch sizes in samples, the meaning of the loss, how often (in steps or minutes, 0 is never) to save, what, whether training waits for it, and how many to keep, how often to sample, and the decay of the weights' moving average."
+    """Steps, batch sizes in samples, the meaning of the loss, how often (in steps or minutes, 0 is never) to
+    save, what, whether training waits for it, and how many to keep, how often to sample, and the decay of
+    the weights' moving average.
+    """
+
     steps: int = 10
     global_batch: int = 8
     micro_batch: int = 1
@@ -238,31 +362,62 @@ class Loop:
 
     def __post_init__(self):
         check_kinds(self)
-        for name in ('steps', 'global_batch', 'micro_batch'): require(getattr(self, name) >= 1, f'loop.{name} must be at least 1, not {getattr(self, name)}')
-        for name in ('save_every', 'save_minutes', 'keep_checkpoints', 'sample_every'): require(getattr(self, name) >= 0, f'loop.{name}={getattr(self, name)} must not be negative')
-        require(not self.sample_every or self.sample_prompts is not None, 'loop.sample_every needs loop.sample_prompts, a JSON file of conversations to answer or of prompts to make videos of')
-        require(0 <= self.ema < 1, f'loop.ema={self.ema} must lie between 0 (none) and below 1, for example 0.999')
-        require(self.global_batch % self.micro_batch == 0, f'loop.global_batch={self.global_batch} is not a multiple of loop.micro_batch={self.micro_batch}')
+        for name in ('steps', 'global_batch', 'micro_batch'):
+            require(getattr(self, name) >= 1, f'loop.{name} must be at least 1, not {getattr(self, name)}')
+        for name in ('save_every', 'save_minutes', 'keep_checkpoints', 'sample_every'):
+            require(getattr(self, name) >= 0, f'loop.{name}={getattr(self, name)} must not be negative')
+        require(
+            not self.sample_every or self.sample_prompts is not None,
+            'loop.sample_every needs loop.sample_prompts, a JSON file of conversations to answer or of'
+            ' prompts to make videos of',
+        )
+        require(
+            0 <= self.ema < 1, f'loop.ema={self.ema} must lie between 0 (none) and below 1, for example 0.999'
+        )
+        require(
+            self.global_batch % self.micro_batch == 0,
+            f'loop.global_batch={self.global_batch} is not a multiple of loop.micro_batch={self.micro_batch}',
+        )
 
     def accumulation(self, replicas: int) -> int:
         "Micro-batches of one step on each of `replicas` data-parallel ranks."
         each = self.micro_batch * replicas
-        require(self.global_batch % each == 0, f'loop.global_batch={self.global_batch} is not a multiple of micro_batch x replicas = {self.micro_batch} x {replicas}')
+        require(
+            self.global_batch % each == 0,
+            f'loop.global_batch={self.global_batch} is not a multiple of micro_batch x replicas ='
+            f' {self.micro_batch} x {replicas}',
+        )
         return self.global_batch // each
 
 # %% ../nbs/0_core/02_config.ipynb #d8b9e60b
 def check_task(config: 'Config') -> None:
     "Raises ValueError when the task is unknown, or what is given does not belong to it."
     check_kinds(config)
-    require(config.task in ('qwen2_5_vl', 'wan2_1') or '.py:' in config.task, f'task={config.task!r} is not one of [\'qwen2_5_vl\', \'wan2_1\'], nor FILE.py:Class, a class of your own')
-    require(config.task != 'wan2_1' or config.video.features or config.video.source, 'wan2_1 needs video.features (a folder that extract-features made) or video.source (a list or folder of clips)')
-    require(config.task == 'qwen2_5_vl' or not config.freeze, f'freeze={list(config.freeze)} names parts of qwen2_5_vl; {config.task} is trained whole, leave it out')
-    require(config.task != 'qwen2_5_vl' or not (config.video.features or config.video.source), 'video is what wan2_1 learns from; task is qwen2_5_vl: set task=wan2_1, or give data')
+    require(
+        config.task in ('qwen2_5_vl', 'wan2_1') or '.py:' in config.task,
+        f"task={config.task!r} is not one of ['qwen2_5_vl', 'wan2_1'], nor FILE.py:Class, a class of"
+        ' your own',
+    )
+    require(
+        config.task != 'wan2_1' or config.video.features or config.video.source,
+        'wan2_1 needs video.features (a folder that extract-features made) or video.source (a list or folder'
+        ' of clips)',
+    )
+    require(
+        config.task == 'qwen2_5_vl' or not config.freeze,
+        f'freeze={list(config.freeze)} names parts of qwen2_5_vl; {config.task} is trained whole, leave'
+        ' it out',
+    )
+    require(
+        config.task != 'qwen2_5_vl' or not (config.video.features or config.video.source),
+        'video is what wan2_1 learns from; task is qwen2_5_vl: set task=wan2_1, or give data',
+    )
 
 # %% ../nbs/0_core/02_config.ipynb #875bd472
 @dataclass(frozen=True, kw_only=True)
 class Config:
     "All that a run needs to know."
+
     task: Literal['qwen2_5_vl', 'wan2_1'] | str = 'qwen2_5_vl'
     weights: str
     processor: str | None = None
@@ -279,22 +434,39 @@ class Config:
 
     def __post_init__(self):
         check_task(self)
-        require(self.optim.warmup < self.loop.steps, f'optim.warmup={self.optim.warmup} must be smaller than loop.steps={self.loop.steps}')
-        require(self.resume != '' and (isinstance(self.resume, str) or self.resume > 0), f'resume={self.resume!r} is none of latest, weights-only, the number of a step, or the folder of a checkpoint')
-        require(len(set(self.freeze)) < 3, 'freeze names every part of the model; leave at least one of vision, merger, text to train')
+        require(
+            self.optim.warmup < self.loop.steps,
+            f'optim.warmup={self.optim.warmup} must be smaller than loop.steps={self.loop.steps}',
+        )
+        require(
+            self.resume != '' and (isinstance(self.resume, str) or self.resume > 0),
+            f'resume={self.resume!r} is none of latest, weights-only, the number of a step, or the folder of'
+            ' a checkpoint',
+        )
+        require(
+            len(set(self.freeze)) < 3,
+            'freeze names every part of the model; leave at least one of vision, merger, text to train',
+        )
 
     def check(self, world: int) -> int:
         "Micro-batches per step and rank when `world` ranks run this; raises ValueError with what to change."
         count, pp = self.loop.accumulation(self.layout.replicas(world)), self.layout.pp
-        require(self.layout.vpp == 1 or count % pp == 0, f'with layout.vpp={self.layout.vpp} the {count} micro-batches of a step must be a multiple of layout.pp={pp}; change loop.micro_batch or loop.global_batch')
+        require(
+            self.layout.vpp == 1 or count % pp == 0,
+            f'with layout.vpp={self.layout.vpp} the {count} micro-batches of a step must be a multiple of'
+            f' layout.pp={pp}; change loop.micro_batch or loop.global_batch',
+        )
         return count
 
-    def _repr_markdown_(self): return f'```json\n{dumps(self)}\n```'
+    def _repr_markdown_(self):
+        return f'```json\n{dumps(self)}\n```'
 
 # %% ../nbs/0_core/02_config.ipynb #fb4f8ac7
 def load_config(path: str | Path) -> Config:
     "The Config kept in a JSON file. A missing or broken file raises ValueError naming it."
     path = Path(path)
     require(path.is_file(), f'no config file at {path}')
-    try: return read(Config, json.loads(path.read_text(encoding='utf-8')))
-    except json.JSONDecodeError as error: raise ValueError(f'{path} is not JSON: {error}') from None
+    try:
+        return read(Config, json.loads(path.read_text(encoding='utf-8')))
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{path} is not JSON: {error}') from None

@@ -1,5 +1,13 @@
-"What a type checker and an editor know of mmkit: every name it hands out, with its type; a script that uses them all passes, and its mistakes are found before it runs."
-import ast, importlib, re, subprocess, sys
+"""What a type checker and an editor know of mmkit: every name it hands out, with its type.
+
+A script that uses them all passes, and its mistakes are found before it runs.
+"""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,14 +15,34 @@ import pytest
 import mmkit
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ('config', 'core/values', 'notebook/forms', 'launcher/estimate', 'diagnostics/doctor', 'launcher/hosts', 'core/ranks', 'core/files', 'core/plots', 'launcher/run', 'launcher/resume', 'notebook/show', 'datasets/statistics', 'datasets/conversation', 'recipes/presets', 'trainer/chat', 'launcher/folder', 'launcher/view')        # checked inside, too
-SETTINGS = '''[mypy]
+# checked inside, too
+CHECKED = (
+    'config',
+    'core/values',
+    'notebook/forms',
+    'launcher/estimate',
+    'diagnostics/doctor',
+    'launcher/hosts',
+    'core/ranks',
+    'core/files',
+    'core/plots',
+    'launcher/run',
+    'launcher/resume',
+    'notebook/show',
+    'datasets/statistics',
+    'datasets/conversation',
+    'recipes/presets',
+    'trainer/chat',
+    'launcher/folder',
+    'launcher/view',
+)
+SETTINGS = """[mypy]
 ignore_missing_imports = True
 follow_imports = silent
 [mypy-torch.*,transformers.*,diffusers.*,megatron.*,decord.*,av.*]
 follow_imports = skip
-'''
-SCRIPT = '''
+"""
+SCRIPT = """
 import json
 from pathlib import Path
 import mmkit
@@ -64,54 +92,88 @@ def ask() -> Extraction:
     with mmkit.open_chat('w') as talk: talk.ask('Why?')
     with mmkit.open_pipeline('w') as pipeline: pipeline.generate(['a dog'])
     return mmkit.extract('videos', 'w', 'features', mmkit.Clips(num_frames=9), ranks=2)
-'''
-MISTAKES = {                                    # a line of a script: what is said of it
+"""  # noqa: E501
+MISTAKES = {  # a line of a script: what is said of it
     "mmkit.Config(wieghts='w')": 'Unexpected keyword argument "wieghts"',
     "mmkit.Loop(loss_reduction='words')": 'incompatible type "Literal[\'words\']"',
     "mmkit.Layout(data_parallel='zero9')": "Literal['zero9']",
     "mmkit.Layout(tp='2')": 'incompatible type "str"; expected "int"',
     "mmkit.Confg(weights='w')": 'Module has no attribute "Confg"',
-    "mmkit.override(mmkit.Layout(), []).tpp": '"Layout" has no attribute "tpp"',
-    "mmkit.form(mmkit.Clips()).config.tp": '"Clips" has no attribute "tp"',
+    'mmkit.override(mmkit.Layout(), []).tpp': '"Layout" has no attribute "tpp"',
+    'mmkit.form(mmkit.Clips()).config.tp': '"Clips" has no attribute "tp"',
     "mmkit.launch(mmkit.Config(weights='w'), ranks='two')": 'incompatible type "str"; expected "int | None"',
     "mmkit.Run('runs/one').recods()": '"Run" has no attribute "recods"',
     "mmkit.Run('runs/one').status + 1": 'Unsupported operand types for + ("str" and "int")',
     "mmkit.compare([]).safefig('x.png')": '"Figure" has no attribute "safefig"',
     "mmkit.launch_on(mmkit.Config(weights='w'), ['node1'], 8).lines": '"Lines" has no attribute "lines"',
-    "mmkit.estimate(mmkit.Config(weights='w')).seconds + 1": 'Unsupported operand types for + ("None" and "int")',
+    "mmkit.estimate(mmkit.Config(weights='w')).seconds + 1": (
+        'Unsupported operand types for + ("None" and "int")'
+    ),
 }
 
 
 @pytest.fixture(scope='module')
 def said(tmp_path_factory):
-    "What the checker says of each file: of a script, of its mistakes, of a list of all names, and of modules."
+    """What the checker says of each file: of a script, of its mistakes, of a list of all names, and of
+    modules.
+    """
     folder = tmp_path_factory.mktemp('types')
     (folder / 'mypy.ini').write_text(SETTINGS)
     (folder / 'script.py').write_text(SCRIPT)
     (folder / 'mistakes.py').write_text('import mmkit\n' + '\n'.join(MISTAKES))
-    (folder / 'names.py').write_text('import mmkit\n' + '\n'.join(f'reveal_type(mmkit.{name})' for name in mmkit.NAMES))
-    files = [*(str(folder / f'{name}.py') for name in ('script', 'mistakes', 'names')), 'mmkit/__init__.py', *(f'mmkit/{name}.py' for name in CHECKED)]
-    command = [sys.executable, '-m', 'mypy', '--config-file', str(folder / 'mypy.ini'), '--cache-dir', str(folder / 'cache'), '--no-error-summary', '--check-untyped-defs', *files]
+    (folder / 'names.py').write_text(
+        'import mmkit\n' + '\n'.join(f'reveal_type(mmkit.{name})' for name in mmkit.NAMES)
+    )
+    files = [
+        *(str(folder / f'{name}.py') for name in ('script', 'mistakes', 'names')),
+        'mmkit/__init__.py',
+        *(f'mmkit/{name}.py' for name in CHECKED),
+    ]
+    command = [
+        sys.executable,
+        '-m',
+        'mypy',
+        '--config-file',
+        str(folder / 'mypy.ini'),
+        '--cache-dir',
+        str(folder / 'cache'),
+        '--no-error-summary',
+        '--check-untyped-defs',
+        *files,
+    ]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert ran.returncode in (0, 1), ran.stdout + ran.stderr
     return lambda name: [line for line in ran.stdout.splitlines() if re.match(rf'(.*/)?{name}\.py:', line)]
 
+
 def blocks():
     "The two halves of what mmkit hands out: NAMES, and what the checker is told, name to module."
     tree = ast.parse((ROOT / 'mmkit' / '__init__.py').read_text())
-    branch = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING')
-    told = {alias.asname: f'mmkit.{node.module}' for node in branch.body for alias in node.names if alias.name == alias.asname}
+    branch = next(
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING'
+    )
+    told = {
+        alias.asname: f'mmkit.{node.module}'
+        for node in branch.body
+        for alias in node.names
+        if alias.name == alias.asname
+    }
     return dict(mmkit.NAMES), told
 
 
 def test_checkers_are_told_of_exactly_the_names_that_are_handed_out():
     names, told = blocks()
     assert told == names
-    for name, module in names.items(): assert name in importlib.import_module(module).__all__, f'{module} does not export {name}'
+    for name, module in names.items():
+        assert name in importlib.import_module(module).__all__, f'{module} does not export {name}'
+
 
 def test_a_script_that_uses_every_name_passes(said):
-    assert set(re.findall(r'\bmmkit\.([A-Za-z]\w*)', re.sub(r'(?m)^from.*', '', SCRIPT))) == set(mmkit.NAMES), 'the script does not use every name'
+    assert set(re.findall(r'\bmmkit\.([A-Za-z]\w*)', re.sub(r'(?m)^from.*', '', SCRIPT))) == set(
+        mmkit.NAMES
+    ), 'the script does not use every name'
     assert said('script') == []
+
 
 @pytest.mark.parametrize('line', MISTAKES)
 def test_a_mistake_is_found_before_the_script_runs(said, line):
@@ -119,13 +181,19 @@ def test_a_mistake_is_found_before_the_script_runs(said, line):
     found = [text for text in said('mistakes') if f'mistakes.py:{number}: error' in text]
     assert found and MISTAKES[line] in ' '.join(found), found
 
+
 def test_the_type_of_every_name_is_known(said):
     assert len(said('names')) == len(mmkit.NAMES)
-    for name, text in zip(mmkit.NAMES, said('names')): assert 'Revealed type is' in text and not text.endswith(('"Any"', '-> Any"')), f'{name}: {text}'
+    for name, text in zip(mmkit.NAMES, said('names')):
+        assert 'Revealed type is' in text and not text.endswith(('"Any"', '-> Any"')), f'{name}: {text}'
+
 
 @pytest.mark.parametrize('module', ['__init__', *CHECKED])
 def test_a_module_is_right_inside(said, module):
     assert said(f'mmkit/{module}') == []
 
+
 def test_the_types_are_installed_with_the_library():
-    assert (ROOT / 'mmkit' / 'py.typed').is_file() and "package_data={'mmkit': ['py.typed']}" in (ROOT / 'setup.py').read_text()
+    assert (ROOT / 'mmkit' / 'py.typed').is_file() and "package_data={'mmkit': ['py.typed']}" in (
+        ROOT / 'setup.py'
+    ).read_text()

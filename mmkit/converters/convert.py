@@ -25,57 +25,119 @@ from tqdm.auto import tqdm
 
 from .folders import LATEST, HFFolder, MMFolder, open_weights
 from .weights import Piece, Runs, Tower, check, cut_rows, pieces, shards, some
-from .writing import Later, SafetensorsWriter, TensorFile, behind, file_threads, let_go, new_folder, readable, same_bytes, tensors_of, touch
+from mmkit.converters.writing import (
+    Later,
+    SafetensorsWriter,
+    TensorFile,
+    behind,
+    file_threads,
+    let_go,
+    new_folder,
+    readable,
+    same_bytes,
+    tensors_of,
+    touch,
+)
 from ..core.files import OURS, inside, room_for
 
 # %% ../../nbs/4_converters/03_convert.ipynb #58577c83
 def strays(target: Path) -> list[str]:
-    "What lies in the folder of a checkpoint that no conversion puts there: steps and states of a training, notes of a person in a folder of rank files."
+    """What lies in the folder of a checkpoint that no conversion puts there: steps and states of a training,
+    notes of a person in a folder of rank files.
+    """
     names = {path.name for path in target.iterdir() if not path.name.startswith('.')}
-    if not (target / LATEST).is_file(): return sorted(names & set(OURS))
-    release = {path.relative_to(target).as_posix() for path in (target / 'release').rglob('*') if path.is_file()}
-    return sorted(names - {LATEST, 'release'}) + sorted(name for name in release if not re.fullmatch(r'release/mp_rank_[0-9_]+/model_optim_rng\.pt', name))
+    if not (target / LATEST).is_file():
+        return sorted(names & set(OURS))
+    release = {
+        path.relative_to(target).as_posix() for path in (target / 'release').rglob('*') if path.is_file()
+    }
+    return sorted(names - {LATEST, 'release'}) + sorted(
+        name for name in release if not re.fullmatch(r'release/mp_rank_[0-9_]+/model_optim_rng\.pt', name)
+    )
 
 
 def may_write(target: str | Path, sources: tuple[str | Path, ...], overwrite: bool) -> None:
-    "Returns when nothing is overwritten but a checkpoint that is no source, lies in none and around none; else a ValueError."
+    """Returns when nothing is overwritten but a checkpoint that is no source, lies in none and around none.
+
+    Else a ValueError.
+    """
     target = Path(target).resolve()
-    if not overwrite or not target.exists(): return
+    if not overwrite or not target.exists():
+        return
     for source in map(Path, sources):
-        if source.resolve().is_relative_to(target): raise ValueError(f'{target} is or holds the source {source}, which is never changed: give another folder')
-        if target.is_relative_to(source.resolve()): raise ValueError(f'{target} lies in the source {source}, which is never changed: give another folder')
-    if target.is_dir() and not any(target.iterdir()): return
-    if not (target / LATEST).is_file() and not ((target / 'config.json').is_file() and any(target.glob('*.safetensors'))):
-        raise ValueError(f'{target} holds something that is no checkpoint, and only checkpoints are overwritten: give another folder')
-    if found := strays(target): raise ValueError(f'{target} also holds {some(found)}, which no conversion wrote and overwriting would remove: move it away, or give another folder')
+        if source.resolve().is_relative_to(target):
+            raise ValueError(
+                f'{target} is or holds the source {source}, which is never changed: give another folder'
+            )
+        if target.is_relative_to(source.resolve()):
+            raise ValueError(
+                f'{target} lies in the source {source}, which is never changed: give another folder'
+            )
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not (target / LATEST).is_file() and not (
+        (target / 'config.json').is_file() and any(target.glob('*.safetensors'))
+    ):
+        raise ValueError(
+            f'{target} holds something that is no checkpoint, and only checkpoints are overwritten: give'
+            ' another folder'
+        )
+    if found := strays(target):
+        raise ValueError(
+            f'{target} also holds {some(found)}, which no conversion wrote and overwriting would remove: move'
+            ' it away, or give another folder'
+        )
 
 # %% ../../nbs/4_converters/03_convert.ipynb #ec7bede3
 def zip_places(path: Path) -> Iterator[tuple[str, int, int, tuple[int, int]]]:
-    "For every stored entry of a zip archive: its name, where its bytes begin, how many there are, and the two places of its checksum."
+    """For every stored entry of a zip archive: its name, where its bytes begin, how many there are, and the
+    two places of its checksum.
+    """
     with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
         directory = archive.start_dir
         for entry in archive.infolist():
             file.seek(entry.header_offset + 26)
             start = entry.header_offset + 30 + sum(struct.unpack('<HH', file.read(4)))
-            yield entry.filename.partition('/')[2], start, entry.file_size, (directory + 16, start + entry.file_size + 4)
+            yield (
+                entry.filename.partition('/')[2],
+                start,
+                entry.file_size,
+                (directory + 16, start + entry.file_size + 4),
+            )
             directory += 46 + len(entry.filename.encode()) + len(entry.extra) + len(entry.comment)
 
 
 class MegatronWriter(TensorFile):
-    "A MindSpeed-MM rank file to be filled in any order; `groups` maps model (or model0, model1 ...) to tensors that say dtype and shape."
+    """A MindSpeed-MM rank file to be filled in any order.
+
+    `groups` maps model (or model0, model1 ...) to tensors that say dtype and shape.
+    """
+
     def __init__(self, path: Path, groups: Mapping[str, Mapping[str, Tensor]], versioned: bool = True):
-        empty = {group: {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items()} for group, tensors in groups.items()}
+        empty = {
+            group: {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items()}
+            for group, tensors in groups.items()
+        }
         path.parent.mkdir(parents=True)
         try:
-            with torch.serialization.skip_data(): torch.serialization.save(empty | ({'checkpoint_version': 3.0} if versioned else {}), path)     # torch.save itself, which device plug-ins may replace
-        except RuntimeError as error:                        # what torch makes of a disk that is full
-            raise ValueError(f'{path} cannot be written ({str(error).splitlines()[0][:200]}): make room, or give a folder on another disk; nothing was changed') from None
+            # torch.save itself, which device plug-ins may replace
+            with torch.serialization.skip_data():
+                torch.serialization.save(empty | ({'checkpoint_version': 3.0} if versioned else {}), path)
+        except RuntimeError as error:  # what torch makes of a disk that is full
+            raise ValueError(
+                f'{path} cannot be written ({str(error).splitlines()[0][:200]}): make room, or give a folder'
+                ' on another disk; nothing was changed'
+            ) from None
         tensors = {(group, name): x for group, named in empty.items() for name, x in named.items()}
         entries = {name: rest for name, *rest in zip_places(path)}
         places, checksums = {}, {}
         for k, (key, x) in enumerate(tensors.items()):
             start, size, checksums[key] = entries[f'data/{k}']
-            if size != x.nbytes: raise ValueError(f'{path}: torch {torch.__version__} orders this file in an unknown way: use another version')
+            if size != x.nbytes:
+                raise ValueError(
+                    f'{path}: torch {torch.__version__} orders this file in an unknown way: use another'
+                    ' version'
+                )
             places[key] = (start, x.dtype, tuple(x.shape))
         super().__init__(path, places, checksums)
 
@@ -83,6 +145,7 @@ class MegatronWriter(TensorFile):
 @dataclass(frozen=True)
 class Written:
     "What a conversion wrote: where, how much, and what a reader should know."
+
     folder: Path
     files: int
     tensors: int
@@ -90,51 +153,123 @@ class Written:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return '\n'.join([*self.notes, f'wrote {self.tensors} tensors, {readable(self.size)}, in {self.files} file{"s" * (self.files > 1)}: {self.folder}'])
+        return '\n'.join(
+            [
+                *self.notes,
+                (
+                    f'wrote {self.tensors} tensors, {readable(self.size)}, in {self.files}'
+                    f' file{"s" * (self.files > 1)}: {self.folder}'
+                ),
+            ]
+        )
 
 
 def progress(size: int, title: str) -> tqdm:
-    "A progress bar over `size` bytes, in GB and GB/s; nothing where neither a terminal nor a notebook shows it."
+    """A progress bar over `size` bytes, in GB and GB/s.
+
+    Nothing where neither a terminal nor a notebook shows it.
+    """
     form = '{desc} {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GB, {rate_noinv_fmt}, {elapsed}<{remaining}'
-    return tqdm(total=size, desc=title, unit=' GB', unit_scale=1e-9, bar_format=form, mininterval=0.5, disable=not sys.stderr.isatty() and 'ipykernel' not in sys.modules)
+    return tqdm(
+        total=size,
+        desc=title,
+        unit=' GB',
+        unit_scale=1e-9,
+        bar_format=form,
+        mininterval=0.5,
+        disable=not sys.stderr.isatty() and 'ipykernel' not in sys.modules,
+    )
 
 # %% ../../nbs/4_converters/03_convert.ipynb #2fd3b9bd
 def left_out(hf: HFFolder | MMFolder) -> list[str]:
-    "A sentence about what is not carried over, if there is any: tensors that no model reads, and what a training keeps beside the weights."
-    if isinstance(hf, MMFolder): return [f'not carried over, since they are no weights: {some(hf.found.beside, 12)}'] if hf.found.beside else []
-    return [f'left out, since no model reads them: {some(hub for hub, _, _ in hf.unread)}'] if hf.unread else []
+    """A sentence about what is not carried over, if there is any: tensors that no model reads, and what a
+    training keeps beside the weights.
+    """
+    if isinstance(hf, MMFolder):
+        return (
+            [f'not carried over, since they are no weights: {some(hf.found.beside, 12)}']
+            if hf.found.beside
+            else []
+        )
+    return (
+        [f'left out, since no model reads them: {some(hub for hub, _, _ in hf.unread)}'] if hf.unread else []
+    )
 
 # %% ../../nbs/4_converters/03_convert.ipynb #f33b9ced
 def write_runs(writer: TensorFile, name: Any, runs: Runs, bar: tqdm) -> None:
     "Puts one tensor, given as runs of rows, into a file."
     writer.write(name, *runs)
-    with bar.get_lock(): bar.update(sum(x.nbytes for x in tensors_of(runs)))
+    with bar.get_lock():
+        bar.update(sum(x.nbytes for x in tensors_of(runs)))
 
 
-def write_stage(release: Path, chunks: list[list[Piece]], hf: HFFolder, tp: int, rank_folder: str, versioned: bool, bar: tqdm, start: Callable[[TensorFile], Later]) -> None:
-    "Leaves the files of all tensor ranks of one pipeline stage to threads that `start` gives them; `rank_folder` has a place for the rank."
+def write_stage(
+    release: Path,
+    chunks: list[list[Piece]],
+    hf: HFFolder,
+    tp: int,
+    rank_folder: str,
+    versioned: bool,
+    bar: tqdm,
+    start: Callable[[TensorFile], Later],
+) -> None:
+    """Leaves the files of all tensor ranks of one pipeline stage to threads that `start` gives them.
+
+    `rank_folder` has a place for the rank.
+    """
     groups = {'model' if len(chunks) == 1 else f'model{v}': chunk for v, chunk in enumerate(chunks)}
     layout = {group: {p.mm: shards(p, hf, tp)[0] for p in chunk} for group, chunk in groups.items()}
     writers, laters = [], []
     for rank in range(tp):
-        writers.append(MegatronWriter(release / rank_folder.format(rank) / 'model_optim_rng.pt', layout, versioned or len(chunks) > 1))
-        laters.append(start(writers[-1]))                                    # a thread for each file: checksums take as long as writing
+        writers.append(
+            MegatronWriter(
+                release / rank_folder.format(rank) / 'model_optim_rng.pt',
+                layout,
+                versioned or len(chunks) > 1,
+            )
+        )
+        # a thread for each file: checksums take as long as writing
+        laters.append(start(writers[-1]))
     for group, piece in ((group, piece) for group, chunk in groups.items() for piece in chunk):
         touch(sources := [hf[h] for h in piece.hf])
         each = zip(writers, laters, cut_rows(piece.rule, sources, tp))
-        let_go(sources, [later(sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, (group, piece.mm), runs, bar) for writer, later, runs in each])
-    for writer, later in zip(writers, laters): later(0, writer.close)        # the next stage begins meanwhile
+        let_go(
+            sources,
+            [
+                later(
+                    sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, (group, piece.mm), runs, bar
+                )
+                for writer, later, runs in each
+            ],
+        )
+    for writer, later in zip(writers, laters):
+        later(0, writer.close)  # the next stage begins meanwhile
 
 # %% ../../nbs/4_converters/03_convert.ipynb #299def34
 def drifted(mm: HFFolder | MMFolder) -> list[str]:
     "A sentence for each copy in a MindSpeed-MM folder that no longer equals the tensor it is a copy of."
-    if isinstance(mm, HFFolder): return []
-    of = lambda k, piece: [held[piece.mm] for held in mm.found.chunks[k]]
-    return [f'{piece.mm} of the last stage differs from {piece.hf[0]}, which it should equal: the latter is written'
-            for k, piece in mm.copies if not all(map(same_bytes, of(k, piece), of(*mm.where[piece.hf[0]])))]
+    if isinstance(mm, HFFolder):
+        return []
+
+    def of(k, piece):
+        return [held[piece.mm] for held in mm.found.chunks[k]]
+
+    return [
+        f'{piece.mm} of the last stage differs from {piece.hf[0]}, which it should equal: the latter is'
+        ' written'
+        for k, piece in mm.copies
+        if not all(map(same_bytes, of(k, piece), of(*mm.where[piece.hf[0]])))
+    ]
 
 # %% ../../nbs/4_converters/03_convert.ipynb #09a3a9be
-def write_mm(hf: HFFolder | MMFolder, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int, overwrite: bool, title: str) -> Written:
+def write_mm(
+    hf: HFFolder | MMFolder,
+    mm_dir: str | Path,
+    towers: tuple[Tower, ...],
+    tp: int,
+    overwrite: bool,
+    title: str,
+) -> Written:
     "What was written: the weights of a folder as a MindSpeed-MM folder, laid out as `towers` and `tp` say."
     may_write(mm_dir, (hf.path,), overwrite)
     check(towers, hf, tp)
@@ -146,14 +281,28 @@ def write_mm(hf: HFFolder | MMFolder, mm_dir: str | Path, towers: tuple[Tower, .
             drift = later(0, drifted, hf)
             for stage in range(stages):
                 rank_folder = 'mp_rank_{:02d}' + (f'_{stage:03d}' if stages > 1 else '')
-                write_stage(folder / 'release', chunks[stage::stages], hf, tp, rank_folder, all(tower.versioned for tower in towers), bar, start)
+                write_stage(
+                    folder / 'release',
+                    chunks[stage::stages],
+                    hf,
+                    tp,
+                    rank_folder,
+                    all(tower.versioned for tower in towers),
+                    bar,
+                    start,
+                )
         (folder / LATEST).write_text('release')
-        for path in [folder, *folder.rglob('*')]: path.chmod(0o750 if path.is_dir() else 0o640)
+        for path in [folder, *folder.rglob('*')]:
+            path.chmod(0o750 if path.is_dir() else 0o640)
     return Written(Path(mm_dir), tp * stages, tp * len(placed), size, tuple(left_out(hf) + drift.result()))
 
 
-def hf_to_mm(hf_dir: str | Path, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int = 1, overwrite: bool = False) -> Written:
-    "What was written: the weights of a Hugging Face folder as a MindSpeed-MM folder, laid out as `towers` and `tp` say."
+def hf_to_mm(
+    hf_dir: str | Path, mm_dir: str | Path, towers: tuple[Tower, ...], tp: int = 1, overwrite: bool = False
+) -> Written:
+    """What was written: the weights of a Hugging Face folder as a MindSpeed-MM folder, laid out as `towers`
+    and `tp` say.
+    """
     return write_mm(open_weights(hf_dir, towers), mm_dir, towers, tp, overwrite, 'hf_to_mm')
 
 # %% ../../nbs/4_converters/03_convert.ipynb #7c0d62cc
@@ -161,13 +310,17 @@ WEIGHTS = ('.safetensors', '.index.json', '.bin', '.pt', '.pth', '.ckpt', '.gguf
 
 
 def copy_rest(source: Path, target: Path) -> list[str]:
-    "Copies all of a folder but weights, hidden files, the mark of a MindSpeed-MM folder and what a checkpoint of a run holds beside its model; returns the names of weight files that were left out."
+    """Copies all of a folder but weights, hidden files, the mark of a MindSpeed-MM folder and what a
+    checkpoint of a run holds beside its model; returns the names of weight files that were left out.
+    """
     left = []
     for file in sorted(f for f in source.rglob('*') if f.is_file()):
         name = file.relative_to(source)
-        if any(part.startswith('.') for part in name.parts) or file.name == LATEST or name.parts[0] in OURS: continue
+        if any(part.startswith('.') for part in name.parts) or file.name == LATEST or name.parts[0] in OURS:
+            continue
         inside(source, name)
-        if file.name.endswith(WEIGHTS): left.append(name.as_posix())
+        if file.name.endswith(WEIGHTS):
+            left.append(name.as_posix())
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / name)
@@ -183,10 +336,18 @@ def write_like(hf: HFFolder, folder: Path, source: MMFolder, bar: tqdm) -> None:
             taken = {hub: hf.copies.get(hub, hub) for hub in names}
             layout = {names[hub]: (source.dtype(name), source.shape(name)) for hub, name in taken.items()}
             later = start(writer := SafetensorsWriter(folder / file, layout, shard.metadata()))
-            for hub in sorted(names, key=lambda hub: rank[taken[hub]]):     # tensors that are packed together, one after the other
+            # tensors that are packed together, one after the other
+            for hub in sorted(names, key=lambda hub: rank[taken[hub]]):
                 runs = source.runs(taken[hub])
                 touch(runs)
-                let_go(runs, [later(sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, names[hub], runs, bar)])
+                let_go(
+                    runs,
+                    [
+                        later(
+                            sum(x.nbytes for x in tensors_of(runs)), write_runs, writer, names[hub], runs, bar
+                        )
+                    ],
+                )
             later(0, writer.close)
 
 
@@ -194,43 +355,85 @@ def write_index(hf: HFFolder, folder: Path, size: int) -> None:
     "Writes the index of a folder that has one."
     for index in hf.path.glob('*.safetensors.index.json'):
         places = dict(sorted((own, file) for file, own in hf.places.values()))
-        (folder / index.name).write_text(json.dumps(dict(metadata=dict(total_size=size), weight_map=places), indent=2))
+        (folder / index.name).write_text(
+            json.dumps(dict(metadata=dict(total_size=size), weight_map=places), indent=2)
+        )
 
 # %% ../../nbs/4_converters/03_convert.ipynb #912c71ce
 def compare_layout(mm: MMFolder, towers: tuple[Tower, ...], tp: int) -> None:
     "Returns when the folder is laid out as it is said to be; else a ValueError with both layouts."
-    found, told = ({'tp': n, **{t.name: [list(row) for row in t.layers] for t in laid}} for n, laid in ((mm.found.tp, mm.found.towers), (tp, towers)))
-    if found != told: raise ValueError(f'{mm.path} is laid out as {found}, not as {told}: give the layout of the files')
+    found, told = (
+        {'tp': n, **{t.name: [list(row) for row in t.layers] for t in laid}}
+        for n, laid in ((mm.found.tp, mm.found.towers), (tp, towers))
+    )
+    if found != told:
+        raise ValueError(f'{mm.path} is laid out as {found}, not as {told}: give the layout of the files')
 
 
 def other_dtypes(mm: MMFolder, hf: HFFolder) -> list[str]:
     "A sentence about weights that a training keeps in another number format than the pattern."
     pairs = {(mm.dtype(name), hf.dtype(name)) for name in mm.names}
-    return [f'{new} is written where the pattern has {old}' for new, old in sorted(pairs, key=str) if new != old]
+    return [
+        f'{new} is written where the pattern has {old}' for new, old in sorted(pairs, key=str) if new != old
+    ]
 
 # %% ../../nbs/4_converters/03_convert.ipynb #60e15cd0
-def mm_to_hf(mm_dir: str | Path | MMFolder, hf_dir: str | Path, save_dir: str | Path, towers: tuple[Tower, ...], tp: int = 1, overwrite: bool = False) -> Written:
-    "What was written: the weights of a MindSpeed-MM folder as a Hugging Face folder, with files and names as in `hf_dir`."
+def mm_to_hf(
+    mm_dir: str | Path | MMFolder,
+    hf_dir: str | Path,
+    save_dir: str | Path,
+    towers: tuple[Tower, ...],
+    tp: int = 1,
+    overwrite: bool = False,
+) -> Written:
+    """What was written: the weights of a MindSpeed-MM folder as a Hugging Face folder, with files and names
+    as in `hf_dir`.
+    """
     mm = mm_dir if isinstance(mm_dir, MMFolder) else MMFolder(mm_dir, towers)
     may_write(save_dir, (mm.path, hf_dir), overwrite)
     hf = HFFolder(hf_dir)
     compare_layout(mm, towers, tp)
     check(mm.found.towers, mm)
     wrong = {'missing in the pattern': mm.names - hf.names, 'only in the pattern': hf.names - mm.names}
-    if any(wrong.values()): raise ValueError(f'{mm.path} and {hf_dir} are different models: ' + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names))
-    size = sum(torch.Size(mm.shape(name)).numel() * mm.dtype(name).itemsize for name in (hf.copies.get(hub, hub) for hub in hf.places))
+    if any(wrong.values()):
+        raise ValueError(
+            f'{mm.path} and {hf_dir} are different models: '
+            + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names)
+        )
+    size = sum(
+        torch.Size(mm.shape(name)).numel() * mm.dtype(name).itemsize
+        for name in (hf.copies.get(hub, hub) for hub in hf.places)
+    )
     with new_folder(save_dir, size, overwrite) as folder, progress(size, 'mm_to_hf') as bar:
-        with room_for(folder): others = [name for name in copy_rest(hf.path, folder) if name not in hf.shards and not name.endswith('.index.json')]
+        with room_for(folder):
+            rest = copy_rest(hf.path, folder)
+            others = [name for name in rest if name not in hf.shards and not name.endswith('.index.json')]
         with behind() as later:
             drift = later(0, drifted, mm)
             write_like(hf, folder, mm, bar)
         write_index(hf, folder, size)
-    notes = left_out(mm) + drift.result() + other_dtypes(mm, hf) + left_out(hf) + ([f'not copied, since they hold other weights: {some(others)}'] if others else [])
+    notes = (
+        left_out(mm)
+        + drift.result()
+        + other_dtypes(mm, hf)
+        + left_out(hf)
+        + ([f'not copied, since they hold other weights: {some(others)}'] if others else [])
+    )
     return Written(Path(save_dir), len(hf.shards), len(hf.places), size, tuple(notes))
 
 # %% ../../nbs/4_converters/03_convert.ipynb #2bea2ac4
-def resplit(source: str | Path, target: str | Path, towers: tuple[Tower, ...], tp: int, new_towers: tuple[Tower, ...], new_tp: int, overwrite: bool = False) -> Written:
-    "What was written: a MindSpeed-MM folder that is laid out as `towers` and `tp` say, as one with another layout."
+def resplit(
+    source: str | Path,
+    target: str | Path,
+    towers: tuple[Tower, ...],
+    tp: int,
+    new_towers: tuple[Tower, ...],
+    new_tp: int,
+    overwrite: bool = False,
+) -> Written:
+    """What was written: a MindSpeed-MM folder that is laid out as `towers` and `tp` say, as one with another
+    layout.
+    """
     mm = MMFolder(source, towers)
     compare_layout(mm, towers, tp)
     return write_mm(mm, target, new_towers, new_tp, overwrite, 'resplit')

@@ -25,17 +25,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .weights import Piece, Runs, Tower, assembled, join_rows, pieces, some, unfilled, whole
-from .writing import DTYPES, SafetensorsWriter, same_bytes
+from .writing import DTYPES, same_bytes
 from ..core.files import LATEST, check_archive, inside, load_json
 
 # %% ../../nbs/4_converters/02_folders.ipynb #e00558f1
 NEW_PREFIXES = {'model.language_model.': 'model.', 'model.visual.': 'visual.'}
-UNREAD = ('.norm_added_q.weight',)      # the first Wan2.1 folders for pictures hold it, and no model reads it
+UNREAD = ('.norm_added_q.weight',)  # the first Wan2.1 folders for pictures hold it, and no model reads it
 
 
 def hub_name(name: str) -> str:
     "The name of a tensor in the spelling of the hub."
-    return next((hub + name.removeprefix(new) for new, hub in NEW_PREFIXES.items() if name.startswith(new)), name)
+    return next(
+        (hub + name.removeprefix(new) for new, hub in NEW_PREFIXES.items() if name.startswith(new)), name
+    )
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
@@ -46,26 +48,39 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 # %% ../../nbs/4_converters/02_folders.ipynb #87d803ce
 def open_safetensors(file: Path) -> Any:
     "The open safetensors file; a ValueError names it when it is missing or not whole."
-    if not inside(file.parent, file.name).is_file(): raise ValueError(f'{file} is missing: download it again')
-    try: opened = safe_open(file, 'pt')
-    except (SafetensorError, OSError) as error: raise ValueError(f'{file} is not a whole safetensors file ({error}): download it again') from None
-    if odd := [name for name in opened.keys() if opened.get_slice(name).get_dtype() not in DTYPES]: raise ValueError(f'{file} holds {some(odd)} in a number format that is not read here: give it as bfloat16')
+    if not inside(file.parent, file.name).is_file():
+        raise ValueError(f'{file} is missing: download it again')
+    try:
+        opened = safe_open(file, 'pt')
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'{file} is not a whole safetensors file ({error}): download it again') from None
+    if odd := [name for name in opened.keys() if opened.get_slice(name).get_dtype() not in DTYPES]:
+        raise ValueError(
+            f'{file} holds {some(odd)} in a number format that is not read here: give it as bfloat16'
+        )
     return opened
 
 
 def safetensors_index(folder: Path) -> Path | None:
     "The index of a folder whose weights are in several files."
     found = sorted(folder.glob('*.safetensors.index.json'))
-    if len(found) > 1: raise ValueError(f'{folder} has several indexes, {some(f.name for f in found)}: keep one')
+    if len(found) > 1:
+        raise ValueError(f'{folder} has several indexes, {some(f.name for f in found)}: keep one')
     return found[0] if found else None
 
 # %% ../../nbs/4_converters/02_folders.ipynb #1344520c
 def open_shards(folder: Path) -> dict[str, Any]:
-    "The open weight files of a Hugging Face folder by name, with or without an index; a ValueError says what does not agree."
+    """The open weight files of a Hugging Face folder by name, with or without an index.
+
+    A ValueError says what does not agree.
+    """
     index = safetensors_index(folder)
     if not index:
         files = sorted(f.name for f in folder.glob('*.safetensors'))
-        if not files: raise ValueError(f'{folder} holds no .safetensors file: give a folder with weights in that format')
+        if not files:
+            raise ValueError(
+                f'{folder} holds no .safetensors file: give a folder with weights in that format'
+            )
         return {name: open_safetensors(folder / name) for name in files}
     places = load_json(inside(folder, index.name), limit=100_000_000)
     places = places.get('weight_map') if isinstance(places, dict) else None
@@ -81,24 +96,46 @@ def open_shards(folder: Path) -> dict[str, Any]:
 def load_config_json(folder: Path) -> dict:
     "The parsed config.json of a Hugging Face folder; a ValueError when it or a part of it is no object."
     config = load_json(inside(folder, 'config.json'), limit=10_000_000)
-    for part, value in (('it', config), *((part, config.get(part) or {}) for part in ('text_config', 'vision_config') if isinstance(config, dict))):
-        if not isinstance(value, dict): raise ValueError(f'{folder}/config.json holds a {type(value).__name__} where {part} should be an object: download it again')
+    for part, value in (
+        ('it', config),
+        *(
+            (part, config.get(part) or {})
+            for part in ('text_config', 'vision_config')
+            if isinstance(config, dict)
+        ),
+    ):
+        if not isinstance(value, dict):
+            raise ValueError(
+                f'{folder}/config.json holds a {type(value).__name__} where {part} should be an object:'
+                ' download it again'
+            )
     return config
 
 
 class HFFolder:
-    "A Hugging Face folder, one file or many, as a mapping from hub names to tensors; `copies` are another tensor's doubles, `unread` are left out."
+    """A Hugging Face folder, one file or many, as a mapping from hub names to tensors.
+
+    `copies` are another tensor's doubles, `unread` are left out.
+    """
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_dir(): raise ValueError(f'{path} is not a folder: give a Hugging Face model folder')
-        for link in (f.relative_to(self.path) for f in self.path.rglob('*') if f.is_symlink()):     # now, not when a training saves what it copies from here
-            if not any(part.startswith('.') for part in link.parts): inside(self.path, link)
+        if not self.path.is_dir():
+            raise ValueError(f'{path} is not a folder: give a Hugging Face model folder')
+        # now, not when a training saves what it copies from here
+        for link in (f.relative_to(self.path) for f in self.path.rglob('*') if f.is_symlink()):
+            if not any(part.startswith('.') for part in link.parts):
+                inside(self.path, link)
         self.config: dict = load_config_json(self.path)
         self.shards = open_shards(self.path)
         every = [(hub_name(name), file, name) for file, shard in self.shards.items() for name in shard.keys()]
-        self.unread, found = ([entry for entry in every if entry[0].endswith(UNREAD) == out] for out in (True, False))
-        if twice := [name for name, n in Counter(name for name, _, _ in found).items() if n > 1]: raise ValueError(f'{path} holds {some(twice)} twice: keep one')
-        self.places = {hub: (file, name) for hub, file, name in found}      # file and own spelling, kept when it is saved again
+        self.unread, found = (
+            [entry for entry in every if entry[0].endswith(UNREAD) == out] for out in (True, False)
+        )
+        if twice := [name for name, n in Counter(name for name, _, _ in found).items() if n > 1]:
+            raise ValueError(f'{path} holds {some(twice)} twice: keep one')
+        # file and own spelling, kept when it is saved again
+        self.places = {hub: (file, name) for hub, file, name in found}
         self.copies = tied_copies(self)
         self.names = set(self.places) - set(self.copies)
 
@@ -110,17 +147,26 @@ class HFFolder:
         file, own = self.places[name]
         return self.shards[file].get_slice(own)
 
-    def shape(self, name: str) -> tuple[int, ...]: return tuple(self._slice(name).get_shape())
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
 
-    def dtype(self, name: str) -> torch.dtype: return DTYPES[self._slice(name).get_dtype()]
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._slice(name).get_dtype()]
 
 # %% ../../nbs/4_converters/02_folders.ipynb #8da40d2e
 def tied_copies(folder: HFFolder) -> dict[str, str]:
-    "The output weight of a tied model, if it is there, with the embedding that it equals; a ValueError when they differ."
+    """The output weight of a tied model, if it is there, with the embedding that it equals.
+
+    A ValueError when they differ.
+    """
     head, words = 'lm_head.weight', 'model.embed_tokens.weight'
-    if not ties_embeddings(folder.config) or not {head, words} <= folder.places.keys(): return {}
+    if not ties_embeddings(folder.config) or not {head, words} <= folder.places.keys():
+        return {}
     if not torch.equal(folder[head], folder[words]):
-        raise ValueError(f'{folder.path}/config.json ties the embeddings but {head} differs from {words}: set tie_word_embeddings to false, or remove the tensor')
+        raise ValueError(
+            f'{folder.path}/config.json ties the embeddings but {head} differs from {words}: set'
+            ' tie_word_embeddings to false, or remove the tensor'
+        )
     return {head: words}
 
 # %% ../../nbs/4_converters/02_folders.ipynb #6fa867d6
@@ -129,67 +175,120 @@ HARMLESS = ('argparse.', 'megatron.', 'mindspeed', 'numpy.', 'collections.', 'pa
 
 class Ignored:
     "Stands for an object of another project in a file: nothing of it is looked at, nothing is run."
-    def __new__(cls, *args: Any): return super().__new__(cls)
 
-    def __init__(self, *args: Any): pass
+    def __new__(cls, *args: Any):
+        return super().__new__(cls)
 
-    def __setstate__(self, state: Any): pass
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any):
+        pass
 
 
 def load_mapped(path: Path) -> Any:
     "The content of a .pt file with its tensors mapped; the file may be larger than the memory."
-    load = partial(torch.serialization.load, path, map_location='cpu', mmap=True, weights_only=True)      # torch.load itself, which device plug-ins may replace
-    try: return load()
+    # torch.load itself, which device plug-ins may replace
+    load = partial(torch.serialization.load, path, map_location='cpu', mmap=True, weights_only=True)
+    try:
+        return load()
     except RuntimeError as error:
-        if 'Cannot allocate memory' not in str(error): raise
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED): return load()       # for a private map Linux wants room for all of it; nobody writes into this one
+        if 'Cannot allocate memory' not in str(error):
+            raise
+    # for a private map Linux wants room for all of it; nobody writes into this one
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        return load()
 
 
 def load_megatron_file(path: Path) -> dict:
-    "The content of a .pt file with its tensors mapped, not read; a ValueError names the file when that takes running code."
-    if not path.is_file(): raise ValueError(f'{path} is missing: the checkpoint is not complete')
+    """The content of a .pt file with its tensors mapped, not read.
+
+    A ValueError names the file when that takes running code.
+    """
+    if not path.is_file():
+        raise ValueError(f'{path} is missing: the checkpoint is not complete')
     advice = 'mmkit reads tensors only and runs no code from a checkpoint'
     check_archive(path)
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if foreign := [name for name in asked if not name.startswith(HARMLESS)]: raise ValueError(f'{path} needs pickle for {some(foreign)}: {advice}')
+        if foreign := [name for name in asked if not name.startswith(HARMLESS)]:
+            raise ValueError(f'{path} needs pickle for {some(foreign)}: {advice}')
         with torch.serialization.safe_globals([(type('Ignored', (Ignored,), {}), name) for name in asked]):
             content = load_mapped(path)
-    except ValueError: raise
-    except Exception as error: raise ValueError(f'{path} cannot be read without pickle ({(str(error).splitlines() or [type(error).__name__])[0][:200]}): {advice}') from None
-    if not isinstance(content, dict): raise ValueError(f'{path} holds no dictionary of tensors: give a Megatron checkpoint')
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f'{path} cannot be read without pickle'
+            f' ({(str(error).splitlines() or [type(error).__name__])[0][:200]}): {advice}'
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} holds no dictionary of tensors: give a Megatron checkpoint')
     return content
 
 # %% ../../nbs/4_converters/02_folders.ipynb #d9620967
 def rank_files(path: Path) -> dict[tuple[int, int], Path]:
-    "The files of a MindSpeed-MM checkpoint by (tensor rank, pipeline rank); a ValueError says what is not complete."
+    """The files of a MindSpeed-MM checkpoint by (tensor rank, pipeline rank).
+
+    A ValueError says what is not complete.
+    """
     latest = path / LATEST
-    if not latest.is_file(): raise ValueError(f'{latest} is missing: give a folder that mm-convert or MindSpeed-MM wrote')
-    with open(inside(path, LATEST), 'rb') as file: word = file.read(100).decode(errors='replace').strip()
-    if word != 'release' and not re.fullmatch('[0-9]{1,9}', word): raise ValueError(f'{latest} says {word[:40]!r} but only release or a number is allowed')
+    if not latest.is_file():
+        raise ValueError(f'{latest} is missing: give a folder that mm-convert or MindSpeed-MM wrote')
+    with open(inside(path, LATEST), 'rb') as file:
+        word = file.read(100).decode(errors='replace').strip()
+    if word != 'release' and not re.fullmatch('[0-9]{1,9}', word):
+        raise ValueError(f'{latest} says {word[:40]!r} but only release or a number is allowed')
     folder = path / (word if word == 'release' else f'iter_{int(word):07d}')
     names = sorted(f.name for f in folder.glob('mp_rank_*'))
     found = [re.fullmatch(r'mp_rank_(\d\d)(_\d{3})?', name) for name in names]
     if not names or None in found or len({bool(m[2]) for m in found}) > 1:
-        raise ValueError(f'{folder} holds {some(names) or "no mp_rank folder"}: the folders of one layout are expected, mp_rank_TT or mp_rank_TT_PPP')
-    ranks = {(int(m[1]), int((m[2] or '_0')[1:])): inside(path, folder.relative_to(path) / m[0] / 'model_optim_rng.pt') for m in found}
+        raise ValueError(
+            f'{folder} holds {some(names) or "no mp_rank folder"}: the folders of one layout are expected,'
+            ' mp_rank_TT or mp_rank_TT_PPP'
+        )
+    ranks = {
+        (int(m[1]), int((m[2] or '_0')[1:])): inside(
+            path, folder.relative_to(path) / m[0] / 'model_optim_rng.pt'
+        )
+        for m in found
+    }
     sizes = [max(axis) + 1 for axis in zip(*ranks)]
-    if len(ranks) != sizes[0] * sizes[1]: raise ValueError(f'{folder} holds {len(ranks)} ranks, not the {sizes[0]} x {sizes[1]} that {names[-1]} asks for')
+    if len(ranks) != sizes[0] * sizes[1]:
+        raise ValueError(
+            f'{folder} holds {len(ranks)} ranks, not the {sizes[0]} x {sizes[1]} that {names[-1]} asks for'
+        )
     return ranks
 
 # %% ../../nbs/4_converters/02_folders.ipynb #92612d53
 def model_chunks(file: Path) -> tuple[list[dict[str, Tensor]], set[str]]:
     "The tensors of each virtual chunk in a rank's file, and the names of what a training keeps beside them."
     content = load_megatron_file(file)
-    keys = ['model'] if 'model' in content else [f'model{v}' for v in range(len(content)) if f'model{v}' in content]
-    if not keys: raise ValueError(f'{file} holds {some(map(str, content))} but no model')
-    if flat := [key for key in keys if not isinstance(content[key], dict)]: raise ValueError(f'{file} holds no dictionary of tensors in {some(flat)}: give a Megatron checkpoint')
-    chunks = [{name: x for name, x in content[key].items() if not str(name).endswith('_extra_state')} for key in keys]
+    keys = (
+        ['model']
+        if 'model' in content
+        else [f'model{v}' for v in range(len(content)) if f'model{v}' in content]
+    )
+    if not keys:
+        raise ValueError(f'{file} holds {some(map(str, content))} but no model')
+    if flat := [key for key in keys if not isinstance(content[key], dict)]:
+        raise ValueError(f'{file} holds no dictionary of tensors in {some(flat)}: give a Megatron checkpoint')
+    chunks = [
+        {name: x for name, x in content[key].items() if not str(name).endswith('_extra_state')}
+        for key in keys
+    ]
     if odd := [str(name) for chunk in chunks for name, x in chunk.items() if not isinstance(x, Tensor)]:
         raise ValueError(f'{file} needs pickle for {some(odd)}: mmkit reads tensors only')
-    if odd := [str(name) for chunk in chunks for name, x in chunk.items() if x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes()]:
+    if odd := [
+        str(name)
+        for chunk in chunks
+        for name, x in chunk.items()
+        if x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes()
+    ]:
         raise ValueError(f'{file} holds less than the shapes of {some(odd)} say: copy it again')
-    beside = {str(key) for key in content if key not in (*keys, 'checkpoint_version')} | {other.name for other in file.parent.iterdir() if other.name != file.name}
+    beside = {str(key) for key in content if key not in (*keys, 'checkpoint_version')} | {
+        other.name for other in file.parent.iterdir() if other.name != file.name
+    }
     return chunks, beside
 
 
@@ -197,34 +296,52 @@ def layer_count(tower: Tower, held: Mapping[str, Any]) -> int:
     "How many layers of this tower are among the names of a chunk."
     patterns = [r.mm for r in tower.rules if r.at == 'layer']
     count = 0
-    while any(mm.format(i=count) in held for mm in patterns): count += 1
+    while any(mm.format(i=count) in held for mm in patterns):
+        count += 1
     return count
 
 # %% ../../nbs/4_converters/02_folders.ipynb #8036f6e8
 @dataclass(frozen=True)
 class Found:
-    "The layout of a MindSpeed-MM folder and its tensors: `chunks[k][t]` is what tensor rank t holds of pipeline chunk k."
+    """The layout of a MindSpeed-MM folder and its tensors: `chunks[k][t]` is what tensor rank t holds of
+    pipeline chunk k.
+    """
+
     towers: tuple[Tower, ...]
     tp: int
     chunks: list[list[dict[str, Tensor]]]
-    beside: tuple[str, ...] = ()        # what a training keeps beside the weights, which no conversion carries over
+    # what a training keeps beside the weights, which no conversion carries over
+    beside: tuple[str, ...] = ()
 
 
-def find_layout(path: Path, towers: tuple[Tower, ...], read: Callable[[Path], tuple[list[dict[str, Tensor]], set[str]]] = model_chunks) -> Found:
+def find_layout(
+    path: Path,
+    towers: tuple[Tower, ...],
+    read: Callable[[Path], tuple[list[dict[str, Tensor]], set[str]]] = model_chunks,
+) -> Found:
     "What the files at `path` hold; a ValueError when that is another number of layers than `towers` has."
     files = rank_files(path)
     tp, stages = (max(axis) + 1 for axis in zip(*files))
     opened = {rank: read(file) for rank, file in files.items()}
     held = {rank: chunks for rank, (chunks, _) in opened.items()}
     virtual = len(held[0, 0])
-    if any(len(chunks) != virtual for chunks in held.values()): raise ValueError(f'{path} holds ranks with different numbers of virtual chunks: convert it again')
+    if any(len(chunks) != virtual for chunks in held.values()):
+        raise ValueError(f'{path} holds ranks with different numbers of virtual chunks: convert it again')
     chunks = [[held[t, p][v] for t in range(tp)] for v in range(virtual) for p in range(stages)]
     laid = []
     for tower in towers:
         counts = [layer_count(tower, ranks[0]) for ranks in chunks]
-        if sum(counts) != sum(tower.counts): raise ValueError(f'{path} holds {counts} {tower.name} layers, {sum(counts)} in all, but the model has {sum(tower.counts)}')
-        laid.append(replace(tower, layers=tuple(tuple(counts[v * stages:][:stages]) for v in range(virtual))))
-    return Found(tuple(laid), tp, chunks, tuple(sorted(set().union(*(beside for _, beside in opened.values())))))
+        if sum(counts) != sum(tower.counts):
+            raise ValueError(
+                f'{path} holds {counts} {tower.name} layers, {sum(counts)} in all, but the model has'
+                f' {sum(tower.counts)}'
+            )
+        laid.append(
+            replace(tower, layers=tuple(tuple(counts[v * stages :][:stages]) for v in range(virtual)))
+        )
+    return Found(
+        tuple(laid), tp, chunks, tuple(sorted(set().union(*(beside for _, beside in opened.values()))))
+    )
 
 # %% ../../nbs/4_converters/02_folders.ipynb #3e684662
 def compare_names(path: Path, found: Found) -> None:
@@ -234,37 +351,66 @@ def compare_names(path: Path, found: Found) -> None:
         for t, held in enumerate(ranks):
             wrong = {'missing': wanted - copies - held.keys(), 'no rule takes': held.keys() - wanted}
             if any(wrong.values()):
-                raise ValueError(f'{path} chunk {k} rank {t} does not fit the model: ' + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names))
+                raise ValueError(
+                    f'{path} chunk {k} rank {t} does not fit the model: '
+                    + '; '.join(f'{what}: {some(names)}' for what, names in wrong.items() if names)
+                )
 
 
 def joined(piece: Piece, parts: list[Tensor]) -> Tensor:
-    "One target tensor as it was before the split, without content; raises when the parts do not fit together."
+    """One target tensor as it was before the split, without content.
+
+    Raises when the parts do not fit together.
+    """
     dim, shapes = piece.rule.split.dim, [list(x.shape) for x in parts]
-    if len({(*shape[:dim], *shape[dim + 1:]) if dim is not None else tuple(shape) for shape in shapes}) > 1: raise ValueError(f'their shapes are {shapes}')
-    along = piece.rule.split.join([torch.empty([n if d == dim else 1 for d, n in enumerate(shape)]) for shape in shapes])
+    if len({(*shape[:dim], *shape[dim + 1 :]) if dim is not None else tuple(shape) for shape in shapes}) > 1:
+        raise ValueError(f'their shapes are {shapes}')
+    along = piece.rule.split.join(
+        [torch.empty([n if d == dim else 1 for d, n in enumerate(shape)]) for shape in shapes]
+    )
     return unfilled([along.shape[d] if d == dim else n for d, n in enumerate(shapes[0])], parts[0].dtype)
 
 
 def unpack(path: Path, piece: Piece, parts: list[Tensor], filled: bool) -> list[Runs]:
-    "The source tensors of a piece, from what the ranks hold; a ValueError when ranks that hold it whole disagree. Without content unless `filled`."
+    """The source tensors of a piece, from what the ranks hold.
+
+    A ValueError when ranks that hold it whole disagree. Without content unless `filled`.
+    """
     if piece.rule.split is whole and filled and not all(same_bytes(x, parts[0]) for x in parts[1:]):
         raise ValueError(f'{path}: the ranks hold different {piece.mm} ({some(piece.hf)})')
-    if len({x.dtype for x in parts}) > 1: raise ValueError(f'{path}: the ranks hold {piece.mm} in different dtypes')
-    try: whole_one = joined(piece, parts)
-    except (ValueError, RuntimeError) as error: raise ValueError(f'{path}: the parts of {piece.mm} do not fit together ({error})') from None
-    if filled: return join_rows(piece.rule, parts)
+    if len({x.dtype for x in parts}) > 1:
+        raise ValueError(f'{path}: the ranks hold {piece.mm} in different dtypes')
+    try:
+        whole_one = joined(piece, parts)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f'{path}: the parts of {piece.mm} do not fit together ({error})') from None
+    if filled:
+        return join_rows(piece.rule, parts)
     return [[x] for x in piece.rule.pack.unpack(whole_one)]
 
 # %% ../../nbs/4_converters/02_folders.ipynb #98663f9e
 class MMFolder:
-    "A MindSpeed-MM folder as a mapping from hub names to whole tensors; `towers` (in any layout) is the table, `found` the layout that was found."
-    def __init__(self, path: str | Path, towers: tuple[Tower, ...], read: Callable[[Path], tuple[list[dict[str, Tensor]], set[str]]] = model_chunks):
+    """A MindSpeed-MM folder as a mapping from hub names to whole tensors.
+
+    `towers` (in any layout) is the table, `found` the layout that was found.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        towers: tuple[Tower, ...],
+        read: Callable[[Path], tuple[list[dict[str, Tensor]], set[str]]] = model_chunks,
+    ):
         self.path = Path(path)
         self.found = find_layout(self.path, towers, read)
         compare_names(self.path, self.found)
         placed = [(k, piece) for k, chunk in enumerate(pieces(self.found.towers)) for piece in chunk]
         self.where = {h: (k, piece) for k, piece in placed if not piece.rule.copy for h in piece.hf}
-        self.copies = [(k, piece) for k, piece in placed if piece.rule.copy and all(piece.mm in held for held in self.found.chunks[k])]
+        self.copies = [
+            (k, piece)
+            for k, piece in placed
+            if piece.rule.copy and all(piece.mm in held for held in self.found.chunks[k])
+        ]
         self.names = set(self.where)
         self._latest: tuple = ()
 
@@ -275,9 +421,17 @@ class MMFolder:
     def _sources(self, name: str, filled: bool) -> Runs:
         chunk, piece = self.where[name]
         if self._latest[:2] != (piece, filled):
-            self._latest = ()           # before the next one takes its memory
-            try: self._latest = (piece, filled, unpack(self.path, piece, self.parts(chunk, piece, filled), filled))
-            except RuntimeError as error: raise ValueError(f'{self.path}: {piece.mm} has the wrong shape for {some(piece.hf)} ({error})') from None
+            self._latest = ()  # before the next one takes its memory
+            try:
+                self._latest = (
+                    piece,
+                    filled,
+                    unpack(self.path, piece, self.parts(chunk, piece, filled), filled),
+                )
+            except RuntimeError as error:
+                raise ValueError(
+                    f'{self.path}: {piece.mm} has the wrong shape for {some(piece.hf)} ({error})'
+                ) from None
         return self._latest[2][piece.hf.index(name)]
 
     def runs(self, name: str) -> Runs:
@@ -287,11 +441,16 @@ class MMFolder:
     def __getitem__(self, name: str) -> Tensor:
         return assembled(self.runs(name))
 
-    def shape(self, name: str) -> tuple[int, ...]: return tuple(self._sources(name, filled=False)[0].shape)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._sources(name, filled=False)[0].shape)
 
-    def dtype(self, name: str) -> torch.dtype: return self.found.chunks[self.where[name][0]][0][self.where[name][1].mm].dtype
+    def dtype(self, name: str) -> torch.dtype:
+        return self.found.chunks[self.where[name][0]][0][self.where[name][1].mm].dtype
 
 # %% ../../nbs/4_converters/02_folders.ipynb #3e6649a3
 def open_weights(path: str | Path, towers: tuple[Tower, ...]) -> HFFolder | MMFolder:
-    "The folder at `path`, Hugging Face or MindSpeed-MM, whichever it is; `towers` is the table that the latter is read with."
+    """The folder at `path`, Hugging Face or MindSpeed-MM, whichever it is.
+
+    `towers` is the table that the latter is read with.
+    """
     return MMFolder(path, towers) if (Path(path) / LATEST).exists() else HFFolder(path)

@@ -21,16 +21,28 @@ NAME = re.compile(r'(?:module\.)?(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.d
 
 
 def split_chunks(file: Path) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], set[str]]:
-    "The tensors of each chunk in a rank's file, those of the model and those of adapters, and what lies beside them."
+    """The tensors of each chunk in a rank's file, those of the model and those of adapters, and what lies
+    beside them.
+    """
     chunks, beside = model_chunks(file)
-    own = [{name.replace('.base_layer.', '.'): x for name, x in chunk.items() if '.lora_' not in name} for chunk in chunks]
+    own = [
+        {name.replace('.base_layer.', '.'): x for name, x in chunk.items() if '.lora_' not in name}
+        for chunk in chunks
+    ]
     return own, [{name: x for name, x in chunk.items() if '.lora_' in name} for chunk in chunks], beside
 
 
 def base_chunks(file: Path) -> tuple[list[dict[str, Tensor]], set[str]]:
-    "The tensors of the model in a rank's file, without adapters. Raises ValueError when there is nothing else."
+    """The tensors of the model in a rank's file, without adapters.
+
+    Raises ValueError when there is nothing else.
+    """
     own, adapters, beside = split_chunks(file)
-    if any(adapters) and not any(own): raise ValueError(f'{file} holds LoRA weights and no model: give the folder of the weights they were trained on, and this one as lora_path')
+    if any(adapters) and not any(own):
+        raise ValueError(
+            f'{file} holds LoRA weights and no model: give the folder of the weights they were trained on,'
+            ' and this one as lora_path'
+        )
     return own, beside
 
 
@@ -40,61 +52,124 @@ def holds_lora(path: str | Path) -> bool:
 
 # %% ../../nbs/4_converters/06_lora.ipynb #7a5a067a
 def pairs_of(held: dict[str, Tensor], where: str) -> dict[str, dict[str, Tensor]]:
-    "The two matrices of each layer in a chunk, by the layer's name. Raises ValueError for names that are none, and for half a pair."
+    """The two matrices of each layer in a chunk, by the layer's name.
+
+    Raises ValueError for names that are none, and for half a pair.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for name, x in held.items():
-        if not (told := NAME.fullmatch(name)): raise ValueError(f'{where} holds {name}, which is no LoRA weight that can be merged')
+        if not (told := NAME.fullmatch(name)):
+            raise ValueError(f'{where} holds {name}, which is no LoRA weight that can be merged')
         found.setdefault(told[1], {})[told[2]] = x
-    if half := [f'{layer}.lora_{"B" if "A" in pair else "A"}' for layer, pair in found.items() if len(pair) < 2]: raise ValueError(f'{where} has no {some(half)}: the checkpoint is not complete')
+    if half := [
+        f'{layer}.lora_{"B" if "A" in pair else "A"}' for layer, pair in found.items() if len(pair) < 2
+    ]:
+        raise ValueError(f'{where} has no {some(half)}: the checkpoint is not complete')
     return found
 
 
 def check_pair(piece: Piece, a: Tensor, b: Tensor, weight: Tensor, where: str) -> None:
     "Returns when A (r, in) and B (out, r) are of one rank and as large as their weight (out, in)."
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]: raise ValueError(f'{where}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {piece.mm} have different ranks')
-    if weight.dim() != 2 or (b.shape[0], a.shape[1]) != tuple(weight.shape): raise ValueError(f'{where}: lora_B {tuple(b.shape)} times lora_A {tuple(a.shape)} is not as large as {piece.mm} {tuple(weight.shape)}')
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise ValueError(
+            f'{where}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {piece.mm} have different ranks'
+        )
+    if weight.dim() != 2 or (b.shape[0], a.shape[1]) != tuple(weight.shape):
+        raise ValueError(
+            f'{where}: lora_B {tuple(b.shape)} times lora_A {tuple(a.shape)} is not as large as {piece.mm}'
+            f' {tuple(weight.shape)}'
+        )
 
 # %% ../../nbs/4_converters/06_lora.ipynb #818ad561
 def rank_and_scale(path: Path, ranks: set[int], alpha: float | None, rank: int | None) -> tuple[int, float]:
-    "The rank that the matrices have, and alpha / rank. Raises ValueError when either is not known, or another rank was told."
-    if not ranks: raise ValueError(f'{path} holds no LoRA weights: give the folder that a LoRA training saved')
-    if len(ranks) > 1: raise ValueError(f'{path} holds LoRA weights of the ranks {sorted(ranks)}: one rank is expected')
+    """The rank that the matrices have, and alpha / rank.
+
+    Raises ValueError when either is not known, or another rank was told.
+    """
+    if not ranks:
+        raise ValueError(f'{path} holds no LoRA weights: give the folder that a LoRA training saved')
+    if len(ranks) > 1:
+        raise ValueError(f'{path} holds LoRA weights of the ranks {sorted(ranks)}: one rank is expected')
     (found,) = ranks
-    if rank is not None and rank != found: raise ValueError(f'--lora_rank {rank} is not that of {path}, whose weights have rank {found}')
-    if alpha is None: raise ValueError(f'{path} does not tell the alpha of its LoRA weights: give --lora_alpha, the --lora-alpha of the training (16 where none was said)')
+    if rank is not None and rank != found:
+        raise ValueError(f'--lora_rank {rank} is not that of {path}, whose weights have rank {found}')
+    if alpha is None:
+        raise ValueError(
+            f'{path} does not tell the alpha of its LoRA weights: give --lora_alpha, the --lora-alpha of the'
+            ' training (16 where none was said)'
+        )
     return found, alpha / found
 
 # %% ../../nbs/4_converters/06_lora.ipynb #6481071e
 class Adapter:
-    "The adapters in a MindSpeed-MM folder that were trained on the weights `found`; a ValueError says what does not fit."
+    """The adapters in a MindSpeed-MM folder that were trained on the weights `found`.
+
+    A ValueError says what does not fit.
+    """
+
     def __init__(self, path: str | Path, found: Found, alpha: float | None, rank: int | None = None):
         self.path, self.pairs, ranks = Path(path), {}, set()
         files = rank_files(self.path)
         opened = {place: split_chunks(file)[1] for place, file in files.items()}
         stages = len(found.towers[0].layers[0])
-        told, virtual = f'tp={found.tp}, {stages} pipeline stages and {len(found.chunks) // stages} chunks on each', {len(chunks) for chunks in opened.values()}
-        if (max(files)[0] + 1, max(p for _, p in files) + 1, virtual) != (found.tp, stages, {len(found.chunks) // stages}):
-            raise ValueError(f'{path} was trained under another layout than its base, which has {told}: resplit the base to the layout of the training')
+        told = f'tp={found.tp}, {stages} pipeline stages and {len(found.chunks) // stages} chunks on each'
+        virtual = {len(chunks) for chunks in opened.values()}
+        trained = (max(files)[0] + 1, max(p for _, p in files) + 1, virtual)
+        if trained != (found.tp, stages, {len(found.chunks) // stages}):
+            raise ValueError(
+                f'{path} was trained under another layout than its base, which has {told}: resplit the base'
+                ' to the layout of the training'
+            )
         for k, chunk in enumerate(pieces(found.towers)):
-            layers = {piece.mm.removesuffix('.weight'): piece for piece in chunk if piece.mm.endswith('.weight') and not piece.rule.copy}
-            read = [pairs_of(opened[t, k % stages][k // stages], f'{path} chunk {k} rank {t}') for t in range(found.tp)]
-            if lost := set().union(*read) - layers.keys(): raise ValueError(f'{path} has adapters for {some(lost)}, which the model has not: was it trained on this model?')
+            weights = [piece for piece in chunk if piece.mm.endswith('.weight') and not piece.rule.copy]
+            layers = {piece.mm.removesuffix('.weight'): piece for piece in weights}
+            parts = [opened[t, k % stages][k // stages] for t in range(found.tp)]
+            read = [pairs_of(part, f'{path} chunk {k} rank {t}') for t, part in enumerate(parts)]
+            if lost := set().union(*read) - layers.keys():
+                raise ValueError(
+                    f'{path} has adapters for {some(lost)}, which the model has not: was it trained on this'
+                    ' model?'
+                )
             for layer in dict.fromkeys(name for pairs in read for name in pairs):
-                if any(layer not in pairs for pairs in read): raise ValueError(f'{path}: not every tensor rank holds adapters for {layer}: the checkpoint is not complete')
-                self.pairs[layers[layer].hf] = both = [(pairs[layer]['A'], pairs[layer]['B']) for pairs in read]
-                for t, (a, b) in enumerate(both): check_pair(layers[layer], a, b, found.chunks[k][t][layers[layer].mm], f'{path} rank {t}')
+                if any(layer not in pairs for pairs in read):
+                    raise ValueError(
+                        f'{path}: not every tensor rank holds adapters for {layer}: the checkpoint is not'
+                        ' complete'
+                    )
+                self.pairs[layers[layer].hf] = both = [
+                    (pairs[layer]['A'], pairs[layer]['B']) for pairs in read
+                ]
+                for t, (a, b) in enumerate(both):
+                    check_pair(layers[layer], a, b, found.chunks[k][t][layers[layer].mm], f'{path} rank {t}')
                 ranks |= {a.shape[0] for a, _ in both}
         self.rank, self.scale = rank_and_scale(self.path, ranks, alpha, rank)
 
     def merged(self, piece: Piece, parts: list[Tensor]) -> list[Tensor]:
-        "Each rank's part of a weight (out, in) with what its adapters learned, in its own number format; the same where there are none."
-        if piece.hf not in self.pairs: return parts
-        return [torch.matmul(b.float(), a.float()).mul_(self.scale).add_(part).to(part.dtype) for part, (a, b) in zip(parts, self.pairs[piece.hf])]
+        """Each rank's part of a weight (out, in) with what its adapters learned, in its own number format.
+
+        The same where there are none.
+        """
+        if piece.hf not in self.pairs:
+            return parts
+        return [
+            torch.matmul(b.float(), a.float()).mul_(self.scale).add_(part).to(part.dtype)
+            for part, (a, b) in zip(parts, self.pairs[piece.hf])
+        ]
 
 # %% ../../nbs/4_converters/06_lora.ipynb #769b863e
 class MergedFolder(MMFolder):
-    "A MindSpeed-MM folder whose weights have the adapters of `lora_path` merged (by default its own), read one tensor at a time; a ValueError says what does not fit."
-    def __init__(self, path: str | Path, towers: tuple[Tower, ...], lora_path: str | Path | None, alpha: float | None, rank: int | None = None):
+    """A MindSpeed-MM folder whose weights have the adapters of `lora_path` merged (by default its own), read
+    one tensor at a time; a ValueError says what does not fit.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        towers: tuple[Tower, ...],
+        lora_path: str | Path | None,
+        alpha: float | None,
+        rank: int | None = None,
+    ):
         super().__init__(path, towers, base_chunks)
         self.adapter = Adapter(lora_path or path, self.found, alpha, rank)
 
@@ -104,4 +179,8 @@ class MergedFolder(MMFolder):
         return self.adapter.merged(piece, held) if filled else held
 
     @property
-    def note(self) -> str: return f'merged {len(self.adapter.pairs)} LoRA weights of rank {self.adapter.rank}, each times {self.adapter.scale:g}, from {self.adapter.path}'
+    def note(self) -> str:
+        return (
+            f'merged {len(self.adapter.pairs)} LoRA weights of rank {self.adapter.rank}, each times'
+            f' {self.adapter.scale:g}, from {self.adapter.path}'
+        )

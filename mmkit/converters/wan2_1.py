@@ -12,25 +12,55 @@ from typing import Any
 from .weights import Rule, Split, Tower, dim0, dim1, rows, rule, whole
 
 # %% ../../nbs/4_converters/05_wan2_1.ipynb #3ec76e7b
-NEEDED = ('num_layers', 'num_attention_heads', 'attention_head_dim', 'ffn_dim', 'in_channels', 'out_channels', 'text_dim', 'freq_dim')
+NEEDED = (
+    'num_layers',
+    'num_attention_heads',
+    'attention_head_dim',
+    'ffn_dim',
+    'in_channels',
+    'out_channels',
+    'text_dim',
+    'freq_dim',
+)
 
 
 def wan_sizes(config: Mapping[str, Any]) -> dict:
-    "The sizes in a parsed config.json of a Wan2.1 transformer, with its `width`; a ValueError names what is not there."
+    """The sizes in a parsed config.json of a Wan2.1 transformer, with its `width`.
+
+    A ValueError names what is not there.
+    """
     if absent := [name for name in NEEDED if type(config.get(name)) is not int]:
-        raise ValueError(f'config.json has no {", ".join(absent)}: give the config of the transformer folder of a Wan2.1 model')
-    if odd := [name for name in NEEDED if not 0 < config[name] <= (1000 if name == 'num_layers' else 1 << 24)]: raise ValueError(f'config.json has {odd[0]} {config[odd[0]]}, which no Wan2.1 has: download it again')
+        raise ValueError(
+            f'config.json has no {", ".join(absent)}: give the config of the transformer folder of a Wan2.1'
+            ' model'
+        )
+    if odd := [
+        name for name in NEEDED if not 0 < config[name] <= (1000 if name == 'num_layers' else 1 << 24)
+    ]:
+        raise ValueError(f'config.json has {odd[0]} {config[odd[0]]}, which no Wan2.1 has: download it again')
     patch = config.get('patch_size')
-    if not isinstance(patch, (list, tuple)) or len(patch) != 3 or any(type(n) is not int or not 0 < n < 1000 for n in patch): raise ValueError(f'config.json has patch_size {patch}: three numbers are needed, frames, rows and columns')
+    if (
+        not isinstance(patch, (list, tuple))
+        or len(patch) != 3
+        or any(type(n) is not int or not 0 < n < 1000 for n in patch)
+    ):
+        raise ValueError(
+            f'config.json has patch_size {patch}: three numbers are needed, frames, rows and columns'
+        )
     for name in ('image_dim', 'pos_embed_seq_len'):
-        if type(size := config.get(name) or 1) is not int or not 0 < size <= 1 << 24: raise ValueError(f'config.json has {name} {size!r:.40}, which no Wan2.1 has: download it again')
+        if type(size := config.get(name) or 1) is not int or not 0 < size <= 1 << 24:
+            raise ValueError(f'config.json has {name} {size!r:.40}, which no Wan2.1 has: download it again')
     return {**config, 'width': config['num_attention_heads'] * config['attention_head_dim']}
 
 # %% ../../nbs/4_converters/05_wan2_1.ipynb #e3f7cc61
-def wan_linear(mm: str, hf: str, out: int, into: int, split: Split = whole, at: str = 'layer') -> tuple[Rule, Rule]:
+def wan_linear(
+    mm: str, hf: str, out: int, into: int, split: Split = whole, at: str = 'layer'
+) -> tuple[Rule, Rule]:
     "The rules of the weight and the bias of a linear from `into` to `out` channels."
-    return (rule(f'{mm}.weight', f'{hf}.weight', split=split, at=at, shapes=((out, into),)),
-            rule(f'{mm}.bias', f'{hf}.bias', split=split if split is dim0 else whole, at=at, shapes=((out,),)))
+    return (
+        rule(f'{mm}.weight', f'{hf}.weight', split=split, at=at, shapes=((out, into),)),
+        rule(f'{mm}.bias', f'{hf}.bias', split=split if split is dim0 else whole, at=at, shapes=((out,),)),
+    )
 
 
 def wan_norm(mm: str, hf: str, size: int, at: str = 'layer') -> tuple[Rule, Rule]:
@@ -42,24 +72,38 @@ def embedding_rules(c: Mapping[str, Any]) -> tuple[Rule, ...]:
     "The rules of what comes before the first block."
     size, hf, image, first = c['width'], 'condition_embedder.', c.get('image_dim'), dict(at='first')
     found = (
-        rule('patch_embedding.weight', 'patch_embedding.weight', **first, shapes=((size, c['in_channels'], *c['patch_size']),)),
+        rule(
+            'patch_embedding.weight',
+            'patch_embedding.weight',
+            **first,
+            shapes=((size, c['in_channels'], *c['patch_size']),),
+        ),
         rule('patch_embedding.bias', 'patch_embedding.bias', **first, shapes=((size,),)),
         *wan_linear('text_embedding.linear_1', hf + 'text_embedder.linear_1', size, c['text_dim'], **first),
         *wan_linear('text_embedding.linear_2', hf + 'text_embedder.linear_2', size, size, **first),
         *wan_linear('time_embedding.0', hf + 'time_embedder.linear_1', size, c['freq_dim'], **first),
         *wan_linear('time_embedding.2', hf + 'time_embedder.linear_2', size, size, **first),
-        *wan_linear('time_projection.1', hf + 'time_proj', 6 * size, size, **first))
-    if not image: return found
+        *wan_linear('time_projection.1', hf + 'time_proj', 6 * size, size, **first),
+    )
+    if not image:
+        return found
     mm, hf, places = 'img_emb.', hf + 'image_embedder.', c.get('pos_embed_seq_len')
-    return (*found, *((rule(mm + 'emb_pos', hf + 'pos_embed', **first, shapes=((1, places, image),)),) if places else ()),
-        *wan_norm(mm + 'proj.0', hf + 'norm1', image, **first), *wan_linear(mm + 'proj.1', hf + 'ff.net.0.proj', image, image, **first),
-        *wan_linear(mm + 'proj.3', hf + 'ff.net.2', size, image, **first), *wan_norm(mm + 'proj.4', hf + 'norm2', size, **first))
+    return (
+        *found,
+        *((rule(mm + 'emb_pos', hf + 'pos_embed', **first, shapes=((1, places, image),)),) if places else ()),
+        *wan_norm(mm + 'proj.0', hf + 'norm1', image, **first),
+        *wan_linear(mm + 'proj.1', hf + 'ff.net.0.proj', image, image, **first),
+        *wan_linear(mm + 'proj.3', hf + 'ff.net.2', size, image, **first),
+        *wan_norm(mm + 'proj.4', hf + 'norm2', size, **first),
+    )
 
 # %% ../../nbs/4_converters/05_wan2_1.ipynb #2d065181
 def attention_rules(mm: str, hf: str, size: int) -> tuple[Rule, ...]:
     "The rules of one attention over `size` channels."
     ends = [r for x in 'qkv' for r in wan_linear(f'{mm}.proj_{x}', f'{hf}.to_{x}', size, size, dim0)]
-    norms = [rule(f'{mm}.{x}_norm.weight', f'{hf}.norm_{x}.weight', split=dim0, shapes=((size,),)) for x in 'qk']
+    norms = [
+        rule(f'{mm}.{x}_norm.weight', f'{hf}.norm_{x}.weight', split=dim0, shapes=((size,),)) for x in 'qk'
+    ]
     return (*ends, *wan_linear(f'{mm}.proj_out', f'{hf}.to_out.0', size, size, dim1), *norms)
 
 
@@ -67,19 +111,38 @@ def block_rules(c: Mapping[str, Any]) -> tuple[Rule, ...]:
     "The rules of a block."
     size, wide, block = c['width'], c['ffn_dim'], 'blocks.{i}.'
     mm, hf = block + 'cross_attn.', block + 'attn2.'
-    picture = (*wan_linear(mm + 'k_img', hf + 'add_k_proj', size, size, dim0), *wan_linear(mm + 'v_img', hf + 'add_v_proj', size, size, dim0),
-        rule(mm + 'k_norm_img.weight', hf + 'norm_added_k.weight', split=dim0, shapes=((size,),)))
+    picture = (
+        *wan_linear(mm + 'k_img', hf + 'add_k_proj', size, size, dim0),
+        *wan_linear(mm + 'v_img', hf + 'add_v_proj', size, size, dim0),
+        rule(mm + 'k_norm_img.weight', hf + 'norm_added_k.weight', split=dim0, shapes=((size,),)),
+    )
     return (
         rule(block + 'modulation', block + 'scale_shift_table', shapes=((1, 6, size),)),
         *attention_rules(block + 'self_attn', block + 'attn1', size),
         *wan_norm(block + 'norm3', block + 'norm2', size),
-        *attention_rules(block + 'cross_attn', block + 'attn2', size), *(picture if c.get('image_dim') else ()),
-        *wan_linear(block + 'ffn.0', block + 'ffn.net.0.proj', wide, size, dim0), *wan_linear(block + 'ffn.2', block + 'ffn.net.2', size, wide, dim1))
+        *attention_rules(block + 'cross_attn', block + 'attn2', size),
+        *(picture if c.get('image_dim') else ()),
+        *wan_linear(block + 'ffn.0', block + 'ffn.net.0.proj', wide, size, dim0),
+        *wan_linear(block + 'ffn.2', block + 'ffn.net.2', size, wide, dim1),
+    )
 
 # %% ../../nbs/4_converters/05_wan2_1.ipynb #752fa64b
 def wan2_1_towers(config: Mapping[str, Any], layers: Iterable | None = None) -> tuple[Tower]:
-    "The tower of the transformer that a parsed config.json describes; the layers default to one stage with everything."
+    """The tower of the transformer that a parsed config.json describes.
+
+    The layers default to one stage with everything.
+    """
     c = wan_sizes(config)
     out = c['out_channels'] * c['patch_size'][0] * c['patch_size'][1] * c['patch_size'][2]
-    head = (rule('head.modulation', 'scale_shift_table', at='last', shapes=((1, 2, c['width']),)), *wan_linear('head.head', 'proj_out', out, c['width'], at='last'))
-    return (Tower((*embedding_rules(c), *block_rules(c), *head), rows(layers, c['num_layers'], 'pp_layers'), 'wan', versioned=False),)
+    head = (
+        rule('head.modulation', 'scale_shift_table', at='last', shapes=((1, 2, c['width']),)),
+        *wan_linear('head.head', 'proj_out', out, c['width'], at='last'),
+    )
+    return (
+        Tower(
+            (*embedding_rules(c), *block_rules(c), *head),
+            rows(layers, c['num_layers'], 'pp_layers'),
+            'wan',
+            versioned=False,
+        ),
+    )

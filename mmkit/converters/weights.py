@@ -22,41 +22,53 @@ from ..parallel.stages import LayerSplit
 @dataclass(frozen=True)
 class Split:
     "How a whole tensor is divided over tensor-parallel ranks; `dim` is the one that gets shorter."
+
     name: str
     cut: Callable[[Tensor, int], list[Tensor]]
     join: Callable[[list[Tensor]], Tensor]
     dim: int | None = None
 
-    def __repr__(self) -> str: return self.name
+    def __repr__(self) -> str:
+        return self.name
 
 
 def equal_parts(x: Tensor, count: int, dim: int) -> list[Tensor]:
     "`count` views of `x`, equally long along `dim`; raises when that cannot be."
-    if x.shape[dim] % count: raise ValueError(f'dim {dim} of {tuple(x.shape)} is not divisible by tp={count}')
+    if x.shape[dim] % count:
+        raise ValueError(f'dim {dim} of {tuple(x.shape)} is not divisible by tp={count}')
     return list(x.chunk(count, dim))
 
 # %% ../../nbs/4_converters/00_weights.ipynb #a2fc353b
 def halves(x: Tensor) -> Tensor:
     "`x` (2a, ...) seen as (2, a, ...)."
-    if x.shape[0] % 2: raise ValueError(f'dim 0 of {tuple(x.shape)} does not hold two equal halves')
+    if x.shape[0] % 2:
+        raise ValueError(f'dim 0 of {tuple(x.shape)} does not hold two equal halves')
     return x.unflatten(0, (2, -1))
+
 
 whole = Split('whole', lambda x, n: [x] * n, lambda xs: xs[0])
 dim0 = Split('dim0', lambda x, n: equal_parts(x, n, 0), lambda xs: torch.cat(xs, 0), 0)
 dim1 = Split('dim1', lambda x, n: equal_parts(x, n, 1), lambda xs: torch.cat(xs, 1), 1)
-pairs = Split('pairs', lambda x, n: [part.flatten(0, 1) for part in equal_parts(halves(x), n, 1)],
-              lambda xs: torch.cat([halves(x) for x in xs], 1).flatten(0, 1), 0)
+pairs = Split(
+    'pairs',
+    lambda x, n: [part.flatten(0, 1) for part in equal_parts(halves(x), n, 1)],
+    lambda xs: torch.cat([halves(x) for x in xs], 1).flatten(0, 1),
+    0,
+)
 
 # %% ../../nbs/4_converters/00_weights.ipynb #171aced1
 @dataclass(frozen=True)
 class Pack:
     "How source tensors become one target tensor; `groups` (0: none) may not be torn apart by a split."
+
     name: str
     pack: Callable[..., Tensor]
     unpack: Callable[[Tensor], tuple[Tensor, ...]]
     groups: int = 0
 
-    def __repr__(self) -> str: return self.name
+    def __repr__(self) -> str:
+        return self.name
+
 
 same = Pack('same', lambda x: x, lambda x: (x,))
 stack = Pack('stack', lambda *xs: torch.cat(xs), lambda x: tuple(x.chunk(2)))
@@ -64,24 +76,32 @@ stack = Pack('stack', lambda *xs: torch.cat(xs), lambda x: tuple(x.chunk(2)))
 # %% ../../nbs/4_converters/00_weights.ipynb #5acde76e
 def grouped_qkv(groups: int, ratio: int) -> Pack:
     "q, k, v as `groups` groups of rows, each with `ratio` query heads, one key head and one value head."
+
     def pack(*qkv: Tensor) -> Tensor:
         return torch.cat([x.unflatten(0, (groups, -1)) for x in qkv], 1).flatten(0, 1)
 
     def unpack(x: Tensor) -> tuple[Tensor, ...]:
         heads = x.unflatten(0, (groups, ratio + 2, -1))
         return tuple(part.flatten(0, 2) for part in heads.split([ratio, 1, 1], 1))
+
     return Pack(f'grouped_qkv({groups}, {ratio})', pack, unpack, groups)
 
 
 def fused_qkv(heads: int) -> Pack:
     "One tensor with all q, then all k, then all v, as one group of rows for each head."
-    turned = lambda x, one, two: x.unflatten(0, (one, two, -1)).transpose(0, 1).flatten(0, 2)
+
+    def turned(x, one, two):
+        return x.unflatten(0, (one, two, -1)).transpose(0, 1).flatten(0, 2)
+
     return Pack(f'fused_qkv({heads})', lambda x: turned(x, 3, heads), lambda x: (turned(x, heads, 3),), heads)
 
 # %% ../../nbs/4_converters/00_weights.ipynb #108711e7
 @dataclass(frozen=True)
 class Rule:
-    "One row of the table: the target's name, the names and shapes of its sources, how they are packed, split and placed."
+    """One row of the table: the target's name, the names and shapes of its sources, how they are packed,
+    split and placed.
+    """
+
     mm: str
     hf: tuple[str, ...]
     pack: Pack = same
@@ -96,7 +116,8 @@ def rule(mm: str, *hf: str, **options: Any) -> Rule:
     return Rule(mm, hf, **options)
 
 # %% ../../nbs/4_converters/00_weights.ipynb #6db50af7
-Runs = list[Tensor | tuple[Tensor, ...]]         # tensors that lie below one another; those of a tuple lie side by side
+# tensors that lie below one another; those of a tuple lie side by side
+Runs = list[Tensor | tuple[Tensor, ...]]
 
 
 def assembled(runs: Runs) -> Tensor:
@@ -107,36 +128,55 @@ def assembled(runs: Runs) -> Tensor:
 
 def cut_rows(rule: Rule, sources: list[Tensor], tp: int) -> list[Runs]:
     "What each of `tp` ranks gets of the source tensors of a rule."
-    if (rule.pack, rule.split) == (stack, pairs): return [list(parts) for parts in zip(*(equal_parts(x, tp, 0) for x in sources))]
+    if (rule.pack, rule.split) == (stack, pairs):
+        return [list(parts) for parts in zip(*(equal_parts(x, tp, 0) for x in sources))]
     return [[part] for part in rule.split.cut(rule.pack.pack(*sources), tp)]
 
 
 def join_rows(rule: Rule, parts: list[Tensor]) -> list[Runs]:
     "The source tensors of a rule, from what the ranks have."
-    if (rule.pack, rule.split) == (stack, pairs): return [list(runs) for runs in zip(*(halves(x).unbind() for x in parts))]
-    if (rule.pack, rule.split) == (same, dim0): return [list(parts)]
-    if (rule.pack, rule.split) == (same, dim1): return [[tuple(parts)]]
+    if (rule.pack, rule.split) == (stack, pairs):
+        return [list(runs) for runs in zip(*(halves(x).unbind() for x in parts))]
+    if (rule.pack, rule.split) == (same, dim0):
+        return [list(parts)]
+    if (rule.pack, rule.split) == (same, dim1):
+        return [[tuple(parts)]]
     return [[x] for x in rule.pack.unpack(rule.split.join(parts))]
 
 # %% ../../nbs/4_converters/00_weights.ipynb #86dda6e9
 def rows(layers: Iterable | None, depth: int, name: str = 'layers') -> LayerSplit:
-    "`layers` as rows of numbers that add up to `depth`: None is one stage, [1, 3] is one row, [[1, 1], [1, 1]] two chunks."
+    """`layers` as rows of numbers that add up to `depth`: None is one stage, [1, 3] is one row, [[1, 1], [1,
+    1]] two chunks.
+    """
     layers = list(layers or [depth])
     table = tuple(map(tuple, layers if isinstance(layers[0], (list, tuple)) else [layers]))
-    if any(type(n) is not int or n < 0 for row in table for n in row): raise ValueError(f'{name} {layers} may hold whole numbers from 0 only')
-    if len({len(row) for row in table}) > 1: raise ValueError(f'{name} {layers} has rows of {sorted({len(row) for row in table})} numbers: each row needs one number for each pipeline stage')
+    if any(type(n) is not int or n < 0 for row in table for n in row):
+        raise ValueError(f'{name} {layers} may hold whole numbers from 0 only')
+    if len({len(row) for row in table}) > 1:
+        raise ValueError(
+            f'{name} {layers} has rows of {sorted({len(row) for row in table})} numbers: each row needs one'
+            ' number for each pipeline stage'
+        )
     total = sum(map(sum, table))
-    if total != depth: raise ValueError(f'{name} {layers} adds up to {total} but the model has {depth} such layers: change the numbers so that they add up')
+    if total != depth:
+        raise ValueError(
+            f'{name} {layers} adds up to {total} but the model has {depth} such layers: change the numbers so'
+            ' that they add up'
+        )
     return table
 
 # %% ../../nbs/4_converters/00_weights.ipynb #c8b82183
 @dataclass(frozen=True)
 class Tower:
-    "A stack of numbered layers with what comes before the first and after the last; it draws itself as a table."
+    """A stack of numbered layers with what comes before the first and after the last.
+
+    It draws itself as a table.
+    """
+
     rules: tuple[Rule, ...]
     layers: LayerSplit
     name: str = 'tower'
-    versioned: bool = True          # whether the peer notes a version in files without virtual chunks
+    versioned: bool = True  # whether the peer notes a version in files without virtual chunks
 
     @property
     def counts(self) -> list[int]:
@@ -144,28 +184,48 @@ class Tower:
         return [n for row in self.layers for n in row]
 
     def _repr_markdown_(self) -> str:
-        head = f'**{self.name}**, layers {[list(row) for row in self.layers]}\n\n| target | sources | pack | split | place |\n|---|---|---|---|---|\n'
-        place = lambda rule: rule.at + (', a copy' if rule.copy else '')
-        return head + '\n'.join(f"| `{r.mm}` | {'<br>'.join(f'`{h}`' for h in r.hf)} | {r.pack} | {r.split} | {place(r)} |" for r in self.rules)
+        head = (
+            f'**{self.name}**, layers {[list(row) for row in self.layers]}\n\n| target | sources | pack |'
+            ' split | place |\n|---|---|---|---|---|\n'
+        )
+
+        def place(rule):
+            return rule.at + (', a copy' if rule.copy else '')
+
+        return head + '\n'.join(
+            f'| `{r.mm}` | {"<br>".join(f"`{h}`" for h in r.hf)} | {r.pack} | {r.split} | {place(r)} |'
+            for r in self.rules
+        )
 
 # %% ../../nbs/4_converters/00_weights.ipynb #92aaca06
 @dataclass(frozen=True)
 class Piece:
     "One target tensor of one chunk, under its own name and those of its sources."
+
     rule: Rule
     mm: str
     hf: tuple[str, ...]
 
 
 def owners(towers: tuple[Tower, ...]) -> list[list[int]]:
-    "For each tower the chunks that hold some of its layers; raises when the towers cannot follow one another."
+    """For each tower the chunks that hold some of its layers.
+
+    Raises when the towers cannot follow one another.
+    """
     for tower in towers[1:]:
         if [len(row) for row in tower.layers] != [len(row) for row in towers[0].layers]:
             one, two = (f'{t.name} layers {[list(row) for row in t.layers]}' for t in (towers[0], tower))
-            raise ValueError(f'{one} and {two} belong to different pipelines: give both as many rows and as many numbers in a row')
+            raise ValueError(
+                f'{one} and {two} belong to different pipelines: give both as many rows and as many numbers'
+                ' in a row'
+            )
     held = [[k for k, n in enumerate(tower.counts) if n] for tower in towers]
     for before, after, one, two in zip(towers, towers[1:], held, held[1:]):
-        if one[-1] > two[0]: raise ValueError(f'{before.name} layers {before.counts} reach past the first of the {after.name} layers {after.counts}: all {before.name} layers come first')
+        if one[-1] > two[0]:
+            raise ValueError(
+                f'{before.name} layers {before.counts} reach past the first of the {after.name} layers'
+                f' {after.counts}: all {before.name} layers come first'
+            )
     return held
 
 # %% ../../nbs/4_converters/00_weights.ipynb #78287de0
@@ -179,7 +239,10 @@ def pieces(towers: tuple[Tower, ...]) -> list[list[Piece]]:
         for k, n in enumerate(tower.counts):
             for r in tower.rules:
                 if r.at == 'layer':
-                    out[k] += [Piece(r, r.mm.format(i=i), tuple(h.format(i=start + i) for h in r.hf)) for i in range(n)]
+                    out[k] += [
+                        Piece(r, r.mm.format(i=i), tuple(h.format(i=start + i) for h in r.hf))
+                        for i in range(n)
+                    ]
                 elif k == chunks[0 if r.at == 'first' else -1] and not (r.copy and alone):
                     out[k].append(Piece(r, r.mm, r.hf))
             start += n
@@ -192,26 +255,43 @@ def unfilled(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
 
 
 def shards(piece: Piece, source: Any, tp: int) -> list[Tensor]:
-    "What each of `tp` ranks gets of this piece, without content; raises a ValueError when it cannot be packed or cut."
+    """What each of `tp` ranks gets of this piece, without content.
+
+    Raises a ValueError when it cannot be packed or cut.
+    """
     dtypes = {source.dtype(h) for h in piece.hf}
-    if len(dtypes) > 1: raise ValueError(f'its sources have different dtypes {sorted(map(str, dtypes))}')
+    if len(dtypes) > 1:
+        raise ValueError(f'its sources have different dtypes {sorted(map(str, dtypes))}')
     groups = piece.rule.pack.groups
-    if piece.rule.split is not whole and groups % tp: raise ValueError(f'dim 0 holds {groups} groups of heads, which tp={tp} does not divide')
+    if piece.rule.split is not whole and groups % tp:
+        raise ValueError(f'dim 0 holds {groups} groups of heads, which tp={tp} does not divide')
     shapes = [tuple(source.shape(h)) for h in piece.hf]
-    if len({shape[1:] for shape in shapes}) > 1: raise ValueError(f'its sources have different columns, {shapes}')
+    if len({shape[1:] for shape in shapes}) > 1:
+        raise ValueError(f'its sources have different columns, {shapes}')
     column = piece.rule.pack.pack(*(torch.empty(shape[:1]) for shape in shapes))
     return piece.rule.split.cut(unfilled((*column.shape, *shapes[0][1:]), dtypes.pop()), tp)
 
 
 def misfits(chunks: list[list[Piece]], source: Any, tp: int) -> tuple[list[str], list[str]]:
-    "Sentences about source tensors of the wrong shape, and about pieces that cannot be packed or cut for `tp` ranks."
+    """Sentences about source tensors of the wrong shape, and about pieces that cannot be packed or cut for
+    `tp` ranks.
+    """
     shapes, cuts = [], []
     for piece in (p for chunk in chunks for p in chunk if source.names.issuperset(p.hf)):
-        wrong = [(h, source.shape(h), want) for h, want in zip(piece.hf, piece.rule.shapes) if tuple(source.shape(h)) != want]
-        shapes += [f'{h} is {tuple(shape)} instead of {want}' for h, shape, want in wrong if not piece.rule.copy]
-        if wrong: continue
-        try: shards(piece, source, tp)
-        except (ValueError, RuntimeError) as error: cuts.append(f'{" + ".join(piece.hf)}: {error}')
+        wrong = [
+            (h, source.shape(h), want)
+            for h, want in zip(piece.hf, piece.rule.shapes)
+            if tuple(source.shape(h)) != want
+        ]
+        shapes += [
+            f'{h} is {tuple(shape)} instead of {want}' for h, shape, want in wrong if not piece.rule.copy
+        ]
+        if wrong:
+            continue
+        try:
+            shards(piece, source, tp)
+        except (ValueError, RuntimeError) as error:
+            cuts.append(f'{" + ".join(piece.hf)}: {error}')
     return shapes, cuts
 
 # %% ../../nbs/4_converters/00_weights.ipynb #7aef47e5
@@ -222,12 +302,23 @@ def some(items: Iterable[str], limit: int = 4) -> str:
 
 
 def check(towers: tuple[Tower, ...], source: Any, tp: int = 1) -> None:
-    "Returns when every tensor of `source` (names, or a folder) is used exactly once and can be cut; else one ValueError names what is wrong."
+    """Returns when every tensor of `source` (names, or a folder) is used exactly once and can be cut.
+
+    Else one ValueError names what is wrong.
+    """
     chunks = pieces(towers)
     names = source if isinstance(source, Set) else source.names
     used = Counter(h for chunk in chunks for p in chunk if not p.rule.copy for h in p.hf)
     shapes, cuts = ([], []) if names is source else misfits(chunks, source, tp)
-    wrong = {'missing': used.keys() - names, 'no rule takes': names - used.keys(),
-             'taken twice': [h for h, n in used.items() if n > 1], 'misshapen': shapes, 'cannot be divided': cuts}
+    wrong = {
+        'missing': used.keys() - names,
+        'no rule takes': names - used.keys(),
+        'taken twice': [h for h, n in used.items() if n > 1],
+        'misshapen': shapes,
+        'cannot be divided': cuts,
+    }
     if any(wrong.values()):
-        raise ValueError('the weights do not fit the model: ' + '; '.join(f'{what}: {some(which)}' for what, which in wrong.items() if which))
+        raise ValueError(
+            'the weights do not fit the model: '
+            + '; '.join(f'{what}: {some(which)}' for what, which in wrong.items() if which)
+        )

@@ -32,38 +32,59 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.files import sync_folder, room_for
+from ..core.files import room_for, sync_folder
 
 # %% ../../nbs/4_converters/01_writing.ipynb #bb437960
-DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
-          'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
+DTYPES = {
+    'F64': torch.float64,
+    'F32': torch.float32,
+    'F16': torch.float16,
+    'BF16': torch.bfloat16,
+    'F8_E4M3': torch.float8_e4m3fn,
+    'F8_E5M2': torch.float8_e5m2,
+    'I64': torch.int64,
+    'I32': torch.int32,
+    'I16': torch.int16,
+    'I8': torch.int8,
+    'U8': torch.uint8,
+    'BOOL': torch.bool,
+}
 
 # %% ../../nbs/4_converters/01_writing.ipynb #c164cc9e
-Part = Tensor | tuple[Tensor, ...]         # rows of a tensor; matrices in a tuple lie side by side
+Part = Tensor | tuple[Tensor, ...]  # rows of a tensor; matrices in a tuple lie side by side
 
 
 def raw(x: Tensor) -> Tensor:
     "The bytes of a tensor in memory order, uint8 (n,); no copy if it is a contiguous one on the CPU."
     x = x.detach().cpu().contiguous()
-    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)       # torch takes one number for contiguous whatever its stride
+    # torch takes one number for contiguous whatever its stride
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def runs(x: Part, limit: int = 1 << 22) -> Iterator[Tensor]:
-    "The bytes of a part in memory order, uint8 (n,), `limit` or fewer at a time; no more than these are ever copied."
+    """The bytes of a part in memory order, uint8 (n,), `limit` or fewer at a time.
+
+    No more than these are ever copied.
+    """
     if isinstance(x, tuple):
-        for strips in zip(*(one.split(max(limit // sum(one[0].nbytes for one in x), 1)) for one in x)): yield from runs(torch.cat(strips, 1), limit)
+        for strips in zip(*(one.split(max(limit // sum(one[0].nbytes for one in x), 1)) for one in x)):
+            yield from runs(torch.cat(strips, 1), limit)
         return
-    if x.is_contiguous(): x = x.reshape(-1)
+    if x.is_contiguous():
+        x = x.reshape(-1)
     if x.nbytes <= limit or not x.dim():
         yield raw(x)
         return
     rows = limit * len(x) // x.nbytes
-    for part in x.split(max(rows, 1)): yield from runs(part if rows else part[0], limit)
+    for part in x.split(max(rows, 1)):
+        yield from runs(part if rows else part[0], limit)
 
 
 def same_bytes(x: Tensor, y: Tensor) -> bool:
     "Whether two tensors agree in dtype, shape and every bit."
-    return (x.dtype, x.shape) == (y.dtype, y.shape) and all(np.array_equal(a.numpy(), b.numpy()) for a, b in zip(runs(x), runs(y)))
+    return (x.dtype, x.shape) == (y.dtype, y.shape) and all(
+        np.array_equal(a.numpy(), b.numpy()) for a, b in zip(runs(x), runs(y))
+    )
 
 
 def tensors_of(parts: Iterable[Part]) -> list[Tensor]:
@@ -73,36 +94,55 @@ def tensors_of(parts: Iterable[Part]) -> list[Tensor]:
 
 def stacked(parts: tuple[Part, ...]) -> tuple[torch.dtype | None, tuple[int, ...]]:
     "Dtype (None if they differ) and shape of what lies below one another."
-    whole = [torch.Size((len(x[0]), sum(one.shape[1] for one in x))) if isinstance(x, tuple) else x.shape for x in parts]
+    whole = [
+        torch.Size((len(x[0]), sum(one.shape[1] for one in x))) if isinstance(x, tuple) else x.shape
+        for x in parts
+    ]
     alike = len({x.dtype for x in tensors_of(parts)}) == 1 and len({shape[1:] for shape in whole}) == 1
-    return tensors_of(parts)[0].dtype if alike else None, (sum(shape[0] for shape in whole), *whole[0][1:]) if len(whole) > 1 else tuple(whole[0])
+    return tensors_of(parts)[0].dtype if alike else None, (
+        (
+            sum(shape[0] for shape in whole),
+            *whole[0][1:],
+        )
+        if len(whole) > 1
+        else tuple(whole[0])
+    )
 
 # %% ../../nbs/4_converters/01_writing.ipynb #ca8d79cc
 BLOCK = max(mmap.PAGESIZE, 4096)
 
 
 def lined_up(parts: Iterable[Tensor], place: int, buffer: Tensor) -> Iterator[tuple[int, memoryview]]:
-    "Bytes, given in parts, uint8 (n,), that are to lie at `place` of a file, once more as (place, bytes) with as many of them as `buffer` takes; where a block begins in the file, one begins in the buffer."
+    """Bytes, given in parts, uint8 (n,), that are to lie at `place` of a file, once more as (place, bytes)
+    with as many of them as `buffer` takes; where a block begins in the file, one begins in the buffer.
+    """
     first = end = place % BLOCK
     start = place - first
     for part in parts:
         while len(part):
             fits = min(len(part), len(buffer) - end)
-            buffer[end:end + fits] = part[:fits]             # torch lets other threads run meanwhile
+            buffer[end : end + fits] = part[:fits]  # torch lets other threads run meanwhile
             part, end = part[fits:], end + fits
-            if end < len(buffer): continue
+            if end < len(buffer):
+                continue
             yield start + first, memoryview(buffer[first:].numpy())
             first, end, start = 0, 0, start + end
-    if first < end: yield start + first, memoryview(buffer[first:end].numpy())
+    if first < end:
+        yield start + first, memoryview(buffer[first:end].numpy())
 
 # %% ../../nbs/4_converters/01_writing.ipynb #d1ec7002
 class DirectFile:
-    "A file to write into at any place, by one thread at a time: of tensors of `least` bytes or more, whole blocks go straight to the disk if it knows how (O_DIRECT)."
+    """A file to write into at any place, by one thread at a time: of tensors of `least` bytes or more, whole
+    blocks go straight to the disk if it knows how (O_DIRECT).
+    """
+
     def __init__(self, path: str | Path, least: int = 1 << 20, buffer: int = 1 << 24):
-        self.file, self.least, self.direct = open(path, 'r+b', buffering=0), least, None
-        self.buffer = torch.frombuffer(mmap.mmap(-1, buffer), dtype=torch.uint8)             # it begins with a page, and takes memory when it is used
+        self.file, self.least, self.direct = open(path, 'r+b', buffering=0), least, None  # noqa: SIM115
+        # it begins with a page, and takes memory when it is used
+        self.buffer = torch.frombuffer(mmap.mmap(-1, buffer), dtype=torch.uint8)
         if hasattr(os, 'O_DIRECT'):
-            with suppress(OSError): self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+            with suppress(OSError):
+                self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
 
     def write(self, parts: Iterable[Tensor], place: int) -> None:
         "Writes bytes, given in parts, uint8 (n,), from `place` on."
@@ -110,9 +150,12 @@ class DirectFile:
             first, straight = min(-base % BLOCK, len(data)), self.direct if len(data) >= self.least else None
             last = first + (len(data) - first) // BLOCK * BLOCK
             for start, end, file in (0, first, None), (first, last, straight), (last, len(data), None):
-                try: self.at(data[start:end], base + start, file)
+                try:
+                    self.at(data[start:end], base + start, file)
                 except OSError as error:
-                    if file is None or error.errno != errno.EINVAL: raise    # EINVAL: this disk opens files so, but does not write them so
+                    # EINVAL: this disk opens files so, but does not write them so
+                    if file is None or error.errno != errno.EINVAL:
+                        raise
                     self.at(data[start:end], base + start)
 
     def at(self, data: memoryview | bytes, place: int, file: int | None = None) -> None:
@@ -125,50 +168,88 @@ class DirectFile:
     def close(self) -> None:
         "Closes the file, which does not wait for the disk."
         self.file.close()
-        if self.direct is not None: os.close(self.direct)
+        if self.direct is not None:
+            os.close(self.direct)
         self.direct = None
 
 # %% ../../nbs/4_converters/01_writing.ipynb #1eb1f673
 class TensorFile:
-    "A file in which every tensor has its place from the start: `places` maps a name to offset, dtype and shape, `checksums` to where its CRC-32 goes."
-    def __init__(self, path: str | Path, places: Mapping[Any, tuple[int, torch.dtype, tuple[int, ...]]], checksums: Mapping[Any, tuple[int, ...]] = {}):
+    """A file in which every tensor has its place from the start: `places` maps a name to offset, dtype and
+    shape, `checksums` to where its CRC-32 goes.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        places: Mapping[Any, tuple[int, torch.dtype, tuple[int, ...]]],
+        checksums: Mapping[Any, tuple[int, ...]] = {},
+    ):
         self.path, self.places, self.checksums = Path(path), places, checksums
         self.left, self.file = set(places), DirectFile(path)
 
     def write(self, name: Any, *parts: Part) -> None:
-        "Puts a tensor in its place, once; it is given whole, or as parts that lie below one another, those in a tuple side by side."
-        if name not in self.left: raise ValueError(f'{self.path} {"already holds" if name in self.places else "has no place for"} {name}')
+        """Puts a tensor in its place, once.
+
+        It is given whole, or as parts that lie below one another, those in a tuple side by side.
+        """
+        if name not in self.left:
+            raise ValueError(
+                f'{self.path} {"already holds" if name in self.places else "has no place for"} {name}'
+            )
         (offset, dtype, shape), places, checksum = self.places[name], self.checksums.get(name, ()), 0
-        if (found := stacked(parts)) != (dtype, tuple(shape)): raise ValueError(f'{name} is {found[0]} {found[1]} but {self.path} has a place for {dtype} {tuple(shape)}')
+        if (found := stacked(parts)) != (dtype, tuple(shape)):
+            raise ValueError(
+                f'{name} is {found[0]} {found[1]} but {self.path} has a place for {dtype} {tuple(shape)}'
+            )
+
         def summed() -> Iterator[Tensor]:
             nonlocal checksum
             for data in (data for x in parts for data in runs(x)):
-                if places: checksum = zlib.crc32(data.numpy(), checksum)
+                if places:
+                    checksum = zlib.crc32(data.numpy(), checksum)
                 yield data
+
         with room_for(self.path):
             self.file.write(summed(), offset)
-            for place in places: self.file.at(struct.pack('<I', checksum), place)
+            for place in places:
+                self.file.at(struct.pack('<I', checksum), place)
         self.left.discard(name)
 
     def close(self) -> None:
-        "Returns when the file is on the disk; raises when a tensor was never written. A second call does nothing."
-        if self.closed: return
+        """Returns when the file is on the disk; raises when a tensor was never written.
+
+        A second call does nothing.
+        """
+        if self.closed:
+            return
         with closing(self.file), room_for(self.path):
-            if self.left: raise ValueError(f'{self.path} was closed without {min(map(str, self.left))}, {len(self.left)} in all')
+            if self.left:
+                raise ValueError(
+                    f'{self.path} was closed without {min(map(str, self.left))}, {len(self.left)} in all'
+                )
             os.fsync(self.file.file.fileno())
 
     @property
-    def closed(self) -> bool: return self.file.file.closed
+    def closed(self) -> bool:
+        return self.file.file.closed
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, kind, error, trace):
-        self.file.close() if kind else self.close()          # which its own thread may have done before another failed
+        # which its own thread may have done before another failed
+        self.file.close() if kind else self.close()
 
 # %% ../../nbs/4_converters/01_writing.ipynb #e9d749fd
 class SafetensorsWriter(TensorFile):
     "A safetensors file to be filled in any order; `tensors` maps names to (dtype, shape)."
-    def __init__(self, path: str | Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None):
+
+    def __init__(
+        self,
+        path: str | Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ):
         words = {dtype: word for word, dtype in DTYPES.items()}
         table, places, end = {'__metadata__': dict(metadata or {'format': 'pt'})}, {}, 0
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
@@ -179,50 +260,85 @@ class SafetensorsWriter(TensorFile):
         header += b' ' * (-len(header) % 8)
         with room_for(path):
             Path(path).write_bytes(struct.pack('<Q', len(header)) + header)
-            os.truncate(path, 8 + len(header) + end)         # a disk is faster where a file does not grow
-        super().__init__(path, {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()})
+            os.truncate(path, 8 + len(header) + end)  # a disk is faster where a file does not grow
+        super().__init__(
+            path,
+            {name: (8 + len(header) + start, dtype, shape) for name, (start, dtype, shape) in places.items()},
+        )
 
 # %% ../../nbs/4_converters/01_writing.ipynb #8cb60bc3
 def touch(parts: Iterable[Part]) -> None:
     "Returns when the files of mapped tensors have been read as far as they are needed."
     for x in tensors_of(parts):
-        if x.is_contiguous(): raw(x)[::mmap.PAGESIZE].sum()
+        if x.is_contiguous():
+            raw(x)[:: mmap.PAGESIZE].sum()
 
 
 def let_go(parts: Iterable[Part], written: Sequence[Future]) -> None:
-    "Gives the memory of mapped tensors back when all calls in `written` are done; who needs them again reads them again."
-    left, spans = itertools.count(len(written) - 1, -1), [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors_of(parts) if x.is_contiguous() and not x.untyped_storage().resizable()]
+    """Gives the memory of mapped tensors back when all calls in `written` are done.
+
+    Who needs them again reads them again.
+    """
+    left = itertools.count(len(written) - 1, -1)
+    spans = [
+        (x.data_ptr(), x.data_ptr() + x.nbytes)
+        for x in tensors_of(parts)
+        if x.is_contiguous() and not x.untyped_storage().resizable()
+    ]
+
     def done(_: Future) -> None:
-        if next(left): return
-        for start, end in ((-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE) for start, end in spans):
-            if start < end and sys.platform == 'linux': ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 21)       # MADV_PAGEOUT of linux/mman.h; it is advice
-    for one in written: one.add_done_callback(done)
+        if next(left):
+            return
+        for start, end in (
+            (-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE)
+            for start, end in spans
+        ):
+            # MADV_PAGEOUT of linux/mman.h; it is advice
+            if start < end and sys.platform == 'linux':
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 21)
+
+    for one in written:
+        one.add_done_callback(done)
 
 
 Later = Callable[..., Future]
 
+
 @contextmanager
 def behind(room: float = 1 << 25) -> Iterator[Later]:
-    "A function that leaves a call about so many bytes to another thread, which makes them one after the other; where those that are open would have more than `room` bytes together, it waits. What one raises, the next or the end raises."
+    """A function that leaves a call about so many bytes to another thread, which makes them one after the
+    other; where those that are open would have more than `room` bytes together, it waits. What one raises,
+    the next or the end raises.
+    """
     waiting: deque[tuple[int, Future]] = deque()
+
     def later(size: int, call: Callable[..., Any], *arguments: Any) -> Future:
-        while waiting and (waiting[0][1].done() or sum(other for other, _ in waiting) + size > room): waiting.popleft()[1].result()
+        while waiting and (waiting[0][1].done() or sum(other for other, _ in waiting) + size > room):
+            waiting.popleft()[1].result()
         waiting.append((size, pool.submit(call, *arguments)))
         return waiting[-1][1]
+
     with ThreadPoolExecutor(1) as pool:
         try:
             yield later
-            while waiting: waiting.popleft()[1].result()
-        finally: pool.shutdown(cancel_futures=True)
+            while waiting:
+                waiting.popleft()[1].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/4_converters/01_writing.ipynb #879c8614
 @contextmanager
 def file_threads() -> Iterator[Callable[[TensorFile], Later]]:
-    "A function that gives a file a thread, as `behind` does, and returns it; at the end all is written, and every file closed that was not before."
+    """A function that gives a file a thread, as `behind` does, and returns it.
+
+    At the end all is written, and every file closed that was not before.
+    """
     with ExitStack() as files, ExitStack() as threads:
+
         def start(file: TensorFile) -> Later:
             files.enter_context(file)
             return threads.enter_context(behind())
+
         yield start
 
 # %% ../../nbs/4_converters/01_writing.ipynb #5a45547d
@@ -233,28 +349,40 @@ def readable(size: int) -> str:
 
 def exchange(one: Path, other: Path) -> bool:
     "Swaps the names of two folders in one step; False where the system has no such step."
-    swap, here, both = getattr(ctypes.CDLL(None), 'renameat2', None), -100, 2        # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    swap, here, both = getattr(ctypes.CDLL(None), 'renameat2', None), -100, 2
     return bool(swap) and swap(here, os.fsencode(one), here, os.fsencode(other), both) == 0
 
 
 def put_in_place(temporary: Path, target: Path, held: bool) -> None:
-    "Gives a finished folder its name; what was there before (`held`) is removed after that, and stays if that fails."
+    """Gives a finished folder its name.
+
+    What was there before (`held`) is removed after that, and stays if that fails.
+    """
     old = temporary
     if not (held and exchange(temporary, target)):
         old = target.with_name(temporary.name.removesuffix('.partial') + '.old')
-        if held: os.rename(target, old)
-        try: os.replace(temporary, target)
+        if held:
+            os.rename(target, old)
+        try:
+            os.replace(temporary, target)
         except BaseException:
-            if held: os.rename(old, target)
+            if held:
+                os.rename(old, target)
             raise
     sync_folder(target.parent)
-    if held: shutil.rmtree(old, ignore_errors=True)
+    if held:
+        shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/4_converters/01_writing.ipynb #680208a9
 def own(folder: Path) -> int | None:
-    "A handle that keeps a folder this process's as long as it is open; None where another process has it, or where the disk knows no locks."
+    """A handle that keeps a folder this process's as long as it is open.
+
+    None where another process has it, or where the disk knows no locks.
+    """
     handle = os.open(folder, os.O_RDONLY)
-    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
         return None
@@ -263,36 +391,53 @@ def own(folder: Path) -> int | None:
 
 def clear_away(target: Path) -> None:
     "Removes what killed processes left of a folder, and brings back one that they were about to replace."
-    left = lambda end: sorted(map(Path, glob.glob(f'{glob.escape(str(target.parent))}/.{glob.escape(target.name)}.*.{end}')))
+
+    def left(end):
+        return sorted(
+            map(Path, glob.glob(f'{glob.escape(str(target.parent))}/.{glob.escape(target.name)}.*.{end}'))
+        )
+
     for old in left('old'):
-        if target.exists(): shutil.rmtree(old, ignore_errors=True)
-        else: old.rename(target)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
     for partial in left('partial'):
-        if (handle := own(partial)) is None: continue
+        if (handle := own(partial)) is None:
+            continue
         shutil.rmtree(partial, ignore_errors=True)
         os.close(handle)
 
 # %% ../../nbs/4_converters/01_writing.ipynb #02f15ce7
 @contextmanager
 def new_folder(target: str | Path, size: int = 0, overwrite: bool = False) -> Iterator[Path]:
-    "A folder to write `size` bytes into: it becomes `target` when all went well and vanishes otherwise; raises when `target` holds something, unless `overwrite`."
+    """A folder to write `size` bytes into: it becomes `target` when all went well and vanishes otherwise.
+
+    Raises when `target` holds something, unless `overwrite`.
+    """
     target = Path(target).resolve()
     clear_away(target)
     held = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if held and not overwrite: raise ValueError(f'{target} already holds something: give a folder that is new or empty')
+    if held and not overwrite:
+        raise ValueError(f'{target} already holds something: give a folder that is new or empty')
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
-    if size > free: raise ValueError(f'{target} needs {readable(size)} but {readable(free)} are free: make room or give another disk')
+    if size > free:
+        raise ValueError(
+            f'{target} needs {readable(size)} but {readable(free)} are free: make room or give another disk'
+        )
     temporary = target.with_name(f'.{target.name}.{secrets.token_hex(4)}.partial')
     temporary.mkdir()
     handle = own(temporary)
     try:
         yield temporary
         with room_for(target):
-            for path in (*temporary.rglob('*'), temporary): sync_folder(path)
+            for path in (*temporary.rglob('*'), temporary):
+                sync_folder(path)
         put_in_place(temporary, target, held)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
-        if handle is not None: os.close(handle)
+        if handle is not None:
+            os.close(handle)

@@ -24,83 +24,142 @@ from typing import Any
 
 # %% ../../nbs/0_core/00_device.ipynb #0ef21d6e
 NPU_DEFAULTS = {
-    'TASK_QUEUE_ENABLE': '1',                                    # operators are handed to the device by a second thread; 2 moves more of the work there and takes more memory
-    'COMBINED_ENABLE': '1',                                      # two copies of non-contiguous data become one
-    'CPU_AFFINITY_CONF': '1',                                    # each process keeps to the cores near its device
-    'HCCL_CONNECT_TIMEOUT': '1200',                              # seconds that ranks wait for each other at the start
-    'ACLNN_CACHE_LIMIT': '100000',                               # how many prepared operators are kept: rows differ in length
-    'PYTORCH_NPU_ALLOC_CONF': 'expandable_segments:True',        # memory of rows of many lengths does not fall to pieces
-    'ASCEND_GLOBAL_LOG_LEVEL': '3',                              # CANN logs errors only …
-    'ASCEND_SLOG_PRINT_TO_STDOUT': '0',                          # … into files of its own, not among a rank's lines
-    'CUDA_DEVICE_MAX_CONNECTIONS': '1',                          # Megatron's wish for tensor parallel
+    # operators are handed to the device by a second thread; 2 moves more of the work there and takes more
+    # memory
+    'TASK_QUEUE_ENABLE': '1',
+    # two copies of non-contiguous data become one
+    'COMBINED_ENABLE': '1',
+    # each process keeps to the cores near its device
+    'CPU_AFFINITY_CONF': '1',
+    # seconds that ranks wait for each other at the start
+    'HCCL_CONNECT_TIMEOUT': '1200',
+    # how many prepared operators are kept: rows differ in length
+    'ACLNN_CACHE_LIMIT': '100000',
+    # memory of rows of many lengths does not fall to pieces
+    'PYTORCH_NPU_ALLOC_CONF': 'expandable_segments:True',
+    'ASCEND_GLOBAL_LOG_LEVEL': '3',  # CANN logs errors only …
+    # … into files of its own, not among a rank's lines
+    'ASCEND_SLOG_PRINT_TO_STDOUT': '0',
+    'CUDA_DEVICE_MAX_CONNECTIONS': '1',  # Megatron's wish for tensor parallel
 }
-# MindSpeed's commit of branch 2.2.0_core_r0.12.1, which is not on the package index; its requirements would put back numpy and others
-INSTALL_MINDSPEED = 'pip install --no-deps git+https://gitcode.com/Ascend/MindSpeed.git@6aff65eba929b4f39848a5153ac455467d0b0f9e'
-INTERFACES = tuple(f'{library}_SOCKET_IFNAME' for library in ('GLOO', 'NCCL', 'HCCL', 'TP'))        # where each library that ranks talk by is told the network interface
+# MindSpeed's commit of branch 2.2.0_core_r0.12.1, which is not on the package index; its requirements would
+# put back numpy and others
+INSTALL_MINDSPEED = (
+    'pip install --no-deps'
+    ' git+https://gitcode.com/Ascend/MindSpeed.git@6aff65eba929b4f39848a5153ac455467d0b0f9e'
+)
+# where each library that ranks talk by is told the network interface
+INTERFACES = tuple(f'{library}_SOCKET_IFNAME' for library in ('GLOO', 'NCCL', 'HCCL', 'TP'))
+
 
 def load_npu() -> None:
     "Loads torch_npu, which registers torch.npu; ValueError with a sentence where it does not load."
-    for key, value in NPU_DEFAULTS.items(): os.environ.setdefault(key, value)
-    try: import torch, torch_npu  # noqa: F401, E401
-    except Exception as error:                                   # an ImportError, or whatever its own beginning raises; torch wraps it in one of its own
+    for key, value in NPU_DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    try:
+        import torch  # noqa: F401
+        import torch_npu  # noqa: F401
+    # an ImportError, or whatever its own beginning raises; torch wraps it in one of its own
+    except Exception as error:
         said = ' '.join(str(error.__cause__ or error).split())[:300]
-        raise ValueError(npu_trouble() or f'torch_npu is installed, but cannot be loaded ({said}): does its version fit that of CANN? To do without it, set TORCH_DEVICE_BACKEND_AUTOLOAD=0 or uninstall torch-npu') from error
+        raise ValueError(
+            npu_trouble()
+            or f'torch_npu is installed, but cannot be loaded ({said}): does its version fit that of CANN? To do without it, set TORCH_DEVICE_BACKEND_AUTOLOAD=0 or uninstall torch-npu'  # noqa: E501
+        ) from error
+
 
 def torch_module(name: str) -> Any:
     "The torch module that drives a kind of device: `torch.cuda`, `torch.npu` or `torch.cpu`."
-    if name == 'npu': load_npu()
+    if name == 'npu':
+        load_npu()
     import torch
+
     return getattr(torch, name)
 
 # %% ../../nbs/0_core/00_device.ipynb #d55b740e
 def version_of(package: str) -> str | None:
     "The installed version of a package, None without it."
     import importlib.metadata
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 
 def npu_installed() -> bool:
     "Whether torch_npu is installed; whether it works is another question."
     return importlib.util.find_spec('torch_npu') is not None
 
+
 def same_release(torch: str, npu: str) -> bool:
     "Whether a version of torch-npu is one for a version of torch."
     return re.findall(r'\d+', torch)[:3] == re.findall(r'\d+', npu)[:3]
 
+
 def wrong_release(torch: str | None, npu: str | None) -> str | None:
-    "Why these versions of torch and torch-npu do not go together; None where they do, or where one is not known."
-    if not torch or not npu or same_release(torch, npu): return None
+    """Why these versions of torch and torch-npu do not go together.
+
+    None where they do, or where one is not known.
+    """
+    if not torch or not npu or same_release(torch, npu):
+        return None
     torch = torch.split('+')[0]
-    return f"torch-npu {npu} is installed, but torch is {torch}, so there is no NPU for mmkit: `pip install 'torch-npu=={torch}.*'`, or uninstall torch-npu"
+    return (
+        f'torch-npu {npu} is installed, but torch is {torch}, so there is no NPU for mmkit: `pip install'
+        f" 'torch-npu=={torch}.*'`, or uninstall torch-npu"
+    )
 
 # %% ../../nbs/0_core/00_device.ipynb #6ac18bd7
 def not_loaded(library: str, words: str) -> str:
     "Why a library of CANN could not be loaded, of which the system's loader says these words."
     lost = words.partition(':')[0]
-    if lost == library or not lost.startswith('lib'): return (f"torch_npu is installed, but CANN's {library} is not found, so there is no NPU for mmkit: run `source /usr/local/Ascend/ascend-toolkit/set_env.sh` "
-        f'(or wherever CANN is) before Python, or uninstall torch-npu ({words})')
-    return (f"CANN is there, but {lost}, which comes with the NPU's driver, is not found, so there is no NPU for mmkit: in a container, pass /usr/local/Ascend/driver and /dev/davinci* on to it, "
-            f'and see that LD_LIBRARY_PATH names driver/lib64/driver and driver/lib64/common ({words})')
+    if lost == library or not lost.startswith('lib'):
+        return (
+            f"torch_npu is installed, but CANN's {library} is not found, so there is no NPU for mmkit: run"
+            ' `source /usr/local/Ascend/ascend-toolkit/set_env.sh` (or wherever CANN is) before Python, or'
+            f' uninstall torch-npu ({words})'
+        )
+    return (
+        f"CANN is there, but {lost}, which comes with the NPU's driver, is not found, so there is no NPU for"
+        ' mmkit: in a container, pass /usr/local/Ascend/driver and /dev/davinci* on to it, and see that'
+        f' LD_LIBRARY_PATH names driver/lib64/driver and driver/lib64/common ({words})'
+    )
+
 
 def npu_trouble(library: str = 'libhccl.so') -> str | None:
-    "Why torch_npu cannot be loaded although it is installed; None where nothing is known against it, or it is not installed."
-    if not npu_installed(): return None
-    if wrong := wrong_release(*map(version_of, ('torch', 'torch-npu'))): return wrong
-    try: ctypes.CDLL(library)
-    except OSError as error: return not_loaded(library, str(error))
+    """Why torch_npu cannot be loaded although it is installed.
+
+    None where nothing is known against it, or it is not installed.
+    """
+    if not npu_installed():
+        return None
+    if wrong := wrong_release(*map(version_of, ('torch', 'torch-npu'))):
+        return wrong
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return not_loaded(library, str(error))
+
 
 def leave_npu_out() -> None:
-    "Where torch_npu would make `import torch` fail, keeps torch from loading it, and says so; elsewhere nothing happens."
-    if 'torch' in sys.modules or 'TORCH_DEVICE_BACKEND_AUTOLOAD' in os.environ: return
+    """Where torch_npu would make `import torch` fail, keeps torch from loading it, and says so.
+
+    Elsewhere nothing happens.
+    """
+    if 'torch' in sys.modules or 'TORCH_DEVICE_BACKEND_AUTOLOAD' in os.environ:
+        return
     if trouble := npu_trouble():
-        os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'        # ranks inherit it, and are silent
+        os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'  # ranks inherit it, and are silent
         warnings.warn(trouble, stacklevel=3)
 
 # %% ../../nbs/0_core/00_device.ipynb #366926f7
 def host_memory() -> int:
     "The largest resident memory of this process so far, in bytes."
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
 
 def npu_present() -> bool:
     "Whether torch_npu is installed and sees an NPU."
@@ -109,7 +168,10 @@ def npu_present() -> bool:
 # %% ../../nbs/0_core/00_device.ipynb #3d2c92e7
 @dataclass(frozen=True)
 class Device:
-    "A kind of hardware: `name` for torch, `backend` for torch.distributed, `dtype` that training uses by default."
+    """A kind of hardware: `name` for torch, `backend` for torch.distributed, `dtype` that training uses by
+    default.
+    """
+
     name: str
     backend: str
     dtype: str
@@ -118,12 +180,16 @@ class Device:
     def at(self, local_rank: int = 0):
         "The torch device of the rank with this number on its machine."
         import torch
+
         return torch.device('cpu') if self.name == 'cpu' else torch.device(self.name, local_rank)
 
     def prepare(self, local_rank: int = 0) -> None:
         "Makes the device the current one of this process."
-        if self.name != 'cpu': torch_module(self.name).set_device(self.at(local_rank))
-        if self.name == 'npu': torch_module('npu').config.allow_internal_format = False       # weights lie in memory as torch says, or a slice of one would not
+        if self.name != 'cpu':
+            torch_module(self.name).set_device(self.at(local_rank))
+        # weights lie in memory as torch says, or a slice of one would not
+        if self.name == 'npu':
+            torch_module('npu').config.allow_internal_format = False
 
     def wait(self) -> None:
         "Returns when the device has finished all it was given."
@@ -143,6 +209,7 @@ def cuda_present() -> bool:
     version = runpy.run_path(str(Path(importlib.util.find_spec('torch').origin).with_name('version.py')))
     return bool(version.get('cuda') or version.get('hip')) and torch_module('cuda').is_available()
 
+
 DEVICES = {
     'npu': Device('npu', 'hccl', 'bfloat16', npu_present),
     'cuda': Device('cuda', 'nccl', 'bfloat16', cuda_present),
@@ -151,33 +218,53 @@ DEVICES = {
 
 # %% ../../nbs/0_core/00_device.ipynb #1d2ba227
 def pick_device(name: str | None = None) -> Device:
-    "The named device, or the best one present. Unknown or absent names raise ValueError with the ones that would do."
+    """The named device, or the best one present.
+
+    Unknown or absent names raise ValueError with the ones that would do.
+    """
     present = [key for key, device in DEVICES.items() if name in (None, key) and device.present()]
-    if present: return DEVICES[present[0]]
+    if present:
+        return DEVICES[present[0]]
     usable = [key for key, device in DEVICES.items() if device.present()]
-    raise ValueError(f'device {name!r} is not {"present here" if name in DEVICES else "known"}; use one of {usable}, or leave it out' + (f' ({npu_trouble()})' if name == 'npu' and npu_trouble() else ''))
+    raise ValueError(
+        f'device {name!r} is not {"present here" if name in DEVICES else "known"}; use one of {usable}, or'
+        ' leave it out' + (f' ({npu_trouble()})' if name == 'npu' and npu_trouble() else '')
+    )
 
 # %% ../../nbs/0_core/00_device.ipynb #3750ddcf
 def npu_facts() -> dict[str, str]:
-    "The chip and the versions of CANN and of the driver, as torch_npu tells them, empty where it cannot tell one; nothing where there is no NPU."
-    if not npu_present(): return {}
+    """The chip and the versions of CANN and of the driver, as torch_npu tells them, empty where it cannot
+    tell one; nothing where there is no NPU.
+    """
+    if not npu_present():
+        return {}
     module = torch_module('npu')
     version = getattr(module.utils, 'get_cann_version', lambda part: '')
     return {'chip': module.get_device_name(0), 'CANN': version('CANN'), 'driver': version('DRIVER')}
 
 # %% ../../nbs/0_core/00_device.ipynb #00e3e2ea
 def lies_on(x: Any) -> str | None:
-    "The kind of device that a tensor lies on, that a torch device is or that a text such as 'npu:0' names; of anything else None."
-    if isinstance(x, str): return kind if (kind := x.partition(':')[0]) in DEVICES else None
+    """The kind of device that a tensor lies on, that a torch device is or that a text such as 'npu:0' names.
+
+    Of anything else None.
+    """
+    if isinstance(x, str):
+        return kind if (kind := x.partition(':')[0]) in DEVICES else None
     where = getattr(x, 'device', x)
     return where.type if type(where).__name__ == 'device' else None
 
+
 def by_device(twin: Callable, **fused: Callable) -> Callable:
-    "The operation `twin` with its forms on some devices; the first argument that lies on a device, or is or names one, decides."
+    """The operation `twin` with its forms on some devices.
+
+    The first argument that lies on a device, or is or names one, decides.
+    """
+
     @wraps(twin)
     def operation(*arguments, **options):
         kind = next(filter(None, map(lies_on, (*arguments, *options.values()))), None)
         return operation.fused.get(kind, twin)(*arguments, **options)
+
     operation.twin, operation.fused = twin, fused
     return operation
 
@@ -185,13 +272,16 @@ def by_device(twin: Callable, **fused: Callable) -> Callable:
 @dataclass(frozen=True)
 class Place:
     "Where a process stands in a launch: its rank, the number of ranks, and its number on this machine."
+
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     launched: bool = False
 
+
 def place() -> Place:
     "This process's place: torchrun's variables, or rank 0 of 1 when it was not launched."
-    if 'RANK' not in os.environ: return Place()
+    if 'RANK' not in os.environ:
+        return Place()
     rank, world, local = (int(os.environ[key]) for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
     return Place(rank, world, local, True)

@@ -24,19 +24,30 @@ from typing import Any
 
 # %% ../../nbs/0_core/03_files.ipynb #f04efffe
 def load_json(path: str | Path, limit: int = 2_000_000_000) -> Any:
-    "The parsed content of the JSON file at `path`; raises a one-sentence ValueError when it is missing, larger than `limit` bytes or broken."
+    """The parsed content of the JSON file at `path`.
+
+    Raises a one-sentence ValueError when it is missing, larger than `limit` bytes or broken.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f'{path} is {"a folder" if path.is_dir() else "not there"}: give the path of a JSON file')
+        raise ValueError(
+            f'{path} is {"a folder" if path.is_dir() else "not there"}: give the path of a JSON file'
+        )
     size = path.stat().st_size
     if size > limit:
-        raise ValueError(f'{path} has {size} bytes and at most {limit} are allowed: give a smaller file or a larger limit')
+        raise ValueError(
+            f'{path} has {size} bytes and at most {limit} are allowed: give a smaller file or a larger limit'
+        )
     try:
         return json.loads(path.read_text(encoding='utf-8-sig'))
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} byte {error.start} is not UTF-8 text: save the file as UTF-8') from None
     except json.JSONDecodeError as error:
-        hint = 'one file holds one value, so wrap the lines in [ ] with commas' if error.msg == 'Extra data' else 'correct this line'
+        hint = (
+            'one file holds one value, so wrap the lines in [ ] with commas'
+            if error.msg == 'Extra data'
+            else 'correct this line'
+        )
         raise ValueError(f'{path} line {error.lineno} column {error.colno}: {error.msg}: {hint}') from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} cannot be read as JSON ({error}): simplify the file') from None
@@ -54,10 +65,17 @@ def sync_folder(folder: str | Path) -> None:
 @contextmanager
 def room_for(path: str | Path) -> Iterator[None]:
     "A place to write `path` in: where its disk is full, the error is a sentence that says so and what to do."
-    try: yield
+    try:
+        yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise OSError(error.errno, f'the disk of {Path(path).absolute().parent} is full: make room, or give a folder on another disk', str(path)) from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f'the disk of {Path(path).absolute().parent} is full: make room, or give a folder on another'
+            ' disk',
+            str(path),
+        ) from None
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -78,14 +96,17 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 # %% ../../nbs/0_core/03_files.ipynb #8b99b5c3
 def parse_line(line: bytes, where: str) -> dict:
     "The object on one line; raises a ValueError that says where the line is."
-    try: return json.loads(line)
-    except ValueError as error: raise ValueError(f'{where} is not JSON ({error}): delete this line') from None
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f'{where} is not JSON ({error}): delete this line') from None
 
 
 def drop_torn_line(path: Path) -> None:
     "Cuts off the end of a file that follows its last end of line."
     content = path.read_bytes() if path.exists() else b''
-    if content and not content.endswith(b'\n'): os.truncate(path, content.rfind(b'\n') + 1)
+    if content and not content.endswith(b'\n'):
+        os.truncate(path, content.rfind(b'\n') + 1)
 
 # %% ../../nbs/0_core/03_files.ipynb #baee9e08
 class Jsonl:
@@ -97,26 +118,41 @@ class Jsonl:
 
     def append(self, record: dict) -> None:
         "Adds `record` as one line, visible to readers when the call returns."
-        if not self._clean: drop_torn_line(self.path)
+        if not self._clean:
+            drop_torn_line(self.path)
         self._clean = True
-        with room_for(self.path), open(self.path, 'ab') as file: file.write(json.dumps(record, ensure_ascii=False).encode() + b'\n')
+        with room_for(self.path), open(self.path, 'ab') as file:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b'\n')
 
     def read(self) -> list[dict]:
         "All complete records so far; an empty list when there is no file yet."
-        if not self.path.exists(): return []
+        if not self.path.exists():
+            return []
         *lines, _torn = self.path.read_bytes().split(b'\n')
-        return [parse_line(line, f'{self.path} line {number}') for number, line in enumerate(lines, 1) if line.strip()]
+        return [
+            parse_line(line, f'{self.path} line {number}')
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
 
     def keep(self, wanted: Callable[[dict], bool]) -> None:
         "Drops the records that are not wanted; readers of new ones begin again."
         records = self.read()
-        if not all(map(wanted, records)): write_atomic(self.path, ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records if wanted(record)))
+        if not all(map(wanted, records)):
+            write_atomic(
+                self.path,
+                ''.join(
+                    json.dumps(record, ensure_ascii=False) + '\n' for record in records if wanted(record)
+                ),
+            )
 
     def new(self) -> list[dict]:
         "The complete records added since the last call, without reading the earlier ones again."
-        if not self.path.exists(): return []
+        if not self.path.exists():
+            return []
         with open(self.path, 'rb') as file:
-            if self._file not in (None, found := os.fstat(file.fileno()).st_ino): self._seen = 0
+            if self._file not in (None, found := os.fstat(file.fileno()).st_ino):
+                self._seen = 0
             self._file = found
             file.seek(self._seen)
             *lines, torn = file.read().split(b'\n')
@@ -137,6 +173,7 @@ def read_end(path: Path, size: int = 65536) -> str:
 def copy_output(path: Path, most: int | None = None) -> Callable[[], None]:
     "A function that prints what was added to a text file since its last call, of the first `most` bytes."
     position, decode = 0, codecs.getincrementaldecoder('utf-8')('replace').decode
+
     def copy():
         nonlocal position
         if path.exists():
@@ -145,12 +182,13 @@ def copy_output(path: Path, most: int | None = None) -> Callable[[], None]:
                 text = decode(file.read(-1 if most is None else max(0, most - position)))
                 position = file.tell()
             print(text, end='')
+
     return copy
 
 # %% ../../nbs/0_core/03_files.ipynb #9b86fc4d
 MANIFEST, STATE, TRAINING = 'manifest.json', 'state.json', 'training'
 LATEST = 'latest_checkpointed_iteration.txt'  # tells a MindSpeed-MM folder
-OURS = MANIFEST, STATE, TRAINING              # what a checkpoint of a run holds beside a Hugging Face folder
+OURS = MANIFEST, STATE, TRAINING  # what a checkpoint of a run holds beside a Hugging Face folder
 
 
 def sha256(path: str | Path) -> str:
@@ -164,14 +202,18 @@ def sha256(path: str | Path) -> str:
 
 def real_path(path: Path) -> Path:
     "The path without links; a ValueError when they lead round in a circle, or when no file can be called so."
-    try: return path.resolve()
-    except (RuntimeError, OSError, ValueError) as error: raise ValueError(f'{str(path)!r} is no path that can be followed ({error}): remove it') from None
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f'{str(path)!r} is no path that can be followed ({error}): remove it') from None
 
 
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not name or not real_path(path).is_relative_to(real_path(folder)):
-        raise ValueError(f'{folder} names the file {name!r}, which leads out of the folder: remove it or copy the file in')
+        raise ValueError(
+            f'{folder} names the file {name!r}, which leads out of the folder: remove it or copy the file in'
+        )
     return path
 
 
@@ -181,7 +223,9 @@ def entry(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: str | Path, known: Mapping[str, dict] = {}) -> None:
-    "Writes `manifest.json` into `folder`: size and sha256 of every file below it, of the `known` ones as given."
+    """Writes `manifest.json` into `folder`: size and sha256 of every file below it, of the `known` ones as
+    given.
+    """
     folder = Path(folder)
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if not p.is_dir())
     paths = {name: _inside(folder, name) for name in names if name != MANIFEST}
@@ -190,45 +234,84 @@ def write_manifest(folder: str | Path, known: Mapping[str, dict] = {}) -> None:
 
 # %% ../../nbs/0_core/03_files.ipynb #e03c0773
 def listed(folder: Path) -> dict[str, dict]:
-    "What the manifest of a folder says of its files; a ValueError names it when it says nothing that can be checked."
+    """What the manifest of a folder says of its files.
+
+    A ValueError names it when it says nothing that can be checked.
+    """
     path = folder / MANIFEST
     files = load_json(path, limit=100_000_000)
-    if not path.read_bytes().endswith(b'\n'): raise ValueError(f'{path} has lost its end: write it again with write_manifest')
+    if not path.read_bytes().endswith(b'\n'):
+        raise ValueError(f'{path} has lost its end: write it again with write_manifest')
     files = files.get('files') if isinstance(files, dict) else None
-    fits = lambda one: isinstance(one, dict) and type(one.get('size')) is int and isinstance(one.get('sha256'), str)
+
+    def fits(one):
+        return isinstance(one, dict) and type(one.get('size')) is int and isinstance(one.get('sha256'), str)
+
     if not isinstance(files, dict) or not files or not all(map(fits, files.values())):
-        raise ValueError(f'{path} does not list files with size and sha256: write it again with write_manifest')
+        raise ValueError(
+            f'{path} does not list files with size and sha256: write it again with write_manifest'
+        )
     return files
 
 
 def unlisted(folder: Path, files: Mapping[str, dict]) -> list[str]:
     "The files of tensors or settings that a manifest does not know, in the folders of those it knows."
     beside = {(folder / name).parent for name in files if name.endswith('.safetensors')}
-    found = sorted(path.relative_to(folder).as_posix() for home in beside if home.is_dir() for path in home.iterdir() if path.suffix in ('.safetensors', '.json') and not path.name.startswith('.'))
+    found = sorted(
+        path.relative_to(folder).as_posix()
+        for home in beside
+        if home.is_dir()
+        for path in home.iterdir()
+        if path.suffix in ('.safetensors', '.json') and not path.name.startswith('.')
+    )
     return [name for name in found if name not in files and name != MANIFEST]
 
 # %% ../../nbs/0_core/03_files.ipynb #969edb55
 def check_manifest(folder: str | Path, contents: bool = True) -> list[str]:
-    "The names of all files of the manifest, after a check of names, sizes and (`contents`) sha256, several files at a time; raises a ValueError naming the first bad file."
+    """The names of all files of the manifest, after a check of names, sizes and (`contents`) sha256, several
+    files at a time; raises a ValueError naming the first bad file.
+    """
     folder = Path(folder)
     files, advice = listed(folder), 'copy it again or use an older checkpoint'
-    shared = lambda path: f'copy a good one over it, which mends all {n} names of this file: checkpoints and base model share it' if (n := path.stat().st_nlink) > 1 else advice
+
+    def shared(path):
+        return (
+            f'copy a good one over it, which mends all {n} names of this file: checkpoints and base model'
+            ' share it'
+            if (n := path.stat().st_nlink) > 1
+            else advice
+        )
+
     for name, wanted in files.items():
         path = _inside(folder, name)
         found = path.stat().st_size if path.is_file() else None
-        if found is None: raise ValueError(f'{path} is missing: copy the folder again or use an older checkpoint')
-        if found != wanted['size']: raise ValueError(f'{path} has {found} bytes and its manifest says {wanted["size"]}: {shared(path)}')
-    for name in unlisted(folder, files): raise ValueError(f'{folder / name} is not in the manifest: remove it, or use an older checkpoint')
+        if found is None:
+            raise ValueError(f'{path} is missing: copy the folder again or use an older checkpoint')
+        if found != wanted['size']:
+            raise ValueError(
+                f'{path} has {found} bytes and its manifest says {wanted["size"]}: {shared(path)}'
+            )
+    for name in unlisted(folder, files):
+        raise ValueError(f'{folder / name} is not in the manifest: remove it, or use an older checkpoint')
     with ThreadPoolExecutor(8) as pool:
         try:
-            for name, content in zip(files, pool.map(sha256, [folder / name for name in files])) if contents else ():
-                if content != files[name]['sha256']: raise ValueError(f'{folder / name} has other content than its manifest says: {shared(folder / name)}')
-        finally: pool.shutdown(cancel_futures=True)
+            for name, content in (
+                zip(files, pool.map(sha256, [folder / name for name in files])) if contents else ()
+            ):
+                if content != files[name]['sha256']:
+                    raise ValueError(
+                        f'{folder / name} has other content than its manifest says: {shared(folder / name)}'
+                    )
+        finally:
+            pool.shutdown(cancel_futures=True)
     return list(files)
 
 # %% ../../nbs/0_core/03_files.ipynb #13b6e921
 def inside(folder: str | Path, name: str | Path) -> Path:
-    "The path of a file in `folder`; a ValueError when it leads out, other than into the blobs of a Hugging Face cache."
+    """The path of a file in `folder`.
+
+    A ValueError when it leads out, other than into the blobs of a Hugging Face cache.
+    """
     path, whole = Path(folder) / name, real_path(Path(folder))
     blobs = [parent.with_name('blobs') for parent in whole.parents if parent.name == 'snapshots']
     if not any(real_path(path).is_relative_to(allowed) for allowed in (whole, *blobs)):
@@ -237,18 +320,34 @@ def inside(folder: str | Path, name: str | Path) -> Path:
 
 # %% ../../nbs/0_core/03_files.ipynb #7ea59c82
 def check_archive(path: str | Path, limit: int = 100_000_000) -> None:
-    "Returns when a .pt file is a zip archive of stored entries that lie in it side by side, with at most `limit` bytes of pickle; else a ValueError."
+    """Returns when a .pt file is a zip archive of stored entries that lie in it side by side, with at most
+    `limit` bytes of pickle; else a ValueError.
+    """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive: entries = archive.infolist()
-    except Exception as error: raise ValueError(f'{path} is no whole zip archive ({" ".join(str(error).split())}): copy it again') from None
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:
+        raise ValueError(
+            f'{path} is no whole zip archive ({" ".join(str(error).split())}): copy it again'
+        ) from None
     size, names = path.stat().st_size, [entry.filename for entry in entries]
     parts = [re.split(r'[/\\\\]', name) for name in names]
     wrong = {
-        'compressed entries': any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries),
-        'entries that lie outside of it': sum(entry.file_size for entry in entries) > size or any(entry.header_offset + entry.file_size > size for entry in entries),
+        'compressed entries': any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+            for entry in entries
+        ),
+        'entries that lie outside of it': (
+            sum(entry.file_size for entry in entries) > size
+            or any(entry.header_offset + entry.file_size > size for entry in entries)
+        ),
         'names that lead out of it': any('..' in part or not part[0] for part in parts),
         'an entry twice': len(set(names)) < len(names),
         'a program': any('code' in part or part[-1] == 'constants.pkl' for part in parts),
-        f'more than {limit} bytes of pickle': sum(entry.file_size for entry in entries if entry.filename.endswith('.pkl')) > limit}
-    if found := [what for what, is_so in wrong.items() if is_so]: raise ValueError(f'{path} has {found[0]}: give a file as torch.save writes it')
+        f'more than {limit} bytes of pickle': (
+            sum(entry.file_size for entry in entries if entry.filename.endswith('.pkl')) > limit
+        ),
+    }
+    if found := [what for what, is_so in wrong.items() if is_so]:
+        raise ValueError(f'{path} has {found[0]}: give a file as torch.save writes it')

@@ -12,14 +12,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING: from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/0_core/05_plots.ipynb #76fd012d
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    "The exponential moving average of `values`; `weight` (0 to below 1) is what the past counts. Not-a-number is passed over."
+    """The exponential moving average of `values`; `weight` (0 to below 1) is what the past counts.
+
+    Not-a-number is passed over.
+    """
     average, past, total = [], 0.0, 0.0
     for value in values:
-        if math.isfinite(value): past, total = weight * past + (1 - weight) * value, weight * total + 1 - weight
+        if math.isfinite(value):
+            past, total = weight * past + (1 - weight) * value, weight * total + 1 - weight
         average.append(past / total if total else math.nan)
     return average
 
@@ -32,18 +37,25 @@ def smoothing(smooth: float, count: int) -> float:
 def to_png(figure: 'Figure') -> bytes:
     "The PNG of a Figure, in 128 colours."
     from PIL import Image
+
     picture, small = io.BytesIO(), io.BytesIO()
     figure.savefig(picture, format='png')
     Image.open(picture).convert('RGB').quantize(128).save(small, 'png', optimize=True)
     return small.getvalue()
 
 # %% ../../nbs/0_core/05_plots.ipynb #7b5c3a79
-PANELS = {'loss': 'loss', 'grad_norm': 'gradient norm', 'lr': 'learning rate', 'tokens_per_second': 'tokens per second'}
+PANELS = {
+    'loss': 'loss',
+    'grad_norm': 'gradient norm',
+    'lr': 'learning rate',
+    'tokens_per_second': 'tokens per second',
+}
 
 
 def new_figure(width: float, height: float) -> 'Figure':
     "An empty matplotlib Figure that every notebook shows by itself, pyplot or not."
     from matplotlib.figure import Figure
+
     figure = type('Picture', (Figure,), {'_repr_png_': to_png})
     return figure(figsize=(width, height), dpi=72, layout='constrained')
 
@@ -54,32 +66,49 @@ def style(number: int) -> dict[str, str]:
 
 
 def draw_line(axes: Any, records: Sequence[dict], key: str, smooth: float, label: str, **look: Any) -> None:
-    "Draws one quantity over the steps into `axes`: thin as it is, thick smoothed (a short run less, the learning rate not at all)."
+    """Draws one quantity over the steps into `axes`: thin as it is, thick smoothed (a short run less, the
+    learning rate not at all).
+    """
     points = [(record['step'], float(record[key])) for record in records if record.get(key) is not None]
     axes.grid(alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if not points: return
+    if not points:
+        return
     steps, values = zip(*points)
     weight = 0.0 if key == 'lr' else smoothing(smooth, len(points))
-    line, = axes.plot(steps, smoothed(values, weight), label=label, marker='.' if len(points) < 20 else '', **look)
-    if weight: axes.plot(steps, values, color=line.get_color(), alpha=0.3, linewidth=0.8)
+    (line,) = axes.plot(
+        steps, smoothed(values, weight), label=label, marker='.' if len(points) < 20 else '', **look
+    )
+    if weight:
+        axes.plot(steps, values, color=line.get_color(), alpha=0.3, linewidth=0.8)
 
 # %% ../../nbs/0_core/05_plots.ipynb #1143c928
 def part_means(records: Sequence[dict]) -> list[float]:
     "The mean of every part over some records; not-a-number where no record has it."
     columns = zip(*(record['parts'] for record in records if record.get('parts')))
-    return [sum(found) / len(found) if (found := [x for x in column if x is not None]) else math.nan for column in columns]
+    return [
+        sum(found) / len(found) if (found := [x for x in column if x is not None]) else math.nan
+        for column in columns
+    ]
 
 
 def draw_parts(axes: Any, lines: Mapping[str, Sequence[dict]]) -> None:
     "Draws the parts of the loss over the way from clip (0) to noise (1)."
     for number, (label, records) in enumerate(lines.items()):
-        quarters = [records[len(records) * k // 4:len(records) * (k + 1) // 4] for k in range(4)]
+        quarters = [records[len(records) * k // 4 : len(records) * (k + 1) // 4] for k in range(4)]
         for k, quarter in enumerate(quarters):
             means = part_means(quarter)
-            if k < 3 and len(lines) > 1 or not means: continue
+            if (k < 3 and len(lines) > 1) or not means:
+                continue
             places = [(place + 0.5) / len(means) for place in range(len(means))]
-            axes.plot(places, means, **style(number), alpha=(k + 1) / 4, marker='.', label=label if len(lines) > 1 else f'quarter {k + 1}')
+            axes.plot(
+                places,
+                means,
+                **style(number),
+                alpha=(k + 1) / 4,
+                marker='.',
+                label=label if len(lines) > 1 else f'quarter {k + 1}',
+            )
     axes.set(xlabel='from clip to noise (sigma)', yscale='log')
     axes.set_title('loss at different times', fontsize=10)
     axes.grid(alpha=0.3)
@@ -87,7 +116,9 @@ def draw_parts(axes: Any, lines: Mapping[str, Sequence[dict]]) -> None:
 
 # %% ../../nbs/0_core/05_plots.ipynb #6836babd
 def draw_curves(lines: Mapping[str, Sequence[dict]], smooth: float = 0.8, title: str = '') -> 'Figure':
-    "A matplotlib Figure of loss, gradient norm, learning rate and tokens per second over the steps of named records, and of the parts of the loss."
+    """A matplotlib Figure of loss, gradient norm, learning rate and tokens per second over the steps of named
+    records, and of the parts of the loss.
+    """
     parts = any(record.get('parts') for records in lines.values() for record in records)
     figure = new_figure(12 if parts else 9, 4.6)
     names = list(PANELS)
@@ -95,10 +126,15 @@ def draw_curves(lines: Mapping[str, Sequence[dict]], smooth: float = 0.8, title:
     panels = figure.subplot_mosaic(rows)
     for key, name in PANELS.items():
         axes = panels[key]
-        for number, (label, records) in enumerate(lines.items()): draw_line(axes, records, key, smooth, label, **style(number))
+        for number, (label, records) in enumerate(lines.items()):
+            draw_line(axes, records, key, smooth, label, **style(number))
         axes.set_title(name, fontsize=10)
         axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 5))
-    if len(lines) > 1: figure.legend(*panels['loss'].get_legend_handles_labels(), loc='outside right upper', fontsize=8)         # it covers no data
-    if parts: draw_parts(panels['parts'], lines)
-    if title: figure.suptitle(title, fontsize=11)
+    # it covers no data
+    if len(lines) > 1:
+        figure.legend(*panels['loss'].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
+    if parts:
+        draw_parts(panels['parts'], lines)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure

@@ -34,10 +34,12 @@ from .device import NPU_DEFAULTS, npu_installed
 # %% ../../nbs/0_core/04_ranks.ipynb #140d11c8
 def follow_parent(parent: int, then: Callable[[], None], every: float = 0.3) -> None:
     "Starts a thread that calls `then` soon after the process `parent` is no longer the parent of this one."
+
     def watch():
         while os.getppid() == parent:
             time.sleep(every)
         then()
+
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -51,8 +53,13 @@ def leave(code: int) -> None:
 
 # %% ../../nbs/0_core/04_ranks.ipynb #7e1c971a
 def run_target(target: str, arguments: list[str]) -> int:
-    "The exit code of a script (`….py`) or a module (`package.module`) run as the main program; its traceback, if any, is in stderr."
-    gc.set_threshold(10_000)                  # imports make 400,000 objects that stay, and Python would look through them after every 700 for those that do not
+    """The exit code of a script (`….py`) or a module (`package.module`) run as the main program.
+
+    Its traceback, if any, is in stderr.
+    """
+    # imports make 400,000 objects that stay, and Python would look through them after every 700 for those
+    # that do not
+    gc.set_threshold(10_000)
     sys.argv = [target, *arguments]
     try:
         if target.endswith('.py'):
@@ -77,7 +84,9 @@ def close_group() -> None:
 
 # %% ../../nbs/0_core/04_ranks.ipynb #2e42233d
 def main_of_rank() -> None:
-    "What a rank of `run_ranks` executes: the command line is the parent's process id, the target and its arguments."
+    """What a rank of `run_ranks` executes: the command line is the parent's process id, the target and its
+    arguments.
+    """
     parent, target, *arguments = sys.argv[1:]
     follow_parent(int(parent), partial(leave, 143))
     code = run_target(target, arguments)
@@ -94,7 +103,7 @@ def find_traceback(text: str, size: int = 6000) -> str:
     text = text[-size:].strip()
     start = text.find('Traceback (most recent call last)')
     kept, skip = [], False
-    for line in text[max(start, 0):].splitlines():
+    for line in text[max(start, 0) :].splitlines():
         if line.startswith('  File '):
             skip = any(frame in line for frame in OWN_FRAMES)
         elif not line.startswith('  '):
@@ -105,20 +114,28 @@ def find_traceback(text: str, size: int = 6000) -> str:
 
 # %% ../../nbs/0_core/04_ranks.ipynb #5d009705
 def ending(exit_code: int) -> str:
-    "How a process with this exit code ended, in words: a signal by its name where it has one (SIGRTMIN+1 has none)."
-    if exit_code >= 0: return f'exit code {exit_code}'
-    try: return signal.Signals(-exit_code).name
-    except ValueError: return f'signal {-exit_code}'
+    """How a process with this exit code ended, in words: a signal by its name where it has one (SIGRTMIN+1
+    has none).
+    """
+    if exit_code >= 0:
+        return f'exit code {exit_code}'
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f'signal {-exit_code}'
 
 
 class RankFailed(RuntimeError):
-    "A rank ended badly; `rank`, `exit_code` (minus the signal's number when a signal ended it), `ending` and `words` say how."
+    """A rank ended badly.
+
+    `rank`, `exit_code` (minus the signal's number when a signal ended it), `ending` and `words` say how.
+    """
 
     def __init__(self, rank: int | None, exit_code: int, words: str):
         self.rank, self.exit_code, self.words, self.ending = rank, exit_code, words, ending(exit_code)
         super().__init__(f'rank {rank} failed ({self.ending})\n{words}')
 
-    def _render_traceback_(self):          # a notebook shows this instead of our own frames
+    def _render_traceback_(self):  # a notebook shows this instead of our own frames
         return [f'{type(self).__name__}: {self}']
 
 
@@ -132,15 +149,19 @@ class Interrupted(KeyboardInterrupt):
 @contextmanager
 def heard_interrupts() -> Iterator[list]:
     "A list that holds something once this process was interrupted; the interrupt is raised as well."
+
     def hear(number, frame):
         heard.append(number)
         raise KeyboardInterrupt
+
     heard: list[int] = []
-    main = threading.current_thread() is threading.main_thread()         # only the main thread is interrupted
+    main = threading.current_thread() is threading.main_thread()  # only the main thread is interrupted
     before = signal.signal(signal.SIGINT, hear) if main else None
-    try: yield heard
+    try:
+        yield heard
     finally:
-        if main: signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        if main:
+            signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 # %% ../../nbs/0_core/04_ranks.ipynb #67a40405
 def package_path() -> str:
@@ -152,54 +173,88 @@ def package_path() -> str:
 
 def child_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
     "The environment of a rank: this process's own, one thread each, nothing buffered, plus `changes`."
-    defaults = {'OMP_NUM_THREADS': '1', 'CUDA_DEVICE_MAX_CONNECTIONS': '1'}      # the second: Megatron's wish for tensor parallel
-    if npu_installed(): defaults |= NPU_DEFAULTS
-    fixed = {'PYTHONUNBUFFERED': '1', 'PYTHONFAULTHANDLER': '1', 'MPLBACKEND': 'agg', 'PYTHONPATH': package_path()}
+    # the second: Megatron's wish for tensor parallel
+    defaults = {'OMP_NUM_THREADS': '1', 'CUDA_DEVICE_MAX_CONNECTIONS': '1'}
+    if npu_installed():
+        defaults |= NPU_DEFAULTS
+    fixed = {
+        'PYTHONUNBUFFERED': '1',
+        'PYTHONFAULTHANDLER': '1',
+        'MPLBACKEND': 'agg',
+        'PYTHONPATH': package_path(),
+    }
     return {**defaults, **os.environ, **fixed, **(changes or {})}
 
 
 def answers(host: str, port: int) -> bool:
     "Whether a program listens at a port of a machine."
-    try: socket.create_connection((host, port), 1).close()
-    except OSError: return False
+    try:
+        socket.create_connection((host, port), 1).close()
+    except OSError:
+        return False
     return True
 
 
 def _free_port():
-    chance = random.SystemRandom()                    # two notebooks with one seed would else draw the same port at the same time
-    while answers('127.0.0.1', port := chance.randrange(12000, 32000)): pass         # below those that the system gives to connections, one of which could take it before rank 0 does
+    # two notebooks with one seed would else draw the same port at the same time
+    chance = random.SystemRandom()
+    # below those that the system gives to connections, one of which could take it before rank 0 does
+    while answers('127.0.0.1', port := chance.randrange(12000, 32000)):
+        pass
     return str(port)
 
 
 def _start(script, ranks, changes, outputs):
-    shared = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': _free_port(), 'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks)}
-    command = [sys.executable, '-c', 'from mmkit.core.ranks import main_of_rank; main_of_rank()', str(os.getpid()), str(script)]
+    shared = {
+        'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': _free_port(),
+        'WORLD_SIZE': str(ranks),
+        'LOCAL_WORLD_SIZE': str(ranks),
+    }
+    command = [
+        sys.executable,
+        '-c',
+        'from mmkit.core.ranks import main_of_rank; main_of_rank()',
+        str(os.getpid()),
+        str(script),
+    ]
     for rank in range(ranks):
         own = {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
         with open(outputs / f'out{rank}', 'wb') as out, open(outputs / f'error{rank}', 'wb') as error:
-            yield subprocess.Popen(command, env=child_environment({**shared, **own, **(changes or {})}), stdin=subprocess.DEVNULL,
-                                   stdout=out, stderr=error, start_new_session=True)
+            yield subprocess.Popen(
+                command,
+                env=child_environment({**shared, **own, **(changes or {})}),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=error,
+                start_new_session=True,
+            )
 
 # %% ../../nbs/0_core/04_ranks.ipynb #5024040e
 def _first_failure(processes, outputs, deadline):
     while time.monotonic() < deadline:
         codes = [p.poll() for p in processes]
         if any(codes) or None not in codes:
-            time.sleep(0.3 if any(codes) else 0)        # let neighbours that fell in the same moment end, too
+            time.sleep(0.3 if any(codes) else 0)  # let neighbours that fell in the same moment end, too
             bad = [rank for rank, process in enumerate(processes) if process.poll()]
-            written = lambda rank: (outputs / f'error{rank}').stat().st_mtime_ns
+
+            def written(rank):
+                return (outputs / f'error{rank}').stat().st_mtime_ns
+
             return min(bad, key=lambda rank: (processes[rank].returncode > 0, written(rank)), default=None)
         time.sleep(0.02)
     for process in processes:
         process.send_signal(signal.SIGABRT)
     for process in processes:
-        with suppress(subprocess.TimeoutExpired): process.wait(5)          # one may be deaf even to this: it is killed all the same
+        # one may be deaf even to this: it is killed all the same
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
     raise TimeoutError
 
 
 def _kill(processes):
     for process in processes:
-        try:
+        try:  # noqa: SIM105
             os.killpg(process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
@@ -207,19 +262,27 @@ def _kill(processes):
 
 # %% ../../nbs/0_core/04_ranks.ipynb #db48da28
 def run_ranks(source: str, ranks: int = 2, timeout: float = 120, env: dict[str, str] | None = None) -> str:
-    "What rank 0 prints when the text `source` runs as a script on `ranks` ranks; raises RankFailed, or TimeoutError after `timeout` seconds."
+    """What rank 0 prints when the text `source` runs as a script on `ranks` ranks.
+
+    Raises RankFailed, or TimeoutError after `timeout` seconds.
+    """
     with TemporaryDirectory(prefix='ranks-') as place:
         folder = Path(place)
         script = folder / 'cell.py'
         script.write_text(source, encoding='utf-8')
         processes: list[subprocess.Popen] = []
-        words = lambda rank: find_traceback((folder / f'error{rank}').read_text(errors='replace'))
+
+        def words(rank):
+            return find_traceback((folder / f'error{rank}').read_text(errors='replace'))
+
         try:
             processes.extend(_start(script, ranks, env, folder))
             failed = _first_failure(processes, folder, time.monotonic() + timeout)
         except TimeoutError:
             places = '\n'.join(f'--- rank {rank}\n{words(rank)}' for rank in range(ranks))
-            raise TimeoutError(f'{ranks} ranks did not end within {timeout} s; they were here:\n{places}') from None
+            raise TimeoutError(
+                f'{ranks} ranks did not end within {timeout} s; they were here:\n{places}'
+            ) from None
         except KeyboardInterrupt:
             raise Interrupted(f'interrupted: all {ranks} ranks have ended') from None
         finally:
@@ -230,11 +293,16 @@ def run_ranks(source: str, ranks: int = 2, timeout: float = 120, env: dict[str, 
 
 # %% ../../nbs/0_core/04_ranks.ipynb #f9ecf92a
 def ranks_magic(line: str, cell: str) -> None:
-    "Runs the cell's text on as many ranks as the line says (2 if it says nothing; a second number is the time limit in seconds)."
+    """Runs the cell's text on as many ranks as the line says (2 if it says nothing.
+
+    A second number is the time limit in seconds).
+    """
     words = line.split()
     if len(words) > 2 or not all(word.isdigit() and int(word) for word in words):
-        raise ValueError(f'%%ranks got {line!r}: write %%ranks RANKS or %%ranks RANKS SECONDS, for example %%ranks 2 120')
-    ranks, timeout = [*map(int, words), *(2, 120)[len(words):]]
+        raise ValueError(
+            f'%%ranks got {line!r}: write %%ranks RANKS or %%ranks RANKS SECONDS, for example %%ranks 2 120'
+        )
+    ranks, timeout = [*map(int, words), *(2, 120)[len(words) :]]
     print(run_ranks(cell, ranks, timeout), end='')
 
 

@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-Settings = TypeVar('Settings')          # of one class, in and out
+Settings = TypeVar('Settings')  # of one class, in and out
 
 # %% ../../nbs/0_core/01_values.ipynb #1b3c9dc5
 def require(condition: object, message: str) -> None:
     "Raises ValueError(message) unless the condition holds."
-    if not condition: raise ValueError(message)
+    if not condition:
+        raise ValueError(message)
 
 # %% ../../nbs/0_core/01_values.ipynb #db3cae8a
 def mistake(call: Callable[..., Any], *arguments: Any) -> str:
     "The message of the ValueError that the call raises; it must raise one."
-    try: call(*arguments)
-    except ValueError as error: return str(error)
+    try:
+        call(*arguments)
+    except ValueError as error:
+        return str(error)
     raise AssertionError('expected a ValueError')
 
 # %% ../../nbs/0_core/01_values.ipynb #dc0ee016
@@ -34,9 +37,14 @@ def largest(distances: Iterable[float]) -> float:
     found = list(distances)
     return max(found) if found and all(map(math.isfinite, found)) else math.inf
 
+
 def relative(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    "The largest difference of numbers from as many others, each over the size of the other; of zero only zero is near."
-    if len(mine) != len(theirs): return math.inf
+    """The largest difference of numbers from as many others, each over the size of the other.
+
+    Of zero only zero is near.
+    """
+    if len(mine) != len(theirs):
+        return math.inf
     return largest(abs(a - b) / abs(b) if b else 0.0 if a == b else math.inf for a, b in zip(mine, theirs))
 
 # %% ../../nbs/0_core/01_values.ipynb #3f39682d
@@ -44,36 +52,53 @@ def read_dataclass(kind: type, value: Any, where: str) -> Any:
     "A dataclass from a JSON object; unknown and missing names are errors."
     require(isinstance(value, dict), f'{where or kind.__name__} must be an object, not {value!r}')
     hints = get_type_hints(kind)
-    if extra := sorted(value.keys() - hints.keys()): raise ValueError(f'{kind.__name__} has no {extra}; it has {sorted(hints)}')
+    if extra := sorted(value.keys() - hints.keys()):
+        raise ValueError(f'{kind.__name__} has no {extra}; it has {sorted(hints)}')
     inner = {name: read(hints[name], item, f'{where}.{name}'.strip('.')) for name, item in value.items()}
-    try: return kind(**inner)
-    except TypeError as error: raise ValueError(f'{where or kind.__name__}: {str(error).split("() ")[-1]}') from None
+    try:
+        return kind(**inner)
+    except TypeError as error:
+        raise ValueError(f'{where or kind.__name__}: {str(error).split("() ")[-1]}') from None
+
 
 def read_tuple(kind: Any, value: Any, where: str) -> tuple:
     "A tuple from a JSON list; `tuple[x, ...]` takes any length."
     require(isinstance(value, (list, tuple)), f'{where} must be a list, not {value!r}')
     kinds = get_args(kind)
-    if kinds[-1] is Ellipsis: return tuple(read(kinds[0], item, where) for item in value)
+    if kinds[-1] is Ellipsis:
+        return tuple(read(kinds[0], item, where) for item in value)
     require(len(value) == len(kinds), f'{where} needs {len(kinds)} values, not {value!r}')
     return tuple(read(k, item, where) for k, item in zip(kinds, value))
 
 # %% ../../nbs/0_core/01_values.ipynb #752d2144
 def read(kind: Any, value: Any, where: str = '') -> Any:
-    "`value`, parsed JSON, as a value of type `kind`. Raises ValueError in one line naming the place and the valid choices."
-    if isinstance(kind, type) and is_dataclass(kind): return read_dataclass(kind, value, where)
-    if get_origin(kind) is tuple: return read_tuple(kind, value, where)
+    """`value`, parsed JSON, as a value of type `kind`.
+
+    Raises ValueError in one line naming the place and the valid choices.
+    """
+    if isinstance(kind, type) and is_dataclass(kind):
+        return read_dataclass(kind, value, where)
+    if get_origin(kind) is tuple:
+        return read_tuple(kind, value, where)
     if get_origin(kind) is dict:
         require(isinstance(value, dict), f'{where} must be an object, not {value!r}')
         return {name: read(get_args(kind)[1], item, f'{where}.{name}') for name, item in value.items()}
     if get_origin(kind) in (Union, types.UnionType):
-        if value is None and type(None) in get_args(kind): return None
+        if value is None and type(None) in get_args(kind):
+            return None
         kinds = [k for k in get_args(kind) if k is not type(None)]
-        return read(next((k for k in kinds if get_origin(k) is None and isinstance(value, k)), kinds[0]), value, where)
+        return read(
+            next((k for k in kinds if get_origin(k) is None and isinstance(value, k)), kinds[0]), value, where
+        )
     if get_origin(kind) is Literal:
         require(value in get_args(kind), f'{where}={value!r} is not one of {list(get_args(kind))}')
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
-    require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), f'{where}={value!r} must be {kind.__name__}')
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    require(
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
+        f'{where}={value!r} must be {kind.__name__}',
+    )
     return value
 
 # %% ../../nbs/0_core/01_values.ipynb #a1fc08a5
@@ -83,24 +108,38 @@ def dumps(config: Any) -> str:
 
 # %% ../../nbs/0_core/01_values.ipynb #3775bf10
 def check_kinds(config: Any) -> None:
-    "Raises a one-line ValueError naming the first field of a dataclass whose value is not of the field's type."
+    """Raises a one-line ValueError naming the first field of a dataclass whose value is not of the field's
+    type.
+    """
     name = '' if type(config).__name__ == 'Config' else type(config).__name__.lower() + '.'
-    for field, kind in get_type_hints(type(config)).items():
-        if not (isinstance(kind, type) and is_dataclass(kind)): read(kind, getattr(config, field), name + field)
-        elif not isinstance(getattr(config, field), kind): raise ValueError(f'{name}{field}={getattr(config, field)!r} must be {kind.__name__}(...)')
+    for field, kind in get_type_hints(type(config)).items():  # noqa: F402
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            read(kind, getattr(config, field), name + field)
+        elif not isinstance(getattr(config, field), kind):
+            raise ValueError(f'{name}{field}={getattr(config, field)!r} must be {kind.__name__}(...)')
 
 # %% ../../nbs/0_core/01_values.ipynb #0b887034
 def parse(text: str) -> Any:
     "The JSON value of a word, or the word itself."
-    try: return json.loads(text)
-    except json.JSONDecodeError: return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
 
 def replace_at(tree: dict, path: list[str], value: Any) -> None:
     "Sets `value` at a path of names in nested dicts; an unknown name is an error listing the known ones."
     for depth, name in enumerate(path):
-        require(isinstance(tree, dict) and name in tree, f'{".".join(path)}: no {name!r} here; there is {sorted(tree) if isinstance(tree, dict) else "nothing below it"}')
-        if depth == len(path) - 1: tree[name] = value
-        else: tree = tree[name]
+        require(
+            isinstance(tree, dict) and name in tree,
+            f'{".".join(path)}: no {name!r} here; there is'
+            f' {sorted(tree) if isinstance(tree, dict) else "nothing below it"}',
+        )
+        if depth == len(path) - 1:
+            tree[name] = value
+        else:
+            tree = tree[name]
+
 
 def override(config: Settings, words: Sequence[str]) -> Settings:
     "A copy of `config` changed by words such as `layout.tp=2`; every check runs again."

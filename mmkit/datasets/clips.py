@@ -38,24 +38,34 @@ def aspect_fits(height: int, width: int, wanted: float, threshold: float) -> boo
 
 def fit_resolution(height: int, width: int, clips: Clips) -> tuple[int, int]:
     "The (height, width) that a clip of this size gets. Raises BadClip with the reason."
-    if height <= 0 or width <= 0: raise BadClip(f'its size is {height}x{width}')
+    if height <= 0 or width <= 0:
+        raise BadClip(f'its size is {height}x{width}')
     target = (clips.max_height, clips.max_width) if clips.max_height else None
     wanted = clips.max_height / clips.max_width if clips.force_resolution and target else 1.0
     most = clips.max_hxw or clips.max_height * clips.max_width
     least = most // 4 if clips.min_hxw is None else clips.min_hxw
     scale = min(1.0, math.sqrt(most / (height * width)))
     own = tuple(int(side * scale + 1e-6) // clips.hw_stride * clips.hw_stride for side in (height, width))
-    if clips.force_resolution and target: own = target
-    if own[0] * own[1] < max(least, 1): raise BadClip(f'{height}x{width} gives frames of {own[0]}x{own[1]}, fewer than min_hxw={least} pixels')
+    if clips.force_resolution and target:
+        own = target
+    if own[0] * own[1] < max(least, 1):
+        raise BadClip(
+            f'{height}x{width} gives frames of {own[0]}x{own[1]}, fewer than min_hxw={least} pixels'
+        )
     measured = (height, width) if clips.force_resolution else own
-    if not aspect_fits(*measured, wanted, clips.hw_aspect_thr): raise BadClip(f'{height}x{width} is longer in one direction than hw_aspect_thr={clips.hw_aspect_thr} allows')
+    if not aspect_fits(*measured, wanted, clips.hw_aspect_thr):
+        raise BadClip(
+            f'{height}x{width} is longer in one direction than hw_aspect_thr={clips.hw_aspect_thr} allows'
+        )
     return target or own
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #cd0068f3
 def cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     "A uint8 frame (h, w, 3) scaled to cover (height, width) and cut to it around the middle."
     from PIL import Image
-    if frame.shape[:2] == (height, width): return frame
+
+    if frame.shape[:2] == (height, width):
+        return frame
     scale = max(height / frame.shape[0], width / frame.shape[1])
     h, w = max(height, round(frame.shape[0] * scale)), max(width, round(frame.shape[1] * scale))
     top, left = (h - height) // 2, (w - width) // 2
@@ -64,17 +74,28 @@ def cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #71cd3f97
 def frame_numbers(total: int, fps: float, start: int, clips: Clips, draw: random.Random) -> list[int]:
-    "The numbers of the frames to take from `total` at `fps`, from `start` on. Raises BadClip with the reason."
+    """The numbers of the frames to take from `total` at `fps`, from `start` on.
+
+    Raises BadClip with the reason.
+    """
     ratio = fps / clips.train_fps if clips.auto_interval else 1.0
     numbers = np.arange(start, total, 1.0 if abs(ratio - 1) < 0.1 else ratio).astype(int)
     numbers = numbers[numbers < total]
     speed = min(clips.speed_factor, len(numbers) / clips.num_frames)
-    if speed > 1: numbers = numbers[np.linspace(0, len(numbers) - 1, int(len(numbers) / speed), dtype=int)]
-    if len(numbers) < clips.num_frames and draw.random() < clips.drop_short_ratio: raise BadClip(f'{len(numbers)} frames, fewer than num_frames={clips.num_frames} (drop_short_ratio={clips.drop_short_ratio})')
+    if speed > 1:
+        numbers = numbers[np.linspace(0, len(numbers) - 1, int(len(numbers) / speed), dtype=int)]
+    if len(numbers) < clips.num_frames and draw.random() < clips.drop_short_ratio:
+        raise BadClip(
+            f'{len(numbers)} frames, fewer than num_frames={clips.num_frames}'
+            f' (drop_short_ratio={clips.drop_short_ratio})'
+        )
     first = draw.randint(0, max(0, len(numbers) - clips.num_frames - 1))
-    numbers = numbers[first:first + clips.num_frames]
+    numbers = numbers[first : first + clips.num_frames]
     kept = (len(numbers) - 1) // 4 * 4 + 1
-    if not len(numbers) or kept < clips.min_num_frames: raise BadClip(f'{len(numbers)} usable frames, at least min_num_frames={clips.min_num_frames} are needed')
+    if not len(numbers) or kept < clips.min_num_frames:
+        raise BadClip(
+            f'{len(numbers)} usable frames, at least min_num_frames={clips.min_num_frames} are needed'
+        )
     return numbers[:kept].tolist()
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #3dcf83fa
@@ -84,7 +105,10 @@ VIDEOS = ('.mp4', '.mov', '.mkv', '.webm', '.avi', '.m4v', '.mpg', '.mpeg', '.gi
 
 @dataclass(frozen=True)
 class Listed:
-    "A clip as a list names it: its name, file, captions, first frame, length in frames from there, what the list claims of the file, and what is wrong with the record."
+    """A clip as a list names it: its name, file, captions, first frame, length in frames from there, what the
+    list claims of the file, and what is wrong with the record.
+    """
+
     name: str
     path: str = ''
     captions: tuple[str, ...] = ()
@@ -102,44 +126,71 @@ def read_text(path: str | Path) -> str:
 
 def parse_json(text: str) -> Any:
     "The JSON value, or what is wrong with it as a ValueError."
-    try: return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error: return ValueError(str(error))
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return ValueError(str(error))
 
 
 def read_rows(path: str | Path) -> list:
     "The records of a .json, .jsonl or .csv list; a line that cannot be read is a ValueError in its place."
     text, kind = read_text(path), Path(path).suffix.lower()
-    if kind == '.jsonl': return [parse_json(line) for line in text.split('\n') if line.strip()]
-    if kind == '.csv': return [{key: parse_cell(value, key) for key, value in row.items() if key} for row in csv.DictReader(io.StringIO(text))]
+    if kind == '.jsonl':
+        return [parse_json(line) for line in text.split('\n') if line.strip()]
+    if kind == '.csv':
+        return [
+            {key: parse_cell(value, key) for key, value in row.items() if key}
+            for row in csv.DictReader(io.StringIO(text))
+        ]
     require(kind == '.json', f'{path} is neither .json, .jsonl nor .csv')
     rows = parse_json(text)
-    require(isinstance(rows, list), f'{path} holds no list of records: {rows if isinstance(rows, ValueError) else type(rows).__name__}')
+    require(
+        isinstance(rows, list),
+        f'{path} holds no list of records: {rows if isinstance(rows, ValueError) else type(rows).__name__}',
+    )
     return rows
 
 
 def parse_cell(text: Any, key: str) -> Any:
-    "A cell of a table: a number, list or object where it is one, else the text; a path stays text and so does one caption."
+    """A cell of a table: a number, list or object where it is one, else the text.
+
+    A path stays text and so does one caption.
+    """
     starts = {'path': (), 'cap': ('[',)}.get(key, tuple('0123456789[{.'))
-    if not isinstance(text, str) or not text.strip().startswith(starts): return text
+    if not isinstance(text, str) or not text.strip().startswith(starts):
+        return text
     value = parse_json(text)
     return text if isinstance(value, ValueError) else value
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #4f76e6a8
 def number(value: Any) -> float | None:
     "A finite number, or None."
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
 
 
 def find_fault(raw: Any, captions: Sequence) -> str | None:
     "What is wrong with a record, in a few words."
-    if isinstance(raw, ValueError): return f'not JSON: {raw}'
-    if not isinstance(raw, dict): return f'not an object but {type(raw).__name__}'
-    if not isinstance(raw.get('path'), str) or not raw['path']: return 'no path'
-    if not captions or not all(isinstance(caption, str) for caption in captions): return 'no caption in "cap"'
+    if isinstance(raw, ValueError):
+        return f'not JSON: {raw}'
+    if not isinstance(raw, dict):
+        return f'not an object but {type(raw).__name__}'
+    if not isinstance(raw.get('path'), str) or not raw['path']:
+        return 'no path'
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        return 'no caption in "cap"'
     for caption in captions:
         for place, letter in enumerate(caption):
-            if '\udc80' <= letter <= '\udcff': return f'its caption is not UTF-8: byte 0x{ord(letter) - 0xdc00:02x} after {caption[:place][-20:]!r}; save the text as UTF-8'
-            if '\ud800' <= letter <= '\udfff': return f'its caption holds half a character after {caption[:place][-20:]!r}'
+            if '\udc80' <= letter <= '\udcff':
+                return (
+                    f'its caption is not UTF-8: byte 0x{ord(letter) - 0xDC00:02x} after'
+                    f' {caption[:place][-20:]!r}; save the text as UTF-8'
+                )
+            if '\ud800' <= letter <= '\udfff':
+                return f'its caption holds half a character after {caption[:place][-20:]!r}'
     return None
 
 
@@ -148,25 +199,47 @@ def to_listed(raw: Any, folder: str | Path, place: str) -> Listed:
     captions = raw.get('cap') if isinstance(raw, dict) else None
     captions = tuple(captions) if isinstance(captions, list) else () if captions is None else (captions,)
     named = isinstance(raw, dict) and isinstance(raw.get('path'), str) and raw['path']
-    if fault := find_fault(raw, captions): return Listed(os.path.join(folder, named) if named else place, fault=fault)
+    if fault := find_fault(raw, captions):
+        return Listed(os.path.join(folder, named) if named else place, fault=fault)
     size = raw['resolution'] if isinstance(raw.get('resolution'), dict) else raw
-    claims = {key: number(source.get(key)) for key, source in (('num_frames', raw), ('duration', raw), ('fps', raw), ('height', size), ('width', size))}
+    claims = {
+        key: number(source.get(key))
+        for key, source in (
+            ('num_frames', raw),
+            ('duration', raw),
+            ('fps', raw),
+            ('height', size),
+            ('width', size),
+        )
+    }
     cut = raw.get('cut') if isinstance(raw.get('cut'), list) else []
     start = int(number(cut[0]) or 0) if cut else 0
     seconds = claims['duration'] * (claims['fps'] or 0) if claims['duration'] else None
     length = (claims['num_frames'] or seconds) if cut else None
     path = os.path.join(folder, raw['path'])
-    return Listed(path + (f'@{start}' if start else ''), path, captions, max(0, start), int(length) if length else None, tuple((key, value) for key, value in claims.items() if value is not None))
+    return Listed(
+        path + (f'@{start}' if start else ''),
+        path,
+        captions,
+        max(0, start),
+        int(length) if length else None,
+        tuple((key, value) for key, value in claims.items() if value is not None),
+    )
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #59a40b68
 def folder_rows(folder: Path) -> Iterator[dict]:
     "Records of all clips and pictures below a folder, with the captions that lie beside them."
     listed = {}
-    if (folder / 'captions.json').is_file(): listed = parse_json(read_text(folder / 'captions.json'))
-    elif (folder / 'captions.txt').is_file(): listed = dict(line.split('\t', 1) for line in read_text(folder / 'captions.txt').splitlines() if '\t' in line)
+    if (folder / 'captions.json').is_file():
+        listed = parse_json(read_text(folder / 'captions.json'))
+    elif (folder / 'captions.txt').is_file():
+        listed = dict(
+            line.split('\t', 1) for line in read_text(folder / 'captions.txt').splitlines() if '\t' in line
+        )
     require(isinstance(listed, dict), f'{folder}/captions.json holds no object of file names and captions')
     for path in sorted(folder.rglob('*')):
-        if path.suffix.lower() not in (*PICTURES, *VIDEOS): continue
+        if path.suffix.lower() not in (*PICTURES, *VIDEOS):
+            continue
         name, beside = path.relative_to(folder).as_posix(), path.with_suffix('.txt')
         caption = read_text(beside).strip() if beside.is_file() else listed.get(name, listed.get(path.name))
         yield dict(path=name, cap=caption)
@@ -175,7 +248,8 @@ def folder_rows(folder: Path) -> Iterator[dict]:
 def data_lists(path: Path) -> Iterator[tuple[Path, Path]]:
     "The (folder, list) pairs of a data.txt; relative ones are looked for from here and then beside the file."
     for count, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip(): continue
+        if not line.strip():
+            continue
         parts = [part.strip() for part in line.split(',')]
         require(len(parts) == 2, f'{path} line {count} has {len(parts) - 1} commas: write folder,list')
         yield tuple(Path(part) if Path(part).exists() else path.parent / part for part in parts)
@@ -187,13 +261,22 @@ def find_rows(source: Any) -> Iterator[tuple[str | Path, str, Any]]:
         yield from (('', f'record {count}', raw) for count, raw in enumerate(source))
         return
     path = Path(source)
-    require(path.exists(), f'no file or folder {path}: give a data.json, .jsonl, .csv, data.txt or a folder of clips')
-    inside = [path / name for name in ('data.txt', 'data.json', 'data.jsonl', 'data.csv') if (path / name).is_file()]
-    if path.is_dir() and not inside: yield from ((path, row['path'], row) for row in folder_rows(path))
-    elif path.is_dir(): yield from find_rows(inside[0])
+    require(
+        path.exists(),
+        f'no file or folder {path}: give a data.json, .jsonl, .csv, data.txt or a folder of clips',
+    )
+    inside = [
+        path / name for name in ('data.txt', 'data.json', 'data.jsonl', 'data.csv') if (path / name).is_file()
+    ]
+    if path.is_dir() and not inside:
+        yield from ((path, row['path'], row) for row in folder_rows(path))
+    elif path.is_dir():
+        yield from find_rows(inside[0])
     elif path.suffix == '.txt':
-        for folder, rows in data_lists(path): yield from ((folder, f'{rows.name}[{count}]', raw) for count, raw in enumerate(read_rows(rows)))
-    else: yield from ((path.parent, f'{path.name}[{count}]', raw) for count, raw in enumerate(read_rows(path)))
+        for folder, rows in data_lists(path):
+            yield from ((folder, f'{rows.name}[{count}]', raw) for count, raw in enumerate(read_rows(rows)))
+    else:
+        yield from ((path.parent, f'{path.name}[{count}]', raw) for count, raw in enumerate(read_rows(path)))
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #e50ad827
 def list_clips(source: Any) -> tuple[Listed, ...]:

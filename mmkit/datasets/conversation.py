@@ -27,16 +27,43 @@ from torch import Tensor
 from ..config import Data
 from ..core.values import require
 from .llava import Dropped, Report
-from .media import (MediaError, PatchRule, fit_area, frames_patches, open_image_processor, picture_patches, picture_rule, read_frames,
-                                  read_picture, see, video_rule)
-from .turns import BadRecord, Conversation, Tokens, Turn, check_record, prompt_tokens, read_raw, split_files, to_conversation, to_tokens, vision_marks
+from mmkit.datasets.media import (
+    MediaError,
+    PatchRule,
+    fit_area,
+    frames_patches,
+    open_image_processor,
+    picture_patches,
+    picture_rule,
+    read_frames,
+    read_picture,
+    see,
+    video_rule,
+)
+from mmkit.datasets.turns import (
+    BadRecord,
+    Conversation,
+    Tokens,
+    Turn,
+    check_record,
+    prompt_tokens,
+    read_raw,
+    split_files,
+    to_conversation,
+    to_tokens,
+    vision_marks,
+)
 
-Positions = Callable[[Tensor, Tensor, Tensor], 'Tensor | np.ndarray']      # input_ids (s,), grid (k, 3), seconds (k,) -> (3, s)
+# input_ids (s,), grid (k, 3), seconds (k,) -> (3, s)
+Positions = Callable[[Tensor, Tensor, Tensor], 'Tensor | np.ndarray']
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #40bc0526
 @dataclass(frozen=True)
 class Encoder:
-    "All that turns a record into numbers: tokenizer, picture processor, rules for pictures and clips, and the data settings."
+    """All that turns a record into numbers: tokenizer, picture processor, rules for pictures and clips, and
+    the data settings.
+    """
+
     tokenizer: Any
     processor: Any
     picture: PatchRule
@@ -46,7 +73,11 @@ class Encoder:
     @property
     def pad(self) -> int:
         "The token that fills up a batch."
-        return self.tokenizer.convert_tokens_to_ids('<|endoftext|>') if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return (
+            self.tokenizer.convert_tokens_to_ids('<|endoftext|>')
+            if self.tokenizer.pad_token_id is None
+            else self.tokenizer.pad_token_id
+        )
 
 
 def check_marks(folder: str | Path, tokenizer: Any) -> None:
@@ -55,12 +86,17 @@ def check_marks(folder: str | Path, tokenizer: Any) -> None:
     config = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
     for kind in ('image', 'video'):
         said, found = config.get(f'{kind}_token_id'), getattr(marks, kind)
-        require(said in (None, found), f'{path} says {kind}_token_id={said}, but the tokenizer beside it says {found}: use the tokenizer that belongs to the weights')
+        require(
+            said in (None, found),
+            f'{path} says {kind}_token_id={said}, but the tokenizer beside it says {found}: use the tokenizer'
+            ' that belongs to the weights',
+        )
 
 
 def open_encoder(folder: str | Path, data: Data = Data()) -> Encoder:
     "The Encoder of a Hugging Face folder with tokenizer and processor settings."
     from transformers import AutoTokenizer
+
     require(Path(folder).is_dir(), f'{folder} is not a folder: give a Hugging Face folder of Qwen2.5-VL')
     processor = open_image_processor(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -70,16 +106,24 @@ def open_encoder(folder: str | Path, data: Data = Data()) -> Encoder:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #6b0c0d27
 class Item(NamedTuple):
-    "A picture or clip as patches (n, 1176), its grid (t, h, w), and seconds per temporal step (0 for a picture)."
+    """A picture or clip as patches (n, 1176), its grid (t, h, w), and seconds per temporal step (0 for a
+    picture).
+    """
+
     patches: np.ndarray
     grid: tuple[int, int, int]
     seconds: float
 
 
 def find_media(name: Any, media_dir: str | Path, exists: Callable[[str], bool] = os.path.isfile) -> Any:
-    "The path under `media_dir` if it is a file, else the name as given; lists one by one, pictures in memory as they are."
-    if isinstance(name, (list, tuple)): return [find_media(frame, media_dir, exists) for frame in name]
-    if not isinstance(name, (str, os.PathLike)): return name
+    """The path under `media_dir` if it is a file, else the name as given.
+
+    Lists one by one, pictures in memory as they are.
+    """
+    if isinstance(name, (list, tuple)):
+        return [find_media(frame, media_dir, exists) for frame in name]
+    if not isinstance(name, (str, os.PathLike)):
+        return name
     inside = os.path.join(media_dir, name)
     return inside if exists(inside) else str(name)
 
@@ -87,108 +131,192 @@ def find_media(name: Any, media_dir: str | Path, exists: Callable[[str], bool] =
 def picture_item(source: Any, encoder: Encoder) -> Item:
     "A picture (file or PIL) as an Item."
     data = encoder.data
-    picture = fit_area(read_picture(find_media(source, data.media_dir)), data.image_min_pixels, data.image_max_pixels, encoder.picture.step)
+    picture = fit_area(
+        read_picture(find_media(source, data.media_dir)),
+        data.image_min_pixels,
+        data.image_max_pixels,
+        encoder.picture.step,
+    )
     return Item(*picture_patches(picture, encoder.processor), 0.0)
 
 
 def clip_item(source: Any, encoder: Encoder) -> Item:
     "A clip (file, or list of pictures) as an Item."
     from PIL import Image
+
     data = encoder.data
-    fit = lambda frame: np.asarray(fit_area(Image.fromarray(frame), data.video_min_pixels, data.video_max_pixels, encoder.clip.step))
-    frames = read_frames(find_media(source, data.media_dir), video_fps=data.video_fps, video_maxlen=data.video_maxlen, each=fit)
+
+    def fit(frame):
+        return np.asarray(
+            fit_area(Image.fromarray(frame), data.video_min_pixels, data.video_max_pixels, encoder.clip.step)
+        )
+
+    frames = read_frames(
+        find_media(source, data.media_dir), video_fps=data.video_fps, video_maxlen=data.video_maxlen, each=fit
+    )
     return Item(*frames_patches(frames.pixels, encoder.clip, frames.fps))
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #0fd59b77
 def to_sample(tokens: Tokens, images: Sequence[Item], videos: Sequence[Item], width: int) -> dict:
-    "Tensors input_ids (s,), labels (s,), pixels (n, width), grid (k, 3), seconds (k,) of the media that the tokens kept, and left_out (), how many tokens had no room."
+    """Tensors input_ids (s,), labels (s,), pixels (n, width), grid (k, 3), seconds (k,) of the media that the
+    tokens kept, and left_out (), how many tokens had no room.
+    """
     items = [(images if kind == 'image' else videos)[number] for kind, number in tokens.media]
     pixels = np.concatenate([np.zeros((0, width), np.float32), *(item.patches for item in items)])
-    return dict(input_ids=torch.from_numpy(tokens.ids), labels=torch.from_numpy(tokens.labels), pixels=torch.from_numpy(pixels),
-                grid=torch.tensor([item.grid for item in items], dtype=torch.int64).reshape(-1, 3),
-                seconds=torch.tensor([item.seconds for item in items], dtype=torch.float32), left_out=torch.tensor(tokens.left_out))
+    return dict(
+        input_ids=torch.from_numpy(tokens.ids),
+        labels=torch.from_numpy(tokens.labels),
+        pixels=torch.from_numpy(pixels),
+        grid=torch.tensor([item.grid for item in items], dtype=torch.int64).reshape(-1, 3),
+        seconds=torch.tensor([item.seconds for item in items], dtype=torch.float32),
+        left_out=torch.tensor(tokens.left_out),
+    )
 
 
 def look(record: Conversation, encoder: Encoder) -> tuple[list[Item], list[Item]]:
     "The pictures and the clips of a record as Items."
-    return [picture_item(source, encoder) for source in record.images], [clip_item(source, encoder) for source in record.videos]
+    return [picture_item(source, encoder) for source in record.images], [
+        clip_item(source, encoder) for source in record.videos
+    ]
 
 
 def with_positions(sample: dict, positions: Positions) -> dict:
     "The sample with positions (3, s), which may come as a tensor or as a numpy array."
-    return {**sample, 'positions': torch.as_tensor(positions(sample['input_ids'], sample['grid'], sample['seconds']))}
+    return {
+        **sample,
+        'positions': torch.as_tensor(positions(sample['input_ids'], sample['grid'], sample['seconds'])),
+    }
 
 
 def encode_record(record: Conversation, encoder: Encoder, positions: Positions) -> dict:
     "The Sample of a record: `to_sample` and positions (3, s). Raises BadRecord or MediaError."
     images, videos = look(record, encoder)
     data = encoder.data
-    tokens = to_tokens(record.turns, [item.grid for item in images], [item.grid for item in videos], encoder.tokenizer, max_length=data.max_length,
-                       system=data.system if record.system is None else record.system, merge=encoder.picture.merge,
-                       train_on_prompt=data.train_on_prompt, mask_history=data.mask_history)
+    tokens = to_tokens(
+        record.turns,
+        [item.grid for item in images],
+        [item.grid for item in videos],
+        encoder.tokenizer,
+        max_length=data.max_length,
+        system=data.system if record.system is None else record.system,
+        merge=encoder.picture.merge,
+        train_on_prompt=data.train_on_prompt,
+        mask_history=data.mask_history,
+    )
     return with_positions(to_sample(tokens, images, videos, encoder.picture.width), positions)
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #7daa5b20
 def thumbnail(frames: np.ndarray, most: int = 4) -> str:
     "HTML of at most `most` of the frames (t, h, w, 3), 72 pixels high."
     from PIL import Image
+
     tags = []
     for frame in frames[np.linspace(0, len(frames) - 1, min(most, len(frames))).astype(int)]:
         picture, file = Image.fromarray(frame), io.BytesIO()
         picture.thumbnail((216, 144))
         picture.save(file, 'JPEG', quality=80)
-        tags.append(f'<img height="72" style="display:inline;margin:1px" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">')
+        tags.append(
+            '<img height="72" style="display:inline;margin:1px"'
+            f' src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+        )
     return ''.join(tags)
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #791df481
 def media_html(sample: dict, encoder: Encoder) -> list[str]:
     "A row of thumbnails for every picture or clip of the sample, with its size in pixels and frames."
     sizes, rows = sample['grid'].prod(1).tolist(), []
-    for patches, grid, seconds in zip(sample['pixels'].split(sizes), sample['grid'].tolist(), sample['seconds'].tolist()):
+    for patches, grid, seconds in zip(
+        sample['pixels'].split(sizes), sample['grid'].tolist(), sample['seconds'].tolist()
+    ):
         frames = see(patches.numpy(), grid, encoder.clip if seconds else encoder.picture)
-        size = f'{frames.shape[2]} x {frames.shape[1]} pixels' + (f', {len(frames)} frames, {len(frames) / grid[0] / seconds:g} a second' if seconds else '')
+        size = f'{frames.shape[2]} x {frames.shape[1]} pixels' + (
+            f', {len(frames)} frames, {len(frames) / grid[0] / seconds:g} a second' if seconds else ''
+        )
         rows.append(f'{thumbnail(frames if seconds else frames[:1], 8)} <small>{size}</small>')
     return rows
 
 
-COLOURS = {'trained': 'background:#d5f0d5;color:#114411', 'given': 'color:#888888', 'media': 'background:#e3e8f5;color:#223366'}
+COLOURS = {
+    'trained': 'background:#d5f0d5;color:#114411',
+    'given': 'color:#888888',
+    'media': 'background:#e3e8f5;color:#223366',
+}
 
 
 def runs(sample: dict, tokenizer: Any) -> list[tuple[str, list[int]]]:
     "The sample's tokens in runs of one sort: trained, given, or media, the places of a picture or clip."
     marks = vision_marks(tokenizer)
-    sort = lambda pair: 'media' if pair[0] in (marks.image, marks.video) else 'trained' if pair[1] >= 0 else 'given'
-    return [(what, [token for token, _ in pairs]) for what, pairs in groupby(zip(sample['input_ids'].tolist(), sample['labels'].tolist()), sort)]
+
+    def sort(pair):
+        return 'media' if pair[0] in (marks.image, marks.video) else 'trained' if pair[1] >= 0 else 'given'
+
+    return [
+        (what, [token for token, _ in pairs])
+        for what, pairs in groupby(zip(sample['input_ids'].tolist(), sample['labels'].tolist()), sort)
+    ]
 
 
 def token_html(token: int, what: str, tokenizer: Any, times: int = 1) -> str:
     "A token in a box: its text, and its number below."
     text = html.escape(tokenizer.decode([token])).replace('\n', '⏎').replace(' ', '·')
-    box = 'display:inline-block;text-align:center;margin:1px;padding:0 3px;border-radius:3px;border:1px solid #dddddd'
-    return f'<span style="{box};{COLOURS[what]}">{text}{f" x {times}" if times > 1 else ""}<br><small>{token}</small></span>'
+    box = (
+        'display:inline-block;text-align:center;margin:1px;padding:0 3px;border-radius:3px;border:1px solid'
+        ' #dddddd'
+    )
+    return (
+        '<span'
+        f' style="{box};{COLOURS[what]}">{text}{f" x {times}" if times > 1 else ""}<br><small>{token}</small></span>'  # noqa: E501
+    )
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #e97306a7
 @dataclass(frozen=True)
 class View:
-    "A sample that draws itself: trained text on green, pictures and clips as the model sees them, and every token with its number."
+    """A sample that draws itself: trained text on green, pictures and clips as the model sees them, and every
+    token with its number.
+    """
+
     sample: dict
     encoder: Encoder
 
     def head(self) -> str:
         "How many tokens of each sort there are, and how many had no room."
-        counts = {what: sum(len(ids) for sort, ids in runs(self.sample, self.encoder.tokenizer) if sort == what) for what in COLOURS}
+        counts = {
+            what: sum(len(ids) for sort, ids in runs(self.sample, self.encoder.tokenizer) if sort == what)
+            for what in COLOURS
+        }
         lost = int(self.sample['left_out'])
-        return (f'{sum(counts.values())} tokens: {counts["trained"]} trained, {counts["given"]} given, {counts["media"]} of pictures and clips'
-                + (f'; {lost} of the text left out, data.max_length={self.encoder.data.max_length}' if lost else ''))
+        return (
+            f'{sum(counts.values())} tokens: {counts["trained"]} trained, {counts["given"]} given,'
+            f' {counts["media"]} of pictures and clips'
+            + (
+                f'; {lost} of the text left out, data.max_length={self.encoder.data.max_length}'
+                if lost
+                else ''
+            )
+        )
 
     def _repr_html_(self) -> str:
-        tokenizer, pictures, chat, boxes = self.encoder.tokenizer, iter(media_html(self.sample, self.encoder)), [], []
+        tokenizer = self.encoder.tokenizer
+        pictures = iter(media_html(self.sample, self.encoder))
+        chat = []
+        boxes = []
         for what, ids in runs(self.sample, tokenizer):
             text = html.escape(tokenizer.decode(ids)).replace('\n', '<br>')
-            chat.append(f'<br>{next(pictures)}<small>, {len(ids)} tokens</small><br>' if what == 'media' else f'<span style="{COLOURS[what]}">{text}</span>')
-            boxes += [token_html(ids[0], what, tokenizer, len(ids))] if what == 'media' else [token_html(token, what, tokenizer) for token in ids]
-        return (f'<div style="max-width:60em"><small>{self.head()}</small><div style="font-family:monospace">{"".join(chat)}</div>'
-                f'<details><summary>token by token</summary><div style="font-family:monospace">{"".join(boxes)}</div></details></div>')
+            chat.append(
+                f'<br>{next(pictures)}<small>, {len(ids)} tokens</small><br>'
+                if what == 'media'
+                else f'<span style="{COLOURS[what]}">{text}</span>'
+            )
+            boxes += (
+                [token_html(ids[0], what, tokenizer, len(ids))]
+                if what == 'media'
+                else [token_html(token, what, tokenizer) for token in ids]
+            )
+        return (
+            f'<div style="max-width:60em"><small>{self.head()}</small><div'
+            f' style="font-family:monospace">{"".join(chat)}</div><details><summary>token by'
+            f' token</summary><div style="font-family:monospace">{"".join(boxes)}</div></details></div>'
+        )
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #dfcd73d5
 class PackedRecords:
@@ -199,76 +327,105 @@ class PackedRecords:
         self.ends = np.cumsum([0, *map(len, lines)])
         self.bytes = np.frombuffer(b''.join(lines), np.uint8)
 
-    def __len__(self) -> int: return len(self.ends) - 1
+    def __len__(self) -> int:
+        return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> Conversation:
-        made = json.loads(self.bytes[self.ends[index]:self.ends[index + 1]].tobytes())
-        return Conversation(tuple(Turn(**turn) for turn in made['turns']), tuple(made['images']),
-                      tuple(tuple(clip) if isinstance(clip, list) else clip for clip in made['videos']), made['system'], made['name'])
+        made = json.loads(self.bytes[self.ends[index] : self.ends[index + 1]].tobytes())
+        return Conversation(
+            tuple(Turn(**turn) for turn in made['turns']),
+            tuple(made['images']),
+            tuple(tuple(clip) if isinstance(clip, list) else clip for clip in made['videos']),
+            made['system'],
+            made['name'],
+        )
 
 
 class FileCache:
     "Whether a file exists, from one listing per folder instead of one question per file."
 
-    def __init__(self): self.names = {}
+    def __init__(self):
+        self.names = {}
 
     def __call__(self, path: str) -> bool:
         folder, name = os.path.split(path)
-        if folder not in self.names: self.names[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
+        if folder not in self.names:
+            self.names[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
         return name in self.names[folder]
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #0744cfbf
 def check_files(record: Conversation, media_dir: str | Path, exists: Callable[[str], bool]) -> None:
     "Raises BadRecord naming the first picture or clip of the record that is not there."
     for name in (*record.images, *record.videos):
-        for path in (name if isinstance(name, tuple) else (name,)):
-            if not exists(find_media(path, media_dir, exists)): raise BadRecord(f'no file {path}, neither under {media_dir} nor as given')
+        for path in name if isinstance(name, tuple) else (name,):
+            if not exists(find_media(path, media_dir, exists)):
+                raise BadRecord(f'no file {path}, neither under {media_dir} nor as given')
 
 
 def open_records(data: Data) -> tuple[list[Conversation], Report]:
     "The usable records of the files, and a Report that names the others."
     from tqdm.auto import tqdm
+
     files = split_files(data.files)
     require(files, 'data.files is empty: name one or more JSON or JSONL files')
-    raws = [(f'{Path(file).name}[{number}]', raw) for file in files for number, raw in enumerate(read_raw(file))][:data.max_samples]
+    raws = [
+        (f'{Path(file).name}[{number}]', raw) for file in files for number, raw in enumerate(read_raw(file))
+    ][: data.max_samples]
     records, dropped, exists = [], [], FileCache()
-    for index, (place, raw) in enumerate(tqdm(raws, unit=' records', mininterval=1, disable=len(raws) < 10_000)):
+    for index, (place, raw) in enumerate(
+        tqdm(raws, unit=' records', mininterval=1, disable=len(raws) < 10_000)
+    ):
         try:
             record = to_conversation(raw, data.columns)
             check_record(record)
             check_files(record, data.media_dir, exists)
             records.append(replace(record, name=place))
         except BadRecord as error:
-            dropped.append(Dropped(index, str(raw.get('id') or place) if isinstance(raw, dict) else place, str(error)))
+            dropped.append(
+                Dropped(index, str(raw.get('id') or place) if isinstance(raw, dict) else place, str(error))
+            )
     report = Report(len(records), tuple(dropped))
-    require(records, f'none of the {len(raws)} records of {", ".join(files)} can be used; the first: {dropped[0].reason if dropped else "there is none"}')
+    require(
+        records,
+        f'none of the {len(raws)} records of {", ".join(files)} can be used; the first:'
+        f' {dropped[0].reason if dropped else "there is none"}',
+    )
     return records, report
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #88e6c25c
 class Conversations:
-    "len and [i] -> Sample (see `encode_record`); a broken record is replaced by the next good one and the sample has `replaced=(i, reason)`."
+    """len and [i] -> Sample (see `encode_record`).
+
+    A broken record is replaced by the next good one and the sample has `replaced=(i, reason)`.
+    """
 
     def __init__(self, data: Data, folder: str | Path, positions: Positions):
         self.encoder, self.positions = open_encoder(folder, data), positions
         records, self.report = open_records(data)
         self.shelf, self.broken = PackedRecords(records), dict[int, str]()
 
-    def __len__(self) -> int: return len(self.shelf)
+    def __len__(self) -> int:
+        return len(self.shelf)
 
     def __getitem__(self, index: int) -> dict:
-        if not -len(self) <= index < len(self): raise IndexError(f'no sample {index} among {len(self)}')
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'no sample {index} among {len(self)}')
         index = int(index) % len(self)
         for step in range(len(self)):
             sample = self.attempt((index + step) % len(self))
-            if sample is not None: return {**sample, 'replaced': (index, self.broken[index])} if step else sample
+            if sample is not None:
+                return {**sample, 'replaced': (index, self.broken[index])} if step else sample
         raise BadRecord(f'none of the {len(self)} records can be read; record {index}: {self.broken[index]}')
 
     def attempt(self, index: int) -> dict | None:
         "The sample of a record, or None with the reason kept in `broken`; a record is tried once."
-        if index in self.broken: return None
+        if index in self.broken:
+            return None
         record = self.shelf[index]
-        try: return encode_record(record, self.encoder, self.positions)
-        except (BadRecord, MediaError) as error: self.broken[index] = f'{record.name}: {error}'
+        try:
+            return encode_record(record, self.encoder, self.positions)
+        except (BadRecord, MediaError) as error:
+            self.broken[index] = f'{record.name}: {error}'
         return None
 
     def show(self, index: int) -> View:
@@ -281,7 +438,11 @@ class Conversations:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #0255f4fb
 class Batch(dict):
-    "A packed micro-batch of tensors; `replaced` lists (index, reason) of broken samples that others stand in for."
+    """A packed micro-batch of tensors.
+
+    `replaced` lists (index, reason) of broken samples that others stand in for.
+    """
+
     replaced: tuple = ()
 
 
@@ -292,18 +453,29 @@ def shift(labels: Tensor) -> Tensor:
 
 def padding(length: int, pad: int) -> dict:
     "A segment of `length` pad tokens that train nothing."
-    return dict(input_ids=torch.full((length,), pad), labels=torch.full((length,), -100), positions=torch.arange(length).expand(3, -1))
+    return dict(
+        input_ids=torch.full((length,), pad),
+        labels=torch.full((length,), -100),
+        positions=torch.arange(length).expand(3, -1),
+    )
 
 
 def collate_conversations(samples: Sequence[dict], multiple: int = 1, pad: int = 0) -> Batch:
-    "Samples as one Batch: input_ids, labels (T,), positions (3, T), lengths (n,), samples (T,), pixels (P, 1176), grid (k, 3); T a multiple."
+    """Samples as one Batch: input_ids, labels (T,), positions (3, T), lengths (n,), samples (T,), pixels (P,
+    1176), grid (k, 3); T a multiple.
+    """
     tail = -sum(len(sample['input_ids']) for sample in samples) % multiple
     segments = [*samples, *([padding(tail, pad)] if tail else [])]
     lengths = torch.tensor([len(segment['input_ids']) for segment in segments])
-    batch = Batch(input_ids=torch.cat([segment['input_ids'] for segment in segments]), labels=torch.cat([shift(segment['labels']) for segment in segments]),
-                  positions=torch.cat([segment['positions'] for segment in segments], 1), lengths=lengths,
-                  samples=torch.arange(len(segments)).repeat_interleave(lengths),
-                  pixels=torch.cat([sample['pixels'] for sample in samples]), grid=torch.cat([sample['grid'] for sample in samples]))
+    batch = Batch(
+        input_ids=torch.cat([segment['input_ids'] for segment in segments]),
+        labels=torch.cat([shift(segment['labels']) for segment in segments]),
+        positions=torch.cat([segment['positions'] for segment in segments], 1),
+        lengths=lengths,
+        samples=torch.arange(len(segments)).repeat_interleave(lengths),
+        pixels=torch.cat([sample['pixels'] for sample in samples]),
+        grid=torch.cat([sample['grid'] for sample in samples]),
+    )
     batch.replaced = tuple(sample['replaced'] for sample in samples if 'replaced' in sample)
     return batch
 
@@ -311,22 +483,47 @@ def collate_conversations(samples: Sequence[dict], multiple: int = 1, pad: int =
 def question(messages: Any, images: Sequence, videos: Sequence, data: Data) -> Conversation:
     "A Conversation that ends with the user's turn."
     if isinstance(messages, str):
-        marks = ('' if '<image>' in messages else '<image>' * len(images)) + ('' if '<video>' in messages else '<video>' * len(videos))
+        marks = ('' if '<image>' in messages else '<image>' * len(images)) + (
+            '' if '<video>' in messages else '<video>' * len(videos)
+        )
         messages = [dict(role='user', content=f'{marks}\n{messages}' if marks else messages)]
     if not isinstance(messages, Conversation):
-        read = to_conversation({data.columns.messages: [asdict(turn) if isinstance(turn, Turn) else turn for turn in messages]}, data.columns)
-        messages = Conversation(read.turns, read.images + tuple(images), read.videos + tuple(videos), read.system)
-    turns = messages.turns[:-1] if messages.turns and messages.turns[-1].role == 'assistant' else messages.turns
+        read = to_conversation(
+            {data.columns.messages: [asdict(turn) if isinstance(turn, Turn) else turn for turn in messages]},
+            data.columns,
+        )
+        messages = Conversation(
+            read.turns, read.images + tuple(images), read.videos + tuple(videos), read.system
+        )
+    turns = (
+        messages.turns[:-1] if messages.turns and messages.turns[-1].role == 'assistant' else messages.turns
+    )
     record = Conversation(turns, messages.images, messages.videos, messages.system)
     check_record(record, answered=False)
     return record
 
 
-def encode_prompt(messages: Any, images: Sequence = (), videos: Sequence = (), *, encoder: Encoder, positions: Positions | None = None) -> dict:
-    "A Sample that ends with the assistant's header, nothing cut or trained; positions (3, s) only if the function is given."
+def encode_prompt(
+    messages: Any,
+    images: Sequence = (),
+    videos: Sequence = (),
+    *,
+    encoder: Encoder,
+    positions: Positions | None = None,
+) -> dict:
+    """A Sample that ends with the assistant's header, nothing cut or trained.
+
+    Positions (3, s) only if the function is given.
+    """
     record = question(messages, images, videos, encoder.data)
     seen, videos = look(record, encoder)
-    tokens = prompt_tokens(record.turns, [item.grid for item in seen], [item.grid for item in videos], encoder.tokenizer,
-                           system=encoder.data.system if record.system is None else record.system, merge=encoder.picture.merge)
+    tokens = prompt_tokens(
+        record.turns,
+        [item.grid for item in seen],
+        [item.grid for item in videos],
+        encoder.tokenizer,
+        system=encoder.data.system if record.system is None else record.system,
+        merge=encoder.picture.merge,
+    )
     sample = to_sample(tokens, seen, videos, encoder.picture.width)
     return with_positions(sample, positions) if positions else sample

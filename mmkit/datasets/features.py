@@ -26,17 +26,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.files import Jsonl, check_archive, load_json, parse_line, sha256, write_atomic
 from ..core.values import require
 from .clips import BadClip
 from .llava import Dropped
 from .media import MediaError
 from .order import size_table
 from .video import ClipReport, Facts, VideoClips, plan_take
-from ..core.files import Jsonl, check_archive, load_json, parse_line, sha256, write_atomic
 
 # %% ../../nbs/5_datasets/07_features.ipynb #876f9826
 class Encoders(Protocol):
     "Frozen encoders; equal identities mean equal results."
+
     clip_identity: str
     text_identity: str
 
@@ -57,6 +58,7 @@ def tensor_path(folder: str | Path, kind: str, key: str) -> Path:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     "Writes tensors as a safetensors file, whole or not at all."
     from safetensors.torch import save
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save({name: value.contiguous() for name, value in tensors.items()}))
 
@@ -64,14 +66,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of a safetensors file. Raises ValueError naming it when it is missing or broken."
     from safetensors.torch import load_file
-    try: return load_file(path)
-    except Exception as error: raise ValueError(f'{path} cannot be read ({error}): delete it and extract again') from None
+
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(f'{path} cannot be read ({error}): delete it and extract again') from None
 
 # %% ../../nbs/5_datasets/07_features.ipynb #2615e0ed
 class Index:
     "The lines of index.jsonl by the name of their clip; many processes may add to one file."
 
-    def __init__(self, folder: str | Path): self.path = Path(folder) / 'index.jsonl'
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / 'index.jsonl'
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -99,11 +105,15 @@ class Index:
         with self.locked():
             lines = self.read()
             kept = [line for name, line in lines.items() if name in names]
-            if self.path.exists() and len(kept) < len(Jsonl(self.path).read()): write_atomic(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
+            if self.path.exists() and len(kept) < len(Jsonl(self.path).read()):
+                write_atomic(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
 
 # %% ../../nbs/5_datasets/07_features.ipynb #de353083
 class Ready(NamedTuple):
-    "What is known of a clip before it is encoded: its line for the index, remarks, and its frames unless they are encoded already."
+    """What is known of a clip before it is encoded: its line for the index, remarks, and its frames unless
+    they are encoded already.
+    """
+
     line: dict
     remarks: list[str]
     frames: np.ndarray | None
@@ -111,7 +121,8 @@ class Ready(NamedTuple):
 
 def stamp(path: str) -> list[int] | None:
     "Size, times and inode of a file."
-    if not os.path.isfile(path): return None
+    if not os.path.isfile(path):
+        return None
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
@@ -121,7 +132,8 @@ def get_ready(clips: VideoClips, number: int, known: dict, encoders: Encoders, f
     one = clips.listed[number]
     line = dict(number=number, name=one.name)
     try:
-        if one.fault: raise BadClip(one.fault)
+        if one.fault:
+            raise BadClip(one.fault)
         marks = stamp(one.path)
         same = bool(marks) and known.get('stamp') == marks
         facts = Facts(*known['facts']) if same else clips.reader.facts(one.path)
@@ -130,14 +142,21 @@ def get_ready(clips: VideoClips, number: int, known: dict, encoders: Encoders, f
         key = key_of(digest, take.numbers, take.height, take.width, encoders.clip_identity)
         there = tensor_path(folder, 'latents', key).is_file()
         frames = None if there else clips.reader.frames(one.path, take.numbers, (take.height, take.width))
-    except (BadClip, MediaError) as error: return Ready({**line, 'dropped': str(error)}, [], None)
-    line |= dict(key=key, text=key_of(take.caption, encoders.text_identity), caption=take.caption, size=[len(take.numbers), take.height, take.width])
+    except (BadClip, MediaError) as error:
+        return Ready({**line, 'dropped': str(error)}, [], None)
+    line |= dict(
+        key=key,
+        text=key_of(take.caption, encoders.text_identity),
+        caption=take.caption,
+        size=[len(take.numbers), take.height, take.width],
+    )
     return Ready({**line, 'stamp': marks, 'facts': list(facts), 'sha256': digest}, remarks, frames)
 
 # %% ../../nbs/5_datasets/07_features.ipynb #b0dd3816
 @dataclass(frozen=True)
 class Extraction:
     "What a run did on one rank: clips and captions encoded, clips found encoded, seconds, and the report."
+
     encoded: int
     captions: int
     found: int
@@ -147,11 +166,16 @@ class Extraction:
     def head(self) -> str:
         "What was done, in a line."
         rate = f', {self.encoded / self.seconds:.1f} clips/s' if self.encoded else ''
-        return f'encoded {self.encoded} clips and {self.captions} captions in {self.seconds:.1f} s{rate}; {self.found} were there'
+        return (
+            f'encoded {self.encoded} clips and {self.captions} captions in {self.seconds:.1f} s{rate};'
+            f' {self.found} were there'
+        )
 
-    def __str__(self) -> str: return f'{self.head()}\n{self.report}'
+    def __str__(self) -> str:
+        return f'{self.head()}\n{self.report}'
 
-    def _repr_markdown_(self) -> str: return f'{self.head()}\n\n{self.report._repr_markdown_()}'
+    def _repr_markdown_(self) -> str:
+        return f'{self.head()}\n\n{self.report._repr_markdown_()}'
 
 
 def ahead(work: Any, numbers: Sequence[int], count: int = 2) -> Iterator[Any]:
@@ -161,33 +185,54 @@ def ahead(work: Any, numbers: Sequence[int], count: int = 2) -> Iterator[Any]:
         try:
             for number in left:
                 waiting.append(pool.submit(work, number))
-                if len(waiting) > count: yield waiting.pop(0).result()
-            while waiting: yield waiting.pop(0).result()
+                if len(waiting) > count:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
         finally:
-            for task in waiting: task.cancel()
+            for task in waiting:
+                task.cancel()
 
 # %% ../../nbs/5_datasets/07_features.ipynb #6d268f25
 def keep_clip(ready: Ready, encoders: Encoders, folder: Path) -> tuple[bool, bool]:
-    "Encodes and writes what is missing of a clip and its caption; returns whether the clip and whether the caption was."
+    """Encodes and writes what is missing of a clip and its caption.
+
+    Returns whether the clip and whether the caption was.
+    """
     text = tensor_path(folder, 'text', ready.line['text'])
     new_text = not text.is_file()
-    if new_text: write_tensors(text, dict(text=encoders.caption(ready.line['caption'])))
-    if ready.frames is not None: write_tensors(tensor_path(folder, 'latents', ready.line['key']), encoders.clip(ready.frames))
+    if new_text:
+        write_tensors(text, dict(text=encoders.caption(ready.line['caption'])))
+    if ready.frames is not None:
+        write_tensors(tensor_path(folder, 'latents', ready.line['key']), encoders.clip(ready.frames))
     return ready.frames is not None, new_text
 
 
 def keep_nothing(encoders: Encoders, folder: Path) -> None:
     "Encodes the empty caption, which stands for a dropped one, unless it is there; `nothing.json` names it."
     key = key_of('', encoders.text_identity)
-    if not tensor_path(folder, 'text', key).is_file(): write_tensors(tensor_path(folder, 'text', key), dict(text=encoders.caption('')))
+    if not tensor_path(folder, 'text', key).is_file():
+        write_tensors(tensor_path(folder, 'text', key), dict(text=encoders.caption('')))
     line = json.dumps(dict(text=key))
-    if not (folder / 'nothing.json').is_file() or (folder / 'nothing.json').read_text() != line: write_atomic(folder / 'nothing.json', line)
+    if not (folder / 'nothing.json').is_file() or (folder / 'nothing.json').read_text() != line:
+        write_atomic(folder / 'nothing.json', line)
 
 # %% ../../nbs/5_datasets/07_features.ipynb #ac2cd93a
-def extract_features(clips: VideoClips, encoders: Encoders, folder: str | Path, rank: int = 0, ranks: int = 1, progress: bool = True,
-                     watch: Callable[[dict], None] = lambda line: None) -> Extraction:
-    "Encodes every clip of this rank's share that is not in the folder yet; returns what it did. `watch` gets the line of each clip when it is done."
+def extract_features(
+    clips: VideoClips,
+    encoders: Encoders,
+    folder: str | Path,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: bool = True,
+    watch: Callable[[dict], None] = lambda line: None,
+) -> Extraction:
+    """Encodes every clip of this rank's share that is not in the folder yet; returns what it did.
+
+    `watch` gets the line of each clip when it is done.
+    """
     from tqdm.auto import tqdm
+
     require(0 <= rank < ranks, f'rank={rank} must lie between 0 and ranks - 1 = {ranks - 1}')
     folder, index, begun, done = Path(folder), Index(folder), time.monotonic(), Counter()
     if rank == 0:
@@ -195,44 +240,81 @@ def extract_features(clips: VideoClips, encoders: Encoders, folder: str | Path, 
         keep_nothing(encoders, folder)
     known, dropped, remarks = index.read(), [], []
     share = range(rank, len(clips.listed), ranks)
-    work = lambda number: get_ready(clips, number, known.get(clips.listed[number].name, {}), encoders, folder)
+
+    def work(number):
+        return get_ready(clips, number, known.get(clips.listed[number].name, {}), encoders, folder)
+
     for ready in tqdm(ahead(work, share), total=len(share), unit=' clips', disable=not progress):
         line = ready.line
-        if 'dropped' in line: dropped.append(Dropped(line['number'], line['name'], line['dropped']))
+        if 'dropped' in line:
+            dropped.append(Dropped(line['number'], line['name'], line['dropped']))
         else:
             clip, text = keep_clip(ready, encoders, folder)
             done.update(clips=clip, captions=text, found=not clip)
-        remarks += [Dropped(line['number'], line['name'], text) for text in [*ready.remarks, *filter(None, [clips.same.get(line['number'])])] if 'dropped' not in line]
-        if known.get(line['name']) != line: index.add(line)
+        said = [*ready.remarks, *filter(None, [clips.same.get(line['number'])])]
+        remarks += [Dropped(line['number'], line['name'], text) for text in said if 'dropped' not in line]
+        if known.get(line['name']) != line:
+            index.add(line)
         watch(line)
-    return Extraction(done['clips'], done['captions'], done['found'], time.monotonic() - begun, ClipReport(len(share) - len(dropped), tuple(dropped), tuple(remarks)))
+    return Extraction(
+        done['clips'],
+        done['captions'],
+        done['found'],
+        time.monotonic() - begun,
+        ClipReport(len(share) - len(dropped), tuple(dropped), tuple(remarks)),
+    )
 
 # %% ../../nbs/5_datasets/07_features.ipynb #82d144ff
 def pt_tensors(path: Path) -> dict[str, Any]:
     "What one of the peer's .pt files holds."
-    if not zipfile.is_zipfile(path): return torch.load(path, map_location='cpu', weights_only=True)      # an older file format cannot be mapped
+    # an older file format cannot be mapped
+    if not zipfile.is_zipfile(path):
+        return torch.load(path, map_location='cpu', weights_only=True)
     check_archive(path)
     return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
 
 
 def read_pt(path: Path) -> dict[str, Tensor]:
     "latents (c f h w), text (L d) without padding, and for i2v first and image, of one of the peer's files."
-    try: held = pt_tensors(path)
-    except Exception as error: raise ValueError(f'{path} cannot be read as tensors only: {(str(error).splitlines() or [type(error).__name__])[0][:160]}') from None
-    require(isinstance(held, dict) and {'video', 'prompt_ids', 'prompt_mask'} <= set(held), f'{path} lacks video, prompt_ids or prompt_mask: it is no feature file of a Wan clip')
-    flat = [name for name, x in held.items() if isinstance(x, Tensor) and (x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes())]
-    require(not flat and all(isinstance(held[name], Tensor) for name in ('video', 'prompt_ids', 'prompt_mask')), f'{path} holds less than its shapes say: extract it again')
-    last = lambda tensor, dims: tensor.reshape(tensor.shape[-dims:])
-    found = dict(latents=last(held['video'], 4), text=last(held['prompt_ids'], 2)[:int(held['prompt_mask'].sum())])
+    try:
+        held = pt_tensors(path)
+    except Exception as error:
+        raise ValueError(
+            f'{path} cannot be read as tensors only:'
+            f' {(str(error).splitlines() or [type(error).__name__])[0][:160]}'
+        ) from None
+    require(
+        isinstance(held, dict) and {'video', 'prompt_ids', 'prompt_mask'} <= set(held),
+        f'{path} lacks video, prompt_ids or prompt_mask: it is no feature file of a Wan clip',
+    )
+    flat = [
+        name
+        for name, x in held.items()
+        if isinstance(x, Tensor) and (x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes())
+    ]
+    require(
+        not flat and all(isinstance(held[name], Tensor) for name in ('video', 'prompt_ids', 'prompt_mask')),
+        f'{path} holds less than its shapes say: extract it again',
+    )
+
+    def last(tensor, dims):
+        return tensor.reshape(tensor.shape[-dims:])
+
+    found = dict(
+        latents=last(held['video'], 4), text=last(held['prompt_ids'], 2)[: int(held['prompt_mask'].sum())]
+    )
     for name, theirs, dims in (('first', 'i2v_vae_feature', 4), ('image', 'i2v_clip_feature', 2)):
-        if isinstance(held.get(theirs), Tensor): found[name] = last(held[theirs], dims)
+        if isinstance(held.get(theirs), Tensor):
+            found[name] = last(held[theirs], dims)
     return found
 
 # %% ../../nbs/5_datasets/07_features.ipynb #dff84377
 def own_entries(folder: Path) -> tuple[list[dict], list[Dropped]]:
     "The kept lines of an index in the order of the list, and the dropped ones."
     lines = sorted(Index(folder).read().values(), key=lambda line: line['number'])
-    return [line for line in lines if 'dropped' not in line], [Dropped(line['number'], line['name'], line['dropped']) for line in lines if 'dropped' in line]
+    return [line for line in lines if 'dropped' not in line], [
+        Dropped(line['number'], line['name'], line['dropped']) for line in lines if 'dropped' in line
+    ]
 
 
 def mindspeed_mm_entries(file: Path) -> tuple[list[dict], list[Dropped]]:
@@ -242,52 +324,79 @@ def mindspeed_mm_entries(file: Path) -> tuple[list[dict], list[Dropped]]:
         record = parse_line(line.encode(), f'{file} line {number + 1}')
         path = file.parent / str(record.get('file'))
         name = str(record.get('path', path))
-        try: size = list(read_pt(path)['latents'].shape[1:])
-        except ValueError as error: dropped.append(Dropped(number, name, str(error)))
-        else: kept.append(dict(name=name, file=path, size=size, caption=record.get('cap', '')))
+        try:
+            size = list(read_pt(path)['latents'].shape[1:])
+        except ValueError as error:
+            dropped.append(Dropped(number, name, str(error)))
+        else:
+            kept.append(dict(name=name, file=path, size=size, caption=record.get('cap', '')))
     return kept, dropped
 
 # %% ../../nbs/5_datasets/07_features.ipynb #7cb63810
 class Features:
-    "len and [i] -> {name, caption, latents (c f h w), text (L d)} and for i2v first and image, from a folder of features, ours or the peer's."
+    """len and [i] -> {name, caption, latents (c f h w), text (L d)} and for i2v first and image, from a
+    folder of features, ours or the peer's.
+    """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.folder = folder if folder.is_dir() else folder.parent
         own, peer = self.folder / 'index.jsonl', folder / 'data.jsonl' if folder.is_dir() else folder
-        require(own.is_file() or peer.is_file(), f'{folder} holds neither index.jsonl nor data.jsonl: extract features into it first')
+        require(
+            own.is_file() or peer.is_file(),
+            f'{folder} holds neither index.jsonl nor data.jsonl: extract features into it first',
+        )
         self.entries, dropped = own_entries(self.folder) if own.is_file() else mindspeed_mm_entries(peer)
         self.report = ClipReport(len(self.entries), tuple(dropped))
-        require(self.entries, f'{folder} holds no usable features{f"; the first: {dropped[0].reason}" if dropped else ""}')
+        require(
+            self.entries,
+            f'{folder} holds no usable features{f"; the first: {dropped[0].reason}" if dropped else ""}',
+        )
         self.sizes = [tuple(entry['size']) for entry in self.entries]
 
-    def __len__(self) -> int: return len(self.entries)
+    def __len__(self) -> int:
+        return len(self.entries)
 
     def __getitem__(self, index: int) -> dict:
         entry = self.entries[index]
-        if 'file' in entry: tensors = read_pt(entry['file'])
-        else: tensors = {**read_tensors(tensor_path(self.folder, 'latents', entry['key'])), **read_tensors(tensor_path(self.folder, 'text', entry['text']))}
+        if 'file' in entry:
+            tensors = read_pt(entry['file'])
+        else:
+            tensors = {
+                **read_tensors(tensor_path(self.folder, 'latents', entry['key'])),
+                **read_tensors(tensor_path(self.folder, 'text', entry['text'])),
+            }
         return dict(name=entry['name'], caption=entry['caption'], **tensors)
 
     @property
     def nothing(self) -> Tensor:
         "The vectors (L d) of the empty caption. Raises ValueError for the peer's features, which have none."
-        require((self.folder / 'nothing.json').is_file(), f'{self.folder} has no vectors of the empty caption: set video.caption_dropout=0, or extract the features with mmkit')
-        return read_tensors(tensor_path(self.folder, 'text', load_json(self.folder / 'nothing.json')['text']))['text']
+        require(
+            (self.folder / 'nothing.json').is_file(),
+            f'{self.folder} has no vectors of the empty caption: set video.caption_dropout=0, or extract the'
+            ' features with mmkit',
+        )
+        return read_tensors(
+            tensor_path(self.folder, 'text', load_json(self.folder / 'nothing.json')['text'])
+        )['text']
 
-    def _repr_markdown_(self) -> str: return size_table(self.sizes)
+    def _repr_markdown_(self) -> str:
+        return size_table(self.sizes)
 
 # %% ../../nbs/5_datasets/07_features.ipynb #487c1396
 class OnlineFeatures:
     "As Features, encoded when asked for."
 
-    def __init__(self, clips: VideoClips, encoders: Encoders): self.clips, self.encoders, self.texts = clips, encoders, {}
+    def __init__(self, clips: VideoClips, encoders: Encoders):
+        self.clips, self.encoders, self.texts = clips, encoders, {}
 
     @property
-    def report(self) -> ClipReport: return self.clips.report
+    def report(self) -> ClipReport:
+        return self.clips.report
 
     @property
-    def nothing(self) -> Tensor: return self.encoders.caption('')
+    def nothing(self) -> Tensor:
+        return self.encoders.caption('')
 
     @property
     def sizes(self) -> list[tuple[int, int, int]]:
@@ -295,29 +404,52 @@ class OnlineFeatures:
         takes = map(self.clips.look, self.clips.kept)
         return [(len(take.numbers), take.height, take.width) for take in takes]
 
-    def __len__(self) -> int: return len(self.clips)
+    def __len__(self) -> int:
+        return len(self.clips)
 
     def __getitem__(self, index: int) -> dict:
         sample = dict(self.clips[index])
         caption = sample['caption']
-        if caption not in self.texts: self.texts[caption] = self.encoders.caption(caption)
+        if caption not in self.texts:
+            self.texts[caption] = self.encoders.caption(caption)
         return {**self.encoders.clip(sample.pop('frames')), 'text': self.texts[caption], **sample}
 
-    def _repr_markdown_(self) -> str: return size_table(self.sizes)
+    def _repr_markdown_(self) -> str:
+        return size_table(self.sizes)
 
 # %% ../../nbs/5_datasets/07_features.ipynb #9ffde1d0
 def pad_text(texts: Sequence[Tensor], length: int) -> Tensor:
     "Texts (L d) as (n length d), zeros behind each."
     longest = max(len(text) for text in texts)
-    require(longest <= length, f'a caption has {longest} tokens and the batch {length} places: give a length of at least {longest}')
-    return torch.stack([torch.cat([text, text.new_zeros(length - len(text), text.shape[1])]) for text in texts])
+    require(
+        longest <= length,
+        f'a caption has {longest} tokens and the batch {length} places: give a length of at least {longest}',
+    )
+    return torch.stack(
+        [torch.cat([text, text.new_zeros(length - len(text), text.shape[1])]) for text in texts]
+    )
 
 
 def collate_features(samples: Sequence[dict], length: int = 512) -> dict:
-    "Batch {latents (n c f h w), text (n length d), lengths (n,), names, captions} and for i2v first and image, of samples of one size."
+    """Batch {latents (n c f h w), text (n length d), lengths (n,), names, captions} and for i2v first and
+    image, of samples of one size.
+    """
     sizes = {tuple(sample['latents'].shape) for sample in samples}
-    require(len(sizes) == 1, f'latents of {len(sizes)} sizes cannot be stacked: {sorted(sizes)}; use SizeOrder, which puts equal ones together')
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in ('latents', 'first', 'image') if name in samples[0]}
+    require(
+        len(sizes) == 1,
+        f'latents of {len(sizes)} sizes cannot be stacked: {sorted(sizes)}; use SizeOrder, which puts equal'
+        ' ones together',
+    )
+    batch = {
+        name: torch.stack([sample[name] for sample in samples])
+        for name in ('latents', 'first', 'image')
+        if name in samples[0]
+    }
     texts = [sample['text'] for sample in samples]
-    return dict(**batch, text=pad_text(texts, length), lengths=torch.tensor([len(text) for text in texts]),
-                names=[sample['name'] for sample in samples], captions=[sample['caption'] for sample in samples])
+    return dict(
+        **batch,
+        text=pad_text(texts, length),
+        lengths=torch.tensor([len(text) for text in texts]),
+        names=[sample['name'] for sample in samples],
+        captions=[sample['caption'] for sample in samples],
+    )

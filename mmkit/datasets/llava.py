@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.values import require
 from ..core.files import load_json, write_atomic
+from ..core.values import require
 
 # %% ../../nbs/5_datasets/00_llava.ipynb #01e2caae
 class Dropped(NamedTuple):
     "A record that was left out."
+
     index: int
     id: str
     reason: str
@@ -26,6 +27,7 @@ class Dropped(NamedTuple):
 @dataclass(frozen=True)
 class Report:
     "How many records were kept, and which were dropped for what reason."
+
     kept: int
     dropped: tuple[Dropped, ...] = ()
 
@@ -35,9 +37,13 @@ class Report:
 
     def _repr_markdown_(self, rows: int = 20) -> str:
         text = f'kept **{self.kept}** of {self.kept + len(self.dropped)} records'
-        if not self.dropped: return text
+        if not self.dropped:
+            return text
         lines = ['| record | id | dropped because |', '|---|---|---|']
-        safe = ((str(cell).replace('|', '&#124;').replace('<', '&lt;').replace('\n', ' ') for cell in drop) for drop in self.dropped[:rows])
+        safe = (
+            (str(cell).replace('|', '&#124;').replace('<', '&lt;').replace('\n', ' ') for cell in drop)
+            for drop in self.dropped[:rows]
+        )
         lines += ['| ' + ' | '.join(cells) + ' |' for cells in safe]
         more = f'\n\nand {len(self.dropped) - rows} more in `.dropped`' if len(self.dropped) > rows else ''
         return f'{text}\n\n' + '\n'.join(lines) + more
@@ -48,37 +54,64 @@ ROLES = {'human': 'user', 'gpt': 'assistant'}
 
 def find_fault(record: Any, images: str | os.PathLike) -> str | None:
     "Why a LLaVA record cannot be used, in a few words; None when it can."
-    if not isinstance(record, dict): return f'not an object but {type(record).__name__}'
+    if not isinstance(record, dict):
+        return f'not an object but {type(record).__name__}'
     turns, image = record.get('conversations'), record.get('image')
-    if not isinstance(turns, list) or not turns: return 'no conversations'
+    if not isinstance(turns, list) or not turns:
+        return 'no conversations'
     for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict): return f'turn {number} is not an object'
-        if turn.get('from') not in list(ROLES): return f'turn {number} has the unknown role {turn.get("from")!r}; known are {list(ROLES)}'
-        if not isinstance(turn.get('value'), str): return f'turn {number} has no text in "value"'
-    if not image: return None
-    if not isinstance(image, str): return f'image is not a string but {type(image).__name__}'
+        if not isinstance(turn, dict):
+            return f'turn {number} is not an object'
+        if turn.get('from') not in list(ROLES):
+            return f'turn {number} has the unknown role {turn.get("from")!r}; known are {list(ROLES)}'
+        if not isinstance(turn.get('value'), str):
+            return f'turn {number} has no text in "value"'
+    if not image:
+        return None
+    if not isinstance(image, str):
+        return f'image is not a string but {type(image).__name__}'
     path = os.path.join(images, image)
     return None if os.path.isfile(path) else f'no file {path}'
 
 # %% ../../nbs/5_datasets/00_llava.ipynb #68f7d20c
 def to_mllm(record: dict, images: str | os.PathLike) -> dict:
-    "The record as `{'images': [path], 'messages': [{'role', 'content'}]}`; `images` is empty when it has no picture."
+    """The record as `{'images': [path], 'messages': [{'role', 'content'}]}`.
+
+    `images` is empty when it has no picture.
+    """
     paths = [os.path.join(images, record['image'])] if record.get('image') else []
     messages = [{'role': ROLES[turn['from']], 'content': turn['value']} for turn in record['conversations']]
     return {'images': paths, 'messages': messages}
 
 # %% ../../nbs/5_datasets/00_llava.ipynb #309fb657
-def llava_to_mllm(source: str | Path, target: str | Path, images: str | os.PathLike, overwrite: bool = False) -> Report:
-    "Writes the LLaVA-Instruct file `source` as messages-and-images JSON to `target`; the Report names every dropped record."
+def llava_to_mllm(
+    source: str | Path, target: str | Path, images: str | os.PathLike, overwrite: bool = False
+) -> Report:
+    """Writes the LLaVA-Instruct file `source` as messages-and-images JSON to `target`.
+
+    The Report names every dropped record.
+    """
     from tqdm.auto import tqdm
+
     target = Path(target)
-    require(overwrite or not target.exists(), f'{target} exists already: move it away, choose another target, or pass overwrite=True')
-    require(target.parent.is_dir(), f'{target.parent} is not a folder: make it first or choose another target')
+    require(
+        overwrite or not target.exists(),
+        f'{target} exists already: move it away, choose another target, or pass overwrite=True',
+    )
+    require(
+        target.parent.is_dir(), f'{target.parent} is not a folder: make it first or choose another target'
+    )
     require(os.path.isdir(images), f'{images} is not a folder: give the folder that holds the pictures')
     records = load_json(source, limit=1 << 36)
-    require(isinstance(records, list), f'{source} holds {type(records).__name__} and not a list of records: give a LLaVA-Instruct JSON array')
+    require(
+        isinstance(records, list),
+        f'{source} holds {type(records).__name__} and not a list of records: give a LLaVA-Instruct JSON'
+        ' array',
+    )
     lines, dropped = [], []
-    for index, record in enumerate(tqdm(records, unit=' records', mininterval=1, disable=len(records) < 10_000)):
+    for index, record in enumerate(
+        tqdm(records, unit=' records', mininterval=1, disable=len(records) < 10_000)
+    ):
         if fault := find_fault(record, images):
             name = record.get('id', '') if isinstance(record, dict) else ''
             dropped.append(Dropped(index, str(name), fault))

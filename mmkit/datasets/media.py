@@ -37,8 +37,11 @@ def explain(error: Exception) -> str:
 def whiten(picture: 'Image.Image') -> 'Image.Image':
     "The picture as RGB, transparent parts on white, 16-bit grey scaled to 8."
     from PIL import Image
-    if picture.mode.startswith('I'): picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
-    if 'A' not in picture.getbands() and 'transparency' not in picture.info: return picture.convert('RGB')
+
+    if picture.mode.startswith('I'):
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+    if 'A' not in picture.getbands() and 'transparency' not in picture.info:
+        return picture.convert('RGB')
     picture = picture.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
 
@@ -46,53 +49,74 @@ def whiten(picture: 'Image.Image') -> 'Image.Image':
 def upright(picture: 'Image.Image') -> 'Image.Image':
     "The loaded picture turned as its EXIF says, or as it is when its EXIF is broken."
     from PIL import ImageOps
-    try: return ImageOps.exif_transpose(picture)
-    except Exception: return picture
+
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:
+        return picture
 
 
 def read_picture(source: 'str | Path | Image.Image', most_pixels: int = 89_478_485) -> 'Image.Image':
     "The picture as upright RGB. Raises MediaError naming the file and the reason."
     from PIL import Image
-    if isinstance(source, Image.Image): return whiten(source)
+
+    if isinstance(source, Image.Image):
+        return whiten(source)
     try:
         with Image.open(source) as picture:
             if picture.width * picture.height > most_pixels:
-                raise MediaError(f'{source}: {picture.width}x{picture.height} pixels, more than the {most_pixels} allowed')
+                raise MediaError(
+                    f'{source}: {picture.width}x{picture.height} pixels, more than the {most_pixels} allowed'
+                )
             picture.load()
             return whiten(upright(picture))
-    except MediaError: raise
-    except Exception as error: raise MediaError(f'{source}: {explain(error)}') from error
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(f'{source}: {explain(error)}') from error
 
 # %% ../../nbs/5_datasets/01_media.ipynb #6ed64f34
 def area_size(width: int, height: int, low: int, high: int) -> tuple[int, int]:
     "(width, height) scaled so that the area lies between `low` and `high` pixels."
     wanted = min(max(width * height, low), high)
-    if wanted == width * height: return width, height
+    if wanted == width * height:
+        return width, height
     scale = math.sqrt(wanted / (width * height))
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
 def aspect_size(width: int, height: int, most: int = 200, then: int = 180) -> tuple[int, int]:
     "(width, height) with sides in a ratio of `then` if it is above `most`."
-    if width / height > most: return height * then, height
-    if height / width > most: return width, width * then
+    if width / height > most:
+        return height * then, height
+    if height / width > most:
+        return width, width * then
     return width, height
 
 
 def fit_area(picture: 'Image.Image', low: int, high: int, least: int = 28) -> 'Image.Image':
-    "The picture with an area in [low, high], no side under `least` and no side more than 200 times the other."
+    """The picture with an area in [low, high], no side under `least` and no side more than 200 times the
+    other.
+    """
     from PIL import Image
-    sides = lambda width, height: (max(width, least), max(height, least))
+
+    def sides(width, height):
+        return (max(width, least), max(height, least))
+
     for rule in (lambda *size: area_size(*size, low, high), sides, aspect_size):
         size = rule(*picture.size)
-        if size != picture.size: picture = picture.resize(size, Image.Resampling.NEAREST)
+        if size != picture.size:
+            picture = picture.resize(size, Image.Resampling.NEAREST)
     return picture
 
 # %% ../../nbs/5_datasets/01_media.ipynb #d9742f28
 def grid_size(height: int, width: int, step: int, low: int, high: int) -> tuple[int, int]:
-    "(height, width) in multiples of `step`, nearest to the given ones, with an area between `low` and `high`."
+    """(height, width) in multiples of `step`, nearest to the given ones, with an area between `low` and
+    `high`.
+    """
     near = round(height / step) * step, round(width / step) * step
-    if low <= near[0] * near[1] <= high: return near
+    if low <= near[0] * near[1] <= high:
+        return near
     if near[0] * near[1] > high:
         shrink = math.sqrt(height * width / high)
         return tuple(max(step, math.floor(side / shrink / step) * step) for side in (height, width))
@@ -102,7 +126,10 @@ def grid_size(height: int, width: int, step: int, low: int, high: int) -> tuple[
 # %% ../../nbs/5_datasets/01_media.ipynb #f70230e0
 @dataclass(frozen=True, kw_only=True)
 class PatchRule:
-    "How pixels become patches: side of a patch, patches merged per side, frames per patch, limits in pixels, colours."
+    """How pixels become patches: side of a patch, patches merged per side, frames per patch, limits in
+    pixels, colours.
+    """
+
     patch: int = 14
     merge: int = 2
     frames: int = 2
@@ -112,21 +139,30 @@ class PatchRule:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
-    def step(self) -> int: return self.patch * self.merge
+    def step(self) -> int:
+        return self.patch * self.merge
 
     @property
-    def width(self) -> int: return 3 * self.frames * self.patch ** 2
+    def width(self) -> int:
+        return 3 * self.frames * self.patch**2
 
     def tokens(self, grid: Sequence[int]) -> int:
         "Tokens that a (t, h, w) grid of patches takes in the text."
-        return int(grid[0]) * int(grid[1]) * int(grid[2]) // self.merge ** 2
+        return int(grid[0]) * int(grid[1]) * int(grid[2]) // self.merge**2
 
 # %% ../../nbs/5_datasets/01_media.ipynb #c88026e3
 def open_image_processor(folder: str | Path) -> Any:
-    "Hugging Face's PIL image processor of the folder. Raises ValueError when the folder has no processor settings."
+    """Hugging Face's PIL image processor of the folder.
+
+    Raises ValueError when the folder has no processor settings.
+    """
     import transformers
+
     names = ('preprocessor_config.json', 'processor_config.json')
-    require(any((Path(folder) / name).is_file() for name in names), f'{folder} has neither {names[0]} nor {names[1]}: copy it from the model\'s Hugging Face folder')
+    require(
+        any((Path(folder) / name).is_file() for name in names),
+        f"{folder} has neither {names[0]} nor {names[1]}: copy it from the model's Hugging Face folder",
+    )
     kind = getattr(transformers, 'Qwen2VLImageProcessorPil', None) or transformers.Qwen2VLImageProcessor
     return kind.from_pretrained(str(folder), local_files_only=True)
 
@@ -134,19 +170,29 @@ def open_image_processor(folder: str | Path) -> Any:
 def picture_rule(processor: Any) -> PatchRule:
     "The PatchRule of an image processor."
     size = processor.size
-    return PatchRule(patch=processor.patch_size, merge=processor.merge_size, frames=processor.temporal_patch_size, low=size['shortest_edge'],
-                     high=size['longest_edge'], mean=tuple(processor.image_mean), std=tuple(processor.image_std))
+    return PatchRule(
+        patch=processor.patch_size,
+        merge=processor.merge_size,
+        frames=processor.temporal_patch_size,
+        low=size['shortest_edge'],
+        high=size['longest_edge'],
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+    )
 
 
 def video_rule(folder: str | Path, rule: PatchRule) -> PatchRule:
     "The rule for clips: that of pictures, with the limits of the folder's video settings if it has any."
     for name in ('video_preprocessor_config.json', 'processor_config.json'):
-        if not (Path(folder) / name).is_file(): continue
+        if not (Path(folder) / name).is_file():
+            continue
         found = json.loads((Path(folder) / name).read_text(encoding='utf-8'))
         found = found.get('video_processor', {}) if name == 'processor_config.json' else found
         size = found.get('size') or {}
-        low, high = size.get('shortest_edge', found.get('min_pixels')), size.get('longest_edge', found.get('max_pixels'))
-        if low and high: return replace(rule, low=low, high=high)
+        low = size.get('shortest_edge', found.get('min_pixels'))
+        high = size.get('longest_edge', found.get('max_pixels'))
+        if low and high:
+            return replace(rule, low=low, high=high)
     return rule
 
 # %% ../../nbs/5_datasets/01_media.ipynb #aa2efc76
@@ -180,14 +226,21 @@ def see(patches: np.ndarray, grid: Sequence[int], rule: PatchRule) -> np.ndarray
 def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     "uint8 frames (t, h, w, 3) as (t, 3, height, width)."
     import torch
+
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
     if pixels.shape[2:] != (height, width):
-        pixels = torch.nn.functional.interpolate(pixels, (height, width), mode='bicubic', align_corners=False, antialias=True)
+        pixels = torch.nn.functional.interpolate(
+            pixels, (height, width), mode='bicubic', align_corners=False, antialias=True
+        )
     return pixels.numpy()
 
 
-def frames_patches(frames: np.ndarray, rule: PatchRule, fps: float = 2.0) -> tuple[np.ndarray, tuple[int, int, int], float]:
-    "Float32 patches of uint8 frames (t, h, w, 3), their grid (t/2, h, w), and seconds per temporal grid step."
+def frames_patches(
+    frames: np.ndarray, rule: PatchRule, fps: float = 2.0
+) -> tuple[np.ndarray, tuple[int, int, int], float]:
+    """Float32 patches of uint8 frames (t, h, w, 3), their grid (t/2, h, w), and seconds per temporal grid
+    step.
+    """
     size = grid_size(*frames.shape[1:3], rule.step, rule.low, rule.high)
     pixels = resize_frames(frames, *size).astype(np.float32)
     missing = -len(pixels) % rule.frames
@@ -196,47 +249,64 @@ def frames_patches(frames: np.ndarray, rule: PatchRule, fps: float = 2.0) -> tup
     return *cut((pixels - mean) / std, rule), rule.frames / fps
 
 # %% ../../nbs/5_datasets/01_media.ipynb #00e93e7a
-def frame_indices(total: int, duration: float | None, video_fps: float = 2.0, video_maxlen: int = 64) -> np.ndarray:
-    "Frame numbers to take, int64, an even count, from a clip of `total` frames (0: unknown) and `duration` seconds (None: unknown)."
-    if not total: chosen = np.arange(video_maxlen)
+def frame_indices(
+    total: int, duration: float | None, video_fps: float = 2.0, video_maxlen: int = 64
+) -> np.ndarray:
+    """Frame numbers to take, int64, an even count, from a clip of `total` frames (0: unknown) and `duration`
+    seconds (None: unknown).
+    """
+    if not total:
+        chosen = np.arange(video_maxlen)
     else:
-        wanted = total if duration is None else max(1, math.floor(duration * video_fps + 1e-6))      # 1e-6: 2.9999999 frames are 3
+        # 1e-6: 2.9999999 frames are 3
+        wanted = total if duration is None else max(1, math.floor(duration * video_fps + 1e-6))
         chosen = np.linspace(0, total - 1, min(total, video_maxlen, wanted)).astype(np.int64)
     return np.append(chosen, chosen[-1:]) if len(chosen) % 2 else chosen
 
 # %% ../../nbs/5_datasets/01_media.ipynb #87fcbf97
-Choose = Callable[[int, 'float | None'], np.ndarray]      # (frames, seconds) -> frame numbers
-Each = Callable[[np.ndarray], np.ndarray]                 # uint8 (h, w, 3) -> (h, w, 3)
-Clip = tuple[list[int], list[np.ndarray], float]          # frame numbers, their frames, seconds of the whole clip
+Choose = Callable[[int, 'float | None'], np.ndarray]  # (frames, seconds) -> frame numbers
+Each = Callable[[np.ndarray], np.ndarray]  # uint8 (h, w, 3) -> (h, w, 3)
+# frame numbers, their frames, seconds of the whole clip
+Clip = tuple[list[int], list[np.ndarray], float]
 
 
 def decord_clip(path: str | Path, choose: Choose, each: Each) -> Clip:
     "The chosen frames by decord."
     import decord
+
     reader = decord.VideoReader(str(path), num_threads=1)
     seconds = len(reader) / reader.get_avg_fps()
     chosen = choose(len(reader), seconds).tolist()
-    parts = (chosen[start:start + 8] for start in range(0, len(chosen), 8))
+    parts = (chosen[start : start + 8] for start in range(0, len(chosen), 8))
     return chosen, [each(frame) for part in parts for frame in reader.get_batch(part).asnumpy()], seconds
 
 
 def count_packets(path: str | Path) -> int:
     "Frames in a file that does not say how many it has."
     import av
-    with av.open(str(path)) as file: return sum(packet.size > 0 for packet in file.demux(video=0))
+
+    with av.open(str(path)) as file:
+        return sum(packet.size > 0 for packet in file.demux(video=0))
 
 
 def av_clip(path: str | Path, choose: Choose, each: Each) -> Clip:
     "The chosen frames by PyAV."
     import av
+
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         total, number, found = stream.frames or count_packets(path), -1, {}
-        seconds = float(stream.duration * stream.time_base) if stream.duration else float(total / stream.average_rate)
+        seconds = (
+            float(stream.duration * stream.time_base)
+            if stream.duration
+            else float(total / stream.average_rate)
+        )
         chosen = choose(total, seconds).tolist()
         for number, frame in enumerate(file.decode(stream)):
-            if number in chosen: found[number] = each(frame.to_ndarray(format='rgb24'))
-            if number >= max(chosen): break
+            if number in chosen:
+                found[number] = each(frame.to_ndarray(format='rgb24'))
+            if number >= max(chosen):
+                break
     require(found.keys() == set(chosen), f'only {number + 1} of {total} frames can be decoded')
     return chosen, [found[number] for number in chosen], seconds
 
@@ -246,12 +316,16 @@ READERS = {'decord': decord_clip, 'av': av_clip}
 
 def file_clip(path: str | Path, choose: Choose, each: Each, readers: Sequence[str]) -> Clip:
     "The chosen frames of a file from the first reader that can."
-    if not Path(path).is_file(): raise MediaError(f'{path}: No such file or directory')
+    if not Path(path).is_file():
+        raise MediaError(f'{path}: No such file or directory')
     reasons = []
     for name in readers:
-        try: return READERS[name](path, choose, each)
-        except MediaError: raise
-        except Exception as error: reasons.append(f'{name}: {explain(error)}')
+        try:
+            return READERS[name](path, choose, each)
+        except MediaError:
+            raise
+        except Exception as error:
+            reasons.append(f'{name}: {explain(error)}')
     raise MediaError(f'{path}: ' + '; '.join(reasons))
 
 
@@ -259,32 +333,55 @@ def picture_clip(pictures: Sequence, choose: Choose, each: Each, video_fps: floa
     "The chosen ones of pictures that make a clip, `video_fps` of them a second."
     chosen = choose(len(pictures), len(pictures) / video_fps).tolist()
     read = {number: each(np.asarray(read_picture(pictures[number]))) for number in chosen}
-    if len({frame.shape for frame in read.values()}) > 1: raise MediaError(f'{pictures[0]}: the pictures of this clip differ in size')
+    if len({frame.shape for frame in read.values()}) > 1:
+        raise MediaError(f'{pictures[0]}: the pictures of this clip differ in size')
     return chosen, [read[number] for number in chosen], len(pictures) / video_fps
 
 # %% ../../nbs/5_datasets/01_media.ipynb #9eb4f308
 @dataclass(frozen=True)
 class Frames:
     "Frames of a clip: uint8 pixels (t, h, w, 3), and how many different ones of them a second has."
+
     pixels: np.ndarray
     fps: float
 
 
 def picked(indices: Sequence[int], source: Any) -> Choose:
     "A Choose that takes the given frames and refuses numbers that the clip does not have."
+
     def choose(total: int, seconds: float | None) -> np.ndarray:
         outside = [int(number) for number in indices if not 0 <= number < total]
-        if outside or not len(indices): raise MediaError(f'{source}: {f"no frame {outside[0]} among {total}" if outside else "no frame is asked for"}')
+        if outside or not len(indices):
+            raise MediaError(
+                f'{source}: {f"no frame {outside[0]} among {total}" if outside else "no frame is asked for"}'
+            )
         return np.asarray(indices, np.int64)
+
     return choose
 
 
-def read_frames(source: 'str | Path | Sequence', indices: Sequence[int] | None = None, *, video_fps: float = 2.0, video_maxlen: int = 64,
-                each: Each = lambda frame: frame, readers: Sequence[str] = ('decord', 'av')) -> Frames:
-    "Frames of a file or list of pictures, by `indices` or else `frame_indices`. Raises MediaError naming the file and the reason."
-    by_rate = lambda total, seconds: frame_indices(total, seconds, video_fps, video_maxlen)
+def read_frames(
+    source: 'str | Path | Sequence',
+    indices: Sequence[int] | None = None,
+    *,
+    video_fps: float = 2.0,
+    video_maxlen: int = 64,
+    each: Each = lambda frame: frame,
+    readers: Sequence[str] = ('decord', 'av'),
+) -> Frames:
+    """Frames of a file or list of pictures, by `indices` or else `frame_indices`.
+
+    Raises MediaError naming the file and the reason.
+    """
+
+    def by_rate(total, seconds):
+        return frame_indices(total, seconds, video_fps, video_maxlen)
+
     choose = by_rate if indices is None else picked(indices, source)
-    if isinstance(source, (str, Path)): chosen, frames, seconds = file_clip(source, choose, each, readers)
-    elif len(source): chosen, frames, seconds = picture_clip(source, choose, each, video_fps)
-    else: raise MediaError('a clip of no pictures')
+    if isinstance(source, (str, Path)):
+        chosen, frames, seconds = file_clip(source, choose, each, readers)
+    elif len(source):
+        chosen, frames, seconds = picture_clip(source, choose, each, video_fps)
+    else:
+        raise MediaError('a clip of no pictures')
     return Frames(np.stack(frames), len(set(chosen)) / seconds)

@@ -29,7 +29,7 @@ from ..core.values import require
 @lru_cache(maxsize=4)
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     "The numbers 0 … count-1 in the order of an epoch."
-    return np.random.RandomState([seed & 0xffffffff, epoch]).permutation(count)
+    return np.random.RandomState([seed & 0xFFFFFFFF, epoch]).permutation(count)
 
 # %% ../../nbs/5_datasets/05_order.ipynb #c1c7bc97
 def check_order(order: 'Order') -> None:
@@ -37,15 +37,23 @@ def check_order(order: 'Order') -> None:
     whole, micro, ranks = order.global_batch, order.micro_batch, order.dp_size
     require(order.count > 0, 'there are no samples: count must be at least 1')
     require(whole > 0 and micro > 0, f'global_batch={whole} and micro_batch={micro} must be at least 1')
-    require(0 <= order.dp_rank < ranks, f'dp_rank={order.dp_rank} must lie between 0 and dp_size - 1 = {ranks - 1}')
+    require(
+        0 <= order.dp_rank < ranks,
+        f'dp_rank={order.dp_rank} must lie between 0 and dp_size - 1 = {ranks - 1}',
+    )
     require(order.first_step >= 0, f'first_step={order.first_step} must not be negative')
     each = micro * ranks
-    require(whole % each == 0, f'global_batch={whole} is no multiple of micro_batch x dp_size = {micro} x {ranks}: use {max(whole // each, 1) * each}, or {(whole // each + 1) * each}')
+    require(
+        whole % each == 0,
+        f'global_batch={whole} is no multiple of micro_batch x dp_size = {micro} x {ranks}: use'
+        f' {max(whole // each, 1) * each}, or {(whole // each + 1) * each}',
+    )
 
 # %% ../../nbs/5_datasets/05_order.ipynb #be9b44ef
 @dataclass(frozen=True, kw_only=True)
 class Order:
     "Steps of micro-batches of sample numbers for one data-parallel rank; iterable without end."
+
     count: int
     global_batch: int
     micro_batch: int = 1
@@ -55,7 +63,8 @@ class Order:
     first_step: int = 0
     shuffle: bool = True
 
-    def __post_init__(self): check_order(self)
+    def __post_init__(self):
+        check_order(self)
 
     @property
     def accumulation(self) -> int:
@@ -69,37 +78,60 @@ class Order:
     def samples(self, step: int) -> list[int]:
         "All sample numbers of a step, the same for every split."
         pool, before = self.pool(step)
-        places = (divmod(place, len(pool)) for place in range(before * self.global_batch, (before + 1) * self.global_batch))
-        return [pool[shuffled(len(pool), self.seed, epoch)[place] if self.shuffle else place] for epoch, place in places]
+        places = (
+            divmod(place, len(pool))
+            for place in range(before * self.global_batch, (before + 1) * self.global_batch)
+        )
+        return [
+            pool[shuffled(len(pool), self.seed, epoch)[place] if self.shuffle else place]
+            for epoch, place in places
+        ]
 
     def step(self, step: int) -> list[list[int]]:
         "This rank's micro-batches of a step."
-        return np.reshape(self.samples(step), (self.accumulation, self.dp_size, self.micro_batch))[:, self.dp_rank].tolist()
+        return np.reshape(self.samples(step), (self.accumulation, self.dp_size, self.micro_batch))[
+            :, self.dp_rank
+        ].tolist()
 
-    def __iter__(self) -> Iterator[list[list[int]]]: return map(self.step, itertools.count(self.first_step))
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return map(self.step, itertools.count(self.first_step))
 
-    def title(self, step: int) -> str: return f'step {step}'
+    def title(self, step: int) -> str:
+        return f'step {step}'
 
-    def _repr_html_(self) -> str: return draw_order(self)
+    def _repr_html_(self) -> str:
+        return draw_order(self)
 
 # %% ../../nbs/5_datasets/05_order.ipynb #97fd829f
 def ledger(order: Order, samples: Any) -> dict[str, Any]:
     "What decides which samples a step holds, however they are spread; `samples` names them, as JSON."
     named = hashlib.sha256(json.dumps(samples, default=str).encode()).hexdigest()
-    return dict(seed=order.seed, global_batch=order.global_batch, shuffle=order.shuffle, count=order.count, samples=named)
+    return dict(
+        seed=order.seed,
+        global_batch=order.global_batch,
+        shuffle=order.shuffle,
+        count=order.count,
+        samples=named,
+    )
 
 # %% ../../nbs/5_datasets/05_order.ipynb #3dd52acb
 def draw_cell(sample: int, epoch: int, own: bool, micro: int, first: bool) -> str:
     "One sample of the table."
     colour = f'hsl({205 + 67 * epoch}, 55%, {88 - 10 * (micro % 3)}%)'
     weight, edge = 'bold' if own else 'normal', 3 * first
-    return f'<td style="background:{colour};color:#222;font-weight:{weight};text-align:center;border-left:{edge}px solid white">{sample}</td>'
+    return (
+        f'<td style="background:{colour};color:#222;font-weight:{weight};text-align:center;border-left:{edge}px'  # noqa: E501
+        f' solid white">{sample}</td>'
+    )
 
 
 def draw_order(order: Order, steps: int = 6) -> str:
     "An HTML table of the next steps of the first eight ranks; this rank's cells are bold."
     ranks, micros = range(min(order.dp_size, 8)), range(order.accumulation)
-    head = ''.join(f'<th colspan="{len(micros) * order.micro_batch}" style="text-align:center">rank {rank}</th>' for rank in ranks)
+    head = ''.join(
+        f'<th colspan="{len(micros) * order.micro_batch}" style="text-align:center">rank {rank}</th>'
+        for rank in ranks
+    )
     rows = []
     for step in range(order.first_step, order.first_step + steps):
         samples, (pool, before), cells = order.samples(step), order.pool(step), []
@@ -111,10 +143,27 @@ def draw_order(order: Order, steps: int = 6) -> str:
     return f'<table><tr><th></th>{head}</tr>{"".join(rows)}</table>'
 
 
-def ordered_batches(count: int, global_batch: int, micro_batch: int = 1, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
-                    first_step: int = 0, shuffle: bool = True) -> Order:
+def ordered_batches(
+    count: int,
+    global_batch: int,
+    micro_batch: int = 1,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    seed: int = 0,
+    first_step: int = 0,
+    shuffle: bool = True,
+) -> Order:
     "The Order of `count` samples; each step is a list of micro-batches of sample numbers for this rank."
-    return Order(count=count, global_batch=global_batch, micro_batch=micro_batch, dp_rank=dp_rank, dp_size=dp_size, seed=seed, first_step=first_step, shuffle=shuffle)
+    return Order(
+        count=count,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=seed,
+        first_step=first_step,
+        shuffle=shuffle,
+    )
 
 # %% ../../nbs/5_datasets/05_order.ipynb #900176f6
 def size_name(size: Sequence[int]) -> str:
@@ -124,15 +173,30 @@ def size_name(size: Sequence[int]) -> str:
 
 def turns_of(count: int, global_batch: int) -> str:
     "How often a size of so many clips has a step, in words."
-    if count >= global_batch: return f'{count / global_batch:.1f} an epoch'
+    if count >= global_batch:
+        return f'{count / global_batch:.1f} an epoch'
     return f'one in {global_batch / count:.1f} epochs'
 
 
 def size_table(sizes: Sequence[tuple], global_batch: int | None = None) -> str:
-    "A Markdown table of how many clips have which size, the most frequent first, and with `global_batch` how often it has a step."
+    """A Markdown table of how many clips have which size, the most frequent first, and with `global_batch`
+    how often it has a step.
+    """
     counts, steps = Counter(sizes).most_common(), ' steps |' if global_batch else ''
-    rows = [f'| {size_name(size)} | {count} | {count / len(sizes):.1%} |' + (f' {turns_of(count, global_batch)} |' if global_batch else '') for size, count in counts]
-    return '\n'.join([f'{len(sizes)} clips', '', f'| frames x height x width | clips | share |{steps}', '|---|---|---|' + '---|' * bool(steps), *rows])
+    rows = [
+        f'| {size_name(size)} | {count} | {count / len(sizes):.1%} |'
+        + (f' {turns_of(count, global_batch)} |' if global_batch else '')
+        for size, count in counts
+    ]
+    return '\n'.join(
+        [
+            f'{len(sizes)} clips',
+            '',
+            f'| frames x height x width | clips | share |{steps}',
+            '|---|---|---|' + '---|' * bool(steps),
+            *rows,
+        ]
+    )
 
 # %% ../../nbs/5_datasets/05_order.ipynb #6b55edd9
 def filled(counts: np.ndarray, global_batch: int, epochs: int) -> np.ndarray:
@@ -140,62 +204,87 @@ def filled(counts: np.ndarray, global_batch: int, epochs: int) -> np.ndarray:
     return epochs * counts // global_batch
 
 
-def turn_at(step: int, counts: np.ndarray, global_batch: int, seed: int = 0, shuffle: bool = True) -> tuple[int, int]:
+def turn_at(
+    step: int, counts: np.ndarray, global_batch: int, seed: int = 0, shuffle: bool = True
+) -> tuple[int, int]:
     "Which size has its turn at a step, and how many turns it had before."
-    epoch = step * global_batch // int(counts.sum())                                               # never too late: what waits only holds steps back
-    while filled(counts, global_batch, epoch + 1).sum() <= step: epoch += 1
+    # never too late: what waits only holds steps back
+    epoch = step * global_batch // int(counts.sum())
+    while filled(counts, global_batch, epoch + 1).sum() <= step:
+        epoch += 1
     before, after = filled(counts, global_batch, epoch), filled(counts, global_batch, epoch + 1)
     turns, place = np.repeat(np.arange(len(counts)), after - before), step - before.sum()
-    if shuffle: turns = turns[shuffled(len(turns), seed, epoch)]
+    if shuffle:
+        turns = turns[shuffled(len(turns), seed, epoch)]
     return int(turns[place]), int(before[turns[place]] + (turns[:place] == turns[place]).sum())
 
 # %% ../../nbs/5_datasets/05_order.ipynb #b303ef8d
 @dataclass(frozen=True, kw_only=True)
 class SizeOrder(Order):
     "An Order whose steps hold samples of one size each; `sizes` says that of every sample."
+
     sizes: Sequence[tuple] = field(repr=False)
     count: int = field(init=False)
 
     def __post_init__(self):
-        for name, value in (('sizes', tuple(map(tuple, self.sizes))), ('count', len(self.sizes))): object.__setattr__(self, name, value)
+        for name, value in (('sizes', tuple(map(tuple, self.sizes))), ('count', len(self.sizes))):
+            object.__setattr__(self, name, value)
         check_order(self)
 
     @cached_property
     def rows(self) -> list[list[int]]:
         "The samples of every size, the sizes as they first appear."
         rows = defaultdict(list)
-        for number, size in enumerate(self.sizes): rows[size].append(number)
+        for number, size in enumerate(self.sizes):
+            rows[size].append(number)
         return list(rows.values())
 
     @cached_property
-    def counts(self) -> np.ndarray: return np.array([len(row) for row in self.rows])
+    def counts(self) -> np.ndarray:
+        return np.array([len(row) for row in self.rows])
 
     def pool(self, step: int) -> tuple[Sequence[int], int]:
         size, before = turn_at(step, self.counts, self.global_batch, self.seed, self.shuffle)
         return self.rows[size], before
 
-    def title(self, step: int) -> str: return f'{super().title(step)}: {size_name(self.sizes[self.pool(step)[0][0]])}'
+    def title(self, step: int) -> str:
+        return f'{super().title(step)}: {size_name(self.sizes[self.pool(step)[0][0]])}'
 
-    def _repr_markdown_(self) -> str: return size_table(self.sizes, self.global_batch)
-    def _repr_html_(self) -> str: return draw_sizes(self)
+    def _repr_markdown_(self) -> str:
+        return size_table(self.sizes, self.global_batch)
+
+    def _repr_html_(self) -> str:
+        return draw_sizes(self)
 
 # %% ../../nbs/5_datasets/05_order.ipynb #21733018
 def draw_sizes(order: SizeOrder, steps: int = 6) -> str:
     "HTML of the sizes, how many clips have each and how often it has a step, and of the next steps."
-    head, rule, *rows = (line.strip('| ').split(' | ') for line in size_table(order.sizes, order.global_batch).split('\n')[2:])
-    table = ''.join(f'<tr>{"".join(f"<{kind}>{cell}</{kind}>" for cell in row)}</tr>' for kind, row in [('th', head), *(('td', row) for row in rows)])
+    head, rule, *rows = (
+        line.strip('| ').split(' | ') for line in size_table(order.sizes, order.global_batch).split('\n')[2:]
+    )
+    table = ''.join(
+        f'<tr>{"".join(f"<{kind}>{cell}</{kind}>" for cell in row)}</tr>'
+        for kind, row in [('th', head), *(('td', row) for row in rows)]
+    )
     return f'<table>{table}</table>{draw_order(order, steps)}'
 
 # %% ../../nbs/5_datasets/05_order.ipynb #1e051f6a
 def check_shared_memory(least: int = 1 << 24) -> None:
-    "Raises a ValueError where fewer than `least` bytes are left of the memory in which workers hand over samples: they would wait there without a word."
+    """Raises a ValueError where fewer than `least` bytes are left of the memory in which workers hand over
+    samples: they would wait there without a word.
+    """
     room = shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else least
-    require(room >= least, f'/dev/shm, in which workers hand over samples, has {room} bytes left: start the container with --shm-size=16g, or set workers to 0 (data.workers=0, video.workers=0)')
+    require(
+        room >= least,
+        f'/dev/shm, in which workers hand over samples, has {room} bytes left: start the container with'
+        ' --shm-size=16g, or set workers to 0 (data.workers=0, video.workers=0)',
+    )
 
 # %% ../../nbs/5_datasets/05_order.ipynb #094296f1
 def micro_batches(order: Order) -> Iterator[list[int]]:
     "The micro-batches of all steps, one after the other."
-    for step in order: yield from step
+    for step in order:
+        yield from step
 
 
 def close_loader(loader: Any, batches: Any) -> None:
@@ -205,25 +294,56 @@ def close_loader(loader: Any, batches: Any) -> None:
 
 
 def leave_group(worker: int) -> None:
-    "What a worker does first: from now on no signal to the group of its rank reaches it, and it ends soon after its rank."
+    """What a worker does first: from now on no signal to the group of its rank reaches it, and it ends soon
+    after its rank.
+    """
     follow_parent(os.getppid(), partial(os._exit, 1))
     os.setpgid(0, 0)
 
 
-def stream(dataset: Any, order: Order, collate: Callable[[Sequence], Any], workers: int = 2, first_step: int | None = None, timeout: float = 600,
-           start: str | None = None) -> Iterator[list]:
-    "Steps, each a list of collated micro-batches; close it (or use `contextlib.closing`) to end its workers. `start`: fork, spawn or forkserver."
+def stream(
+    dataset: Any,
+    order: Order,
+    collate: Callable[[Sequence], Any],
+    workers: int = 2,
+    first_step: int | None = None,
+    timeout: float = 600,
+    start: str | None = None,
+) -> Iterator[list]:
+    """Steps, each a list of collated micro-batches.
+
+    Close it (or use `contextlib.closing`) to end its workers. `start`: fork, spawn or forkserver.
+    """
     from torch.utils.data import DataLoader
+
     order = order if first_step is None else replace(order, first_step=first_step)
     if workers:
         check_shared_memory()
-        gc.collect()                   # a closed mesh's process groups among the garbage would hang a forked worker that collects them
-    several = dict(persistent_workers=True, timeout=timeout, multiprocessing_context=start, worker_init_fn=leave_group) if workers else {}
-    loader = DataLoader(dataset, batch_sampler=micro_batches(order), collate_fn=collate, num_workers=workers, **several)
+        # a closed mesh's process groups among the garbage would hang a forked worker that collects them
+        gc.collect()
+    several = (
+        dict(
+            persistent_workers=True,
+            timeout=timeout,
+            multiprocessing_context=start,
+            worker_init_fn=leave_group,
+        )
+        if workers
+        else {}
+    )
+    loader = DataLoader(
+        dataset, batch_sampler=micro_batches(order), collate_fn=collate, num_workers=workers, **several
+    )
     batches = iter(loader)
     try:
-        while True: yield [next(batches) for _ in range(order.accumulation)]
+        while True:
+            yield [next(batches) for _ in range(order.accumulation)]
     except RuntimeError as error:
-        if 'timed out' not in str(error): raise
-        raise TimeoutError(f'no micro-batch within {timeout} s: a worker hangs or the files are too slow; try workers=0 to see where, or a longer timeout') from error
-    finally: close_loader(loader, batches)
+        if 'timed out' not in str(error):
+            raise
+        raise TimeoutError(
+            f'no micro-batch within {timeout} s: a worker hangs or the files are too slow; try workers=0 to'
+            ' see where, or a longer timeout'
+        ) from error
+    finally:
+        close_loader(loader, batches)

@@ -14,15 +14,18 @@ from functools import cached_property
 
 import numpy as np
 
+from ..core.values import require
 from .conversation import Conversations
 from .order import shuffled
 from .turns import vision_marks
-from ..core.values import require
 
 # %% ../../nbs/5_datasets/08_statistics.ipynb #36ddd363
 @dataclass(frozen=True)
 class Measured:
-    "A sample in numbers: its place in the dataset, its tokens, those that are trained, those of pictures and clips, those that had no room, and the grids (t, h, w) of its media."
+    """A sample in numbers: its place in the dataset, its tokens, those that are trained, those of pictures
+    and clips, those that had no room, and the grids (t, h, w) of its media.
+    """
+
     number: int
     tokens: int
     trained: int
@@ -34,35 +37,70 @@ class Measured:
 def measure(dataset: Conversations, number: int) -> Measured | None:
     "The Measured of a sample; None when it cannot be read, the reason is then in `dataset.broken`."
     sample = dataset.attempt(number)
-    if sample is None: return None
+    if sample is None:
+        return None
     marks, ids = vision_marks(dataset.encoder.tokenizer), sample['input_ids']
     media = int(((ids == marks.image) | (ids == marks.video)).sum())
-    return Measured(number, len(ids), int((sample['labels'] >= 0).sum()), media, int(sample['left_out']), tuple(map(tuple, sample['grid'].tolist())))
+    return Measured(
+        number,
+        len(ids),
+        int((sample['labels'] >= 0).sum()),
+        media,
+        int(sample['left_out']),
+        tuple(map(tuple, sample['grid'].tolist())),
+    )
 
 # %% ../../nbs/5_datasets/08_statistics.ipynb #e621e520
-def fills(lengths: Sequence[int] | np.ndarray, micro_batch: int, most: int, multiple: int = 1) -> dict[str, float]:
-    "The share of computed tokens that belong to samples, in micro-batches drawn from samples of these lengths: packed to a multiple, padded to the longest, padded to `most`."
+def fills(
+    lengths: Sequence[int] | np.ndarray, micro_batch: int, most: int, multiple: int = 1
+) -> dict[str, float]:
+    """The share of computed tokens that belong to samples, in micro-batches drawn from samples of these
+    lengths: packed to a multiple, padded to the longest, padded to `most`.
+    """
     drawn = np.random.RandomState(0).choice(np.asarray(lengths), (1000, micro_batch))
     packed = np.ceil(drawn.sum(1) / multiple) * multiple
-    return {'packed, as here': drawn.sum() / packed.sum(), 'padded to the longest': drawn.sum() / (micro_batch * drawn.max(1)).sum(), f'padded to {most}': np.mean(lengths) / most}
+    return {
+        'packed, as here': drawn.sum() / packed.sum(),
+        'padded to the longest': drawn.sum() / (micro_batch * drawn.max(1)).sum(),
+        f'padded to {most}': np.mean(lengths) / most,
+    }
 
 # %% ../../nbs/5_datasets/08_statistics.ipynb #4f08118b
 def draw_lengths(samples: Sequence[Measured], most: int) -> bytes:
-    "A PNG: how many samples have which number of tokens, and the mean share of trained, given and media tokens among those of that length."
+    """A PNG: how many samples have which number of tokens, and the mean share of trained, given and media
+    tokens among those of that length.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
     lengths = np.array([one.tokens for one in samples])
     low, high = lengths.min(), lengths.max() + 1
-    width = -(-(high - low) // 24)                                # whole tokens, from the shortest sample to the longest
+    # whole tokens, from the shortest sample to the longest
+    width = -(-(high - low) // 24)
     places = np.arange(low, high + width, width)
     where = np.digitize(lengths, places) - 1
     figure = Figure(figsize=(8, 2.6), dpi=80, layout='constrained')
     axes, bottom = figure.subplots(), np.zeros(len(places) - 1)
-    for name, colour, part in (('trained', '#4aa564', [one.trained for one in samples]), ('given', '#bbbbbb', [one.tokens - one.trained - one.media for one in samples]), ('pictures and clips', '#7f95d1', [one.media for one in samples])):
+    for name, colour, part in (
+        ('trained', '#4aa564', [one.trained for one in samples]),
+        ('given', '#bbbbbb', [one.tokens - one.trained - one.media for one in samples]),
+        ('pictures and clips', '#7f95d1', [one.media for one in samples]),
+    ):
         height = np.bincount(where, np.array(part) / lengths, len(bottom))
-        axes.bar(places[:-1], height, np.diff(places), bottom, align='edge', color=colour, label=name, edgecolor='white', linewidth=0.5)
+        axes.bar(
+            places[:-1],
+            height,
+            np.diff(places),
+            bottom,
+            align='edge',
+            color=colour,
+            label=name,
+            edgecolor='white',
+            linewidth=0.5,
+        )
         bottom += height
-    if most <= 1.05 * places[-1]: axes.axvline(most, color='#c0392b', label=f'data.max_length={most}')
+    if most <= 1.05 * places[-1]:
+        axes.axvline(most, color='#c0392b', label=f'data.max_length={most}')
     axes.set(xlabel='tokens of a sample', ylabel='samples')
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc='outside right upper', fontsize=8)
@@ -73,14 +111,18 @@ def draw_lengths(samples: Sequence[Measured], most: int) -> bytes:
 # %% ../../nbs/5_datasets/08_statistics.ipynb #35a7efa5
 @dataclass(frozen=True, repr=False)
 class DataStatistics:
-    "Samples of a dataset in numbers: those that were drawn, how many the dataset has, the most tokens a sample may have, and why drawn ones could not be read."
+    """Samples of a dataset in numbers: those that were drawn, how many the dataset has, the most tokens a
+    sample may have, and why drawn ones could not be read.
+    """
+
     samples: tuple[Measured, ...]
     count: int
     most: int
     broken: tuple[str, ...] = ()
 
     @cached_property
-    def lengths(self) -> np.ndarray: return np.array([one.tokens for one in self.samples])
+    def lengths(self) -> np.ndarray:
+        return np.array([one.tokens for one in self.samples])
 
     def mean(self, name: str) -> float:
         "The mean of one of the numbers of a sample."
@@ -89,29 +131,78 @@ class DataStatistics:
     def rows(self) -> list[tuple[str, str]]:
         "What was found, line by line."
         tokens, cut = self.mean('tokens'), [one.left_out for one in self.samples if one.left_out]
-        share = lambda name: f'{self.mean(name):.0f}, {self.mean(name) / tokens:.0%}'
-        fill = {size: fills(self.lengths, size, self.most) for size in (1, 4, 16)}
-        found = [('samples', f'{len(self.samples)} drawn of {self.count}'), ('tokens of a sample', f'{tokens:.0f} (half of them up to {np.median(self.lengths):.0f}, the longest {self.lengths.max()})'),
-                 ('trained of them', share('trained')), ('of pictures and clips', share('media'))]
-        if cut: found.append(('cut at data.max_length', f'{len(cut)} samples, {len(cut) / len(self.samples):.0%}; they lose {np.mean(cut):.0f} tokens each'))
-        if self.broken: found.append(('not readable', f'{len(self.broken)}; the first: {self.broken[0]}'))
-        return found + [(name, ', '.join(f'{part[name]:.0%} full in micro-batches of {size}' for size, part in fill.items())) for name in fill[1]]
 
-    def __repr__(self) -> str: return '\n'.join(f'{name}: {text}' for name, text in self.rows())
+        def share(name):
+            return f'{self.mean(name):.0f}, {self.mean(name) / tokens:.0%}'
+
+        fill = {size: fills(self.lengths, size, self.most) for size in (1, 4, 16)}
+        found = [
+            ('samples', f'{len(self.samples)} drawn of {self.count}'),
+            (
+                'tokens of a sample',
+                (
+                    f'{tokens:.0f} (half of them up to {np.median(self.lengths):.0f}, the longest'
+                    f' {self.lengths.max()})'
+                ),
+            ),
+            ('trained of them', share('trained')),
+            ('of pictures and clips', share('media')),
+        ]
+        if cut:
+            found.append(
+                (
+                    'cut at data.max_length',
+                    (
+                        f'{len(cut)} samples, {len(cut) / len(self.samples):.0%}; they lose'
+                        f' {np.mean(cut):.0f} tokens each'
+                    ),
+                )
+            )
+        if self.broken:
+            found.append(('not readable', f'{len(self.broken)}; the first: {self.broken[0]}'))
+        return found + [
+            (
+                name,
+                ', '.join(f'{part[name]:.0%} full in micro-batches of {size}' for size, part in fill.items()),
+            )
+            for name in fill[1]
+        ]
+
+    def __repr__(self) -> str:
+        return '\n'.join(f'{name}: {text}' for name, text in self.rows())
 
     def _repr_html_(self) -> str:
         from html import escape
-        cells = ''.join(f'<tr><td style="text-align:left">{escape(name)}</td><td style="text-align:left">{escape(text)}</td></tr>' for name, text in self.rows())
-        return f'<img src="data:image/png;base64,{base64.b64encode(draw_lengths(self.samples, self.most)).decode()}"><table>{cells}</table>'
+
+        cells = ''.join(
+            f'<tr><td style="text-align:left">{escape(name)}</td><td'
+            f' style="text-align:left">{escape(text)}</td></tr>'
+            for name, text in self.rows()
+        )
+        return (
+            '<img'
+            f' src="data:image/png;base64,{base64.b64encode(draw_lengths(self.samples, self.most)).decode()}"><table>{cells}</table>'  # noqa: E501
+        )
 
 # %% ../../nbs/5_datasets/08_statistics.ipynb #443e1a54
 def data_statistics(dataset: Conversations, count: int = 200, seed: int = 0) -> DataStatistics:
-    "The DataStatistics of so many samples, drawn by chance and made as training makes them; ValueError when none of them can be."
+    """The DataStatistics of so many samples, drawn by chance and made as training makes them.
+
+    ValueError when none of them can be.
+    """
     from tqdm.auto import tqdm
+
     require(count >= 1, f'count={count}: at least one sample must be drawn')
     numbers = shuffled(len(dataset), seed, 0)[:count].tolist()
-    measured = {number: measure(dataset, number) for number in tqdm(numbers, unit=' samples', mininterval=1, disable=len(numbers) < 1000)}
+    measured = {
+        number: measure(dataset, number)
+        for number in tqdm(numbers, unit=' samples', mininterval=1, disable=len(numbers) < 1000)
+    }
     samples = tuple(one for one in measured.values() if one)
     broken = tuple(dataset.broken[number] for number, one in measured.items() if one is None)
-    require(samples, f'none of the {len(numbers)} samples that were drawn can be read; the first: {broken[0] if broken else ""}')
+    require(
+        samples,
+        f'none of the {len(numbers)} samples that were drawn can be read; the first:'
+        f' {broken[0] if broken else ""}',
+    )
     return DataStatistics(samples, len(dataset), dataset.encoder.data.max_length, broken)

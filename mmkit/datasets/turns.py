@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..config import Columns
-from ..core.values import require
 from ..core.files import load_json
+from ..core.values import require
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #a5eed98f
 class BadRecord(ValueError):
@@ -31,13 +31,18 @@ class BadRecord(ValueError):
 @dataclass(frozen=True)
 class Turn:
     "What one side says; the role is user, assistant or, only at the start, system."
+
     role: str
     content: str
 
 
 @dataclass(frozen=True)
 class Conversation:
-    "A conversation with its pictures and clips (a file, or a list of pictures) in order of their marks; the name says where it comes from."
+    """A conversation with its pictures and clips (a file, or a list of pictures) in order of their marks.
+
+    The name says where it comes from.
+    """
+
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     videos: tuple[str | tuple[str, ...], ...] = ()
@@ -45,100 +50,152 @@ class Conversation:
     name: str = ''
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #eb2f4133
-KEYS = {'messages': ('messages', 'conversations', 'conversation'), 'images': ('images', 'image'), 'videos': ('videos', 'video'),
-        'system': ('system',), 'role': ('role', 'from'), 'content': ('content', 'value')}
-SPEAKERS = {'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant', 'model': 'assistant', 'bot': 'assistant', 'system': 'system'}
+KEYS = {
+    'messages': ('messages', 'conversations', 'conversation'),
+    'images': ('images', 'image'),
+    'videos': ('videos', 'video'),
+    'system': ('system',),
+    'role': ('role', 'from'),
+    'content': ('content', 'value'),
+}
+SPEAKERS = {
+    'user': 'user',
+    'human': 'user',
+    'assistant': 'assistant',
+    'gpt': 'assistant',
+    'model': 'assistant',
+    'bot': 'assistant',
+    'system': 'system',
+}
 MARKS = {'image': '<image>', 'video': '<video>'}
 
 
 def look_up(record: dict, kind: str, columns: Columns) -> Any:
     "What a record holds under its own or a known key for `kind`; None when there is nothing."
     for key in (getattr(columns, kind), *KEYS[kind]):
-        if record.get(key) is not None: return record[key]
+        if record.get(key) is not None:
+            return record[key]
 
 
 def file_list(value: Any, kind: str) -> list:
     "Media of a record as a list; one file name is a list of one."
-    if value is None or value == '': return []
+    if value is None or value == '':
+        return []
     items = value if isinstance(value, list) else [value]
     for item in items:
-        frames = kind == 'videos' and isinstance(item, list) and item and all(isinstance(frame, str) for frame in item)
-        if not frames and not (isinstance(item, str) and item): raise BadRecord(f'{kind} holds {str(item)[:60]!r}, not a file name')
+        frames = (
+            kind == 'videos'
+            and isinstance(item, list)
+            and item
+            and all(isinstance(frame, str) for frame in item)
+        )
+        if not frames and not (isinstance(item, str) and item):
+            raise BadRecord(f'{kind} holds {str(item)[:60]!r}, not a file name')
     return [tuple(item) if isinstance(item, list) else item for item in items]
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #e4af2969
 def part_text(part: Any, images: list, videos: list) -> str:
     "The text of one part of a turn, or its mark; a file that it names is added to `images` or `videos`."
     kind = part.get('type') if isinstance(part, dict) else None
-    if kind == 'text' and isinstance(part.get('text'), str): return part['text']
-    if kind not in MARKS: raise BadRecord(f'a part of a turn is {str(part)[:60]!r}; known are text, image and video')
+    if kind == 'text' and isinstance(part.get('text'), str):
+        return part['text']
+    if kind not in MARKS:
+        raise BadRecord(f'a part of a turn is {str(part)[:60]!r}; known are text, image and video')
     named = part.get(kind) or part.get('path')
-    if named: (images if kind == 'image' else videos).extend(file_list([named], kind + 's'))
+    if named:
+        (images if kind == 'image' else videos).extend(file_list([named], kind + 's'))
     return MARKS[kind]
 
 
 def to_turn(message: Any, number: int, columns: Columns, images: list, videos: list) -> Turn:
     "One message of any spelling as a Turn."
-    if not isinstance(message, dict): raise BadRecord(f'turn {number} is not an object')
+    if not isinstance(message, dict):
+        raise BadRecord(f'turn {number} is not an object')
     role, content = look_up(message, 'role', columns), look_up(message, 'content', columns)
     speakers = {**SPEAKERS, columns.user: 'user', columns.assistant: 'assistant'}
-    if not isinstance(role, str) or role not in speakers: raise BadRecord(f'turn {number} has the unknown role {role!r}; known are {sorted(speakers)}')
-    if isinstance(content, list): content = ''.join(part_text(part, images, videos) for part in content)
-    if not isinstance(content, str): raise BadRecord(f'turn {number} has no text')
+    if not isinstance(role, str) or role not in speakers:
+        raise BadRecord(f'turn {number} has the unknown role {role!r}; known are {sorted(speakers)}')
+    if isinstance(content, list):
+        content = ''.join(part_text(part, images, videos) for part in content)
+    if not isinstance(content, str):
+        raise BadRecord(f'turn {number} has no text')
     return Turn(speakers[role], content)
 
 
 def to_conversation(raw: Any, columns: Columns = Columns()) -> Conversation:
     "A parsed JSON record of any spelling as a Conversation. Raises BadRecord with the reason."
-    if not isinstance(raw, dict): raise BadRecord(f'not an object but {str(raw)[:40]!r}')
+    if not isinstance(raw, dict):
+        raise BadRecord(f'not an object but {str(raw)[:40]!r}')
     said = look_up(raw, 'messages', columns)
-    if not isinstance(said, list) or not said: raise BadRecord(f'no turns under {columns.messages!r} or a known key; there is {sorted(raw)}')
+    if not isinstance(said, list) or not said:
+        raise BadRecord(f'no turns under {columns.messages!r} or a known key; there is {sorted(raw)}')
     images, videos = (file_list(look_up(raw, kind, columns), kind) for kind in ('images', 'videos'))
     turns = [to_turn(message, number, columns, images, videos) for number, message in enumerate(said, 1)]
     system = look_up(raw, 'system', columns)
-    if turns[0].role == 'system': system = turns.pop(0).content
-    if system is not None and not isinstance(system, str): raise BadRecord(f'system is {type(system).__name__}, not text')
+    if turns[0].role == 'system':
+        system = turns.pop(0).content
+    if system is not None and not isinstance(system, str):
+        raise BadRecord(f'system is {type(system).__name__}, not text')
     return Conversation(tuple(turns), tuple(images), tuple(videos), system)
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #40765617
 def check_record(record: Conversation, answered: bool = True) -> None:
-    "Raises BadRecord when turns do not alternate, marks and files do not match, or (`answered`) the last turn is not an answer."
+    """Raises BadRecord when turns do not alternate, marks and files do not match, or (`answered`) the last
+    turn is not an answer.
+    """
     for number, turn in enumerate(record.turns, 1):
         wanted = 'user' if number % 2 else 'assistant'
-        if turn.role != wanted: raise BadRecord(f'turn {number} is by the {turn.role} and not by the {wanted}: the two must alternate')
-    if not record.turns: raise BadRecord('no turns')
-    if answered and len(record.turns) % 2: raise BadRecord(f'turn {len(record.turns)}, the last, is by the user: its answer is missing')
+        if turn.role != wanted:
+            raise BadRecord(
+                f'turn {number} is by the {turn.role} and not by the {wanted}: the two must alternate'
+            )
+    if not record.turns:
+        raise BadRecord('no turns')
+    if answered and len(record.turns) % 2:
+        raise BadRecord(f'turn {len(record.turns)}, the last, is by the user: its answer is missing')
     for kind, files in (('image', record.images), ('video', record.videos)):
         marks = sum(turn.content.count(MARKS[kind]) for turn in record.turns)
-        if marks != len(files): raise BadRecord(f'{marks} marks {MARKS[kind]} in the text but {len(files)} files under {kind}s')
+        if marks != len(files):
+            raise BadRecord(f'{marks} marks {MARKS[kind]} in the text but {len(files)} files under {kind}s')
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #c6a79690
 def split_files(files: Sequence[str]) -> list[str]:
     "File names from words that may hold several, separated by commas."
-    return [name.strip() for word in files for name in ([word] if os.path.isfile(word) else word.split(',')) if name.strip()]
+    return [
+        name.strip()
+        for word in files
+        for name in ([word] if os.path.isfile(word) else word.split(','))
+        if name.strip()
+    ]
 
 
 def read_lines(path: str | Path) -> list[Any]:
     "The values of a file with one JSON value per line; the text itself where a line is not JSON."
     values = []
     for line in Path(path).read_text(encoding='utf-8-sig').split('\n'):
-        if not line.strip(): continue
-        try: values.append(json.loads(line))
-        except json.JSONDecodeError: values.append(line)
+        if not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            values.append(line)
     return values
 
 
 def read_raw(path: str | Path) -> list[Any]:
     "The records of a JSON array or JSONL file, parsed. Raises ValueError naming the file."
     require(Path(path).is_file(), f'no data file at {path}: correct data.files')
-    with open(path, encoding='utf-8-sig', errors='replace') as file: start = file.read(1024).lstrip()[:1]
-    if start != '[' and start: return read_lines(path)
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        start = file.read(1024).lstrip()[:1]
+    if start != '[' and start:
+        return read_lines(path)
     return load_json(path, limit=1 << 36)
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #705fe353
 @dataclass(frozen=True)
 class Marks:
     "Numbers of the tokens before, after and in place of the patches of a picture or clip."
+
     start: int
     end: int
     image: int
@@ -147,7 +204,12 @@ class Marks:
 
 def vision_marks(tokenizer: Any) -> Marks:
     "The Marks of a tokenizer. Raises ValueError naming a token that it lacks."
-    names = {'start': '<|vision_start|>', 'end': '<|vision_end|>', 'image': '<|image_pad|>', 'video': '<|video_pad|>'}
+    names = {
+        'start': '<|vision_start|>',
+        'end': '<|vision_end|>',
+        'image': '<|image_pad|>',
+        'video': '<|video_pad|>',
+    }
     numbers = {kind: tokenizer.convert_tokens_to_ids(name) for kind, name in names.items()}
     for kind, name in names.items():
         known = numbers[kind] is not None and tokenizer.convert_ids_to_tokens(numbers[kind]) == name
@@ -161,14 +223,17 @@ FRAME, TEXT, MEDIA = range(3)
 @dataclass(frozen=True)
 class Piece:
     "Token numbers, for each whether it is FRAME, TEXT or MEDIA, and the media in it as (kind, index)."
+
     ids: np.ndarray
     kinds: np.ndarray
     media: tuple[tuple[str, int], ...] = ()
 
     @property
-    def fixed(self) -> int: return int((self.kinds != TEXT).sum())
+    def fixed(self) -> int:
+        return int((self.kinds != TEXT).sum())
 
-    def __len__(self) -> int: return len(self.ids)
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def cut(self, length: int) -> 'Piece':
         "The piece with text taken from its end until `length` tokens are left."
@@ -180,60 +245,81 @@ class Piece:
 @dataclass(frozen=True)
 class Template:
     "Qwen's chat form for a tokenizer; `merge` patches per side become one token."
+
     tokenizer: Any
     marks: Marks
     merge: int = 2
 
     def encode(self, text: str) -> list[int]:
-        "Token numbers of a text. Raises BadRecord when the text itself spells a token that stands for patches."
+        """Token numbers of a text.
+
+        Raises BadRecord when the text itself spells a token that stands for patches.
+        """
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if {self.marks.image, self.marks.video} & set(ids): raise BadRecord('the text spells out a token that only pictures and clips may use')
+        if {self.marks.image, self.marks.video} & set(ids):
+            raise BadRecord('the text spells out a token that only pictures and clips may use')
         return ids
 
     def span(self, kind: str, grid: Sequence[int]) -> list[int]:
         "Tokens of one picture or clip whose grid of patches is (t, h, w)."
-        count = int(np.prod([int(n) for n in grid])) // self.merge ** 2
+        count = int(np.prod([int(n) for n in grid])) // self.merge**2
         return [self.marks.start, *[getattr(self.marks, kind)] * count, self.marks.end]
 
     def piece(self, head: str, content: str, tail: str, tail_kind: int, media: dict[str, Iterator]) -> Piece:
         "A turn as a Piece; `media` yields (index, grid) of the next picture or clip."
         first, *rest = re.split('(<image>|<video>)', content)
         frame = len(self.encode(head))
-        ids = self.encode(head + first)                     # at once: a text that begins with a line break joins the head's
+        # at once: a text that begins with a line break joins the head's
+        ids = self.encode(head + first)
         kinds, used = [FRAME] * frame + [TEXT] * (len(ids) - frame), []
         for text in rest:
             kind = {'<image>': 'image', '<video>': 'video'}.get(text)
-            if kind: used.append((kind, (found := next(media[kind]))[0]))
+            if kind:
+                used.append((kind, (found := next(media[kind]))[0]))
             new = self.span(kind, found[1]) if kind else self.encode(text)
             ids, kinds = ids + new, kinds + [MEDIA if kind else TEXT] * len(new)
         end = self.encode(tail)
-        return Piece(np.array(ids + end), np.array(kinds[:len(ids)] + [tail_kind] * len(end)), tuple(used))
+        return Piece(np.array(ids + end), np.array(kinds[: len(ids)] + [tail_kind] * len(end)), tuple(used))
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #6e37ae6f
-def to_pieces(turns: Sequence[Turn], images: Sequence, videos: Sequence, template: Template, system: str) -> list[Piece]:
-    "Questions and answers as Pieces; the system's words open the first. `images` and `videos` are grids (t, h, w)."
+def to_pieces(
+    turns: Sequence[Turn], images: Sequence, videos: Sequence, template: Template, system: str
+) -> list[Piece]:
+    """Questions and answers as Pieces; the system's words open the first.
+
+    `images` and `videos` are grids (t, h, w).
+    """
     media = {'image': iter(enumerate(images)), 'video': iter(enumerate(videos))}
     pieces = []
     for number, turn in enumerate(turns):
         opening = f'<|im_start|>system\n{system}<|im_end|>\n' if number == 0 else ''
         ask = (opening + '<|im_start|>user\n', turn.content, '<|im_end|>\n<|im_start|>assistant\n', FRAME)
-        pieces.append(template.piece(*(ask if turn.role == 'user' else ('', turn.content, '<|im_end|>\n', TEXT)), media))
+        pieces.append(
+            template.piece(*(ask if turn.role == 'user' else ('', turn.content, '<|im_end|>\n', TEXT)), media)
+        )
     return pieces
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #1b983e38
 def share(question: int, answer: int, room: int) -> tuple[int, int]:
     "How many tokens of a question and an answer of these lengths fit into `room`."
-    if 2 * answer < room: most = room
-    elif 2 * question < room: most = room - question
-    else: most = int(room * answer / (question + answer))
+    if 2 * answer < room:
+        most = room
+    elif 2 * question < room:
+        most = room - question
+    else:
+        most = int(room * answer / (question + answer))
     answer = min(most, answer)
     return min(question, room - answer), answer
 
 
 def fit_pair(question: Piece, answer: Piece, room: int) -> tuple[Piece, Piece] | None:
-    "Question and answer cut to `room` tokens; None when their frame and media leave no room for one token of the answer."
+    """Question and answer cut to `room` tokens.
+
+    None when their frame and media leave no room for one token of the answer.
+    """
     least = question.fixed, max(answer.fixed, 1)
-    if sum(least) > room: return None
+    if sum(least) > room:
+        return None
     lengths = share(len(question), len(answer), room)
     asked = min(max(lengths[0], least[0]), room - least[1])
     answered = min(max(lengths[1], least[1]), room - asked)
@@ -242,7 +328,10 @@ def fit_pair(question: Piece, answer: Piece, room: int) -> tuple[Piece, Piece] |
 # %% ../../nbs/5_datasets/02_turns.ipynb #bbc07111
 @dataclass(frozen=True)
 class Tokens:
-    "Token numbers and unshifted labels (s,), the media that were kept in order, and how many tokens were left out."
+    """Token numbers and unshifted labels (s,), the media that were kept in order, and how many tokens were
+    left out.
+    """
+
     ids: np.ndarray
     labels: np.ndarray
     media: tuple[tuple[str, int], ...]
@@ -257,29 +346,69 @@ def label(piece: Piece, trained: bool) -> np.ndarray:
 def no_room(question: Piece, max_length: int) -> BadRecord:
     "Why not even one turn fits, and what to change."
     media = int((question.kinds == MEDIA).sum())
-    if not media: return BadRecord(f'the template takes {question.fixed} tokens and data.max_length is {max_length}: raise data.max_length')
-    return BadRecord(f'pictures and clips take {media} tokens and the template {question.fixed - media}, but data.max_length is {max_length}: '
-                     'raise data.max_length or lower data.image_max_pixels, data.video_max_pixels, data.video_maxlen')
+    if not media:
+        return BadRecord(
+            f'the template takes {question.fixed} tokens and data.max_length is {max_length}: raise'
+            ' data.max_length'
+        )
+    return BadRecord(
+        f'pictures and clips take {media} tokens and the template {question.fixed - media}, but'
+        f' data.max_length is {max_length}: raise data.max_length or lower data.image_max_pixels,'
+        ' data.video_max_pixels, data.video_maxlen'
+    )
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #432322ef
-def to_tokens(turns: Sequence[Turn], images: Sequence, videos: Sequence, tokenizer: Any, *, max_length: int, system: str = 'You are a helpful assistant.',
-              merge: int = 2, train_on_prompt: bool = False, mask_history: bool = False) -> Tokens:
-    "At most `max_length` Tokens of alternating turns; `images` and `videos` are grids (t, h, w). Raises BadRecord when no turn fits."
+def to_tokens(
+    turns: Sequence[Turn],
+    images: Sequence,
+    videos: Sequence,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    system: str = 'You are a helpful assistant.',
+    merge: int = 2,
+    train_on_prompt: bool = False,
+    mask_history: bool = False,
+) -> Tokens:
+    """At most `max_length` Tokens of alternating turns; `images` and `videos` are grids (t, h, w).
+
+    Raises BadRecord when no turn fits.
+    """
     pieces = to_pieces(turns, images, videos, Template(tokenizer, vision_marks(tokenizer), merge), system)
     pairs, kept, room = list(zip(pieces[::2], pieces[1::2])), {}, max_length
     numbers = list(range(len(pairs)))
     for number in reversed(numbers) if mask_history else numbers:
         pair = fit_pair(*pairs[number], room)
-        if pair is None: break
+        if pair is None:
+            break
         kept[number], room = pair, room - len(pair[0]) - len(pair[1])
-    if not kept: raise no_room(pairs[-1 if mask_history else 0][0], max_length)
-    parts = [(piece, label(piece, trained)) for number in sorted(kept)
-             for piece, trained in zip(kept[number], (train_on_prompt, not mask_history or number == numbers[-1]))]
-    ids, labels = (np.concatenate(column) for column in zip(*((piece.ids, labels) for piece, labels in parts)))
-    return Tokens(ids, labels, tuple(item for piece, _ in parts for item in piece.media), sum(map(len, pieces)) - len(ids))
+    if not kept:
+        raise no_room(pairs[-1 if mask_history else 0][0], max_length)
+    parts = [
+        (piece, label(piece, trained))
+        for number in sorted(kept)
+        for piece, trained in zip(kept[number], (train_on_prompt, not mask_history or number == numbers[-1]))
+    ]
+    ids, labels = (
+        np.concatenate(column) for column in zip(*((piece.ids, labels) for piece, labels in parts))
+    )
+    return Tokens(
+        ids,
+        labels,
+        tuple(item for piece, _ in parts for item in piece.media),
+        sum(map(len, pieces)) - len(ids),
+    )
 
 
-def prompt_tokens(turns: Sequence[Turn], images: Sequence, videos: Sequence, tokenizer: Any, *, system: str = 'You are a helpful assistant.', merge: int = 2) -> Tokens:
+def prompt_tokens(
+    turns: Sequence[Turn],
+    images: Sequence,
+    videos: Sequence,
+    tokenizer: Any,
+    *,
+    system: str = 'You are a helpful assistant.',
+    merge: int = 2,
+) -> Tokens:
     "Tokens of turns that end with a question, up to the header of the answer; nothing is cut or trained."
     pieces = to_pieces(turns, images, videos, Template(tokenizer, vision_marks(tokenizer), merge), system)
     ids = np.concatenate([piece.ids for piece in pieces])

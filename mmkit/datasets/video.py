@@ -29,13 +29,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.values import require
-from .clips import PICTURES, BadClip, Clips, Listed, cover, fit_resolution, frame_numbers, list_clips
+from mmkit.datasets.clips import (
+    PICTURES,
+    BadClip,
+    Clips,
+    Listed,
+    cover,
+    fit_resolution,
+    frame_numbers,
+    list_clips,
+)
 from .llava import Dropped, Report
 from .media import MediaError, explain, file_clip, read_frames, read_picture
 
 # %% ../../nbs/5_datasets/06_video.ipynb #3f3d8895
 class Facts(NamedTuple):
     "What a file holds: frames, frames per second, height and width."
+
     frames: int
     fps: float
     height: int
@@ -46,13 +56,17 @@ def missing_bytes(path: str) -> int:
     "How many bytes an mp4 file lacks by its own table of contents; 0 for other files."
     size, place = os.path.getsize(path), 0
     with open(path, 'rb') as file:
-        if file.read(8)[4:] != b'ftyp': return 0
+        if file.read(8)[4:] != b'ftyp':
+            return 0
         while place < size:
             file.seek(place)
             head = file.read(16)
             length = int.from_bytes(head[:4], 'big')
-            if length == 1: length = int.from_bytes(head[8:], 'big')       # a long box keeps its length behind its name
-            if length < 8: return 0                                        # 0: to the end of the file
+            # a long box keeps its length behind its name
+            if length == 1:
+                length = int.from_bytes(head[8:], 'big')
+            if length < 8:
+                return 0  # 0: to the end of the file
             place += length
     return max(0, place - size)
 
@@ -60,41 +74,69 @@ def missing_bytes(path: str) -> int:
 def has_pictures(path: str) -> bool:
     "Whether a file that can be opened has a video stream."
     import av
+
     try:
-        with av.open(str(path)) as file: return bool(file.streams.video)
-    except (OSError, ValueError, RuntimeError): return True
+        with av.open(str(path)) as file:
+            return bool(file.streams.video)
+    except (OSError, ValueError, RuntimeError):
+        return True
 
 
 def look_into(path: str) -> Facts:
     "The Facts of a clip or picture. Raises MediaError with the reason."
-    if not os.path.isfile(path): raise MediaError('no such file')
-    if not os.path.getsize(path): raise MediaError('the file is empty')
-    if path.lower().endswith(PICTURES): return Facts(1, 1.0, *reversed(read_picture(path).size))
-    if lost := missing_bytes(path): raise MediaError(f'its last {lost} bytes are missing')
+    if not os.path.isfile(path):
+        raise MediaError('no such file')
+    if not os.path.getsize(path):
+        raise MediaError('the file is empty')
+    if path.lower().endswith(PICTURES):
+        return Facts(1, 1.0, *reversed(read_picture(path).size))
+    if lost := missing_bytes(path):
+        raise MediaError(f'its last {lost} bytes are missing')
     told = []
-    def choose(total, seconds): told[:] = total, seconds; return np.zeros(1, int)
-    try: _, (frame,), _ = file_clip(path, choose, np.asarray, ('decord', 'av'))
-    except MediaError as error: raise MediaError(str(error).removeprefix(f'{path}: ') if has_pictures(path) else 'no pictures in it, only sound') from None
+
+    def choose(total, seconds):
+        told[:] = total, seconds
+        return np.zeros(1, int)
+
+    try:
+        _, (frame,), _ = file_clip(path, choose, np.asarray, ('decord', 'av'))
+    except MediaError as error:
+        raise MediaError(
+            str(error).removeprefix(f'{path}: ') if has_pictures(path) else 'no pictures in it, only sound'
+        ) from None
     return Facts(told[0], told[0] / told[1], *frame.shape[:2])
 
 # %% ../../nbs/5_datasets/06_video.ipynb #d92f1448
 def answer(question: dict) -> tuple[dict, bytes]:
     "What the reading process says to a question: the facts of a file, or its frames cut to a size."
     path = question['path']
-    if 'numbers' not in question: return dict(facts=look_into(path)), b''
-    each = lambda frame: cover(frame, *question['size'])
-    try: frames = each(np.asarray(read_picture(path)))[None] if path.lower().endswith(PICTURES) else read_frames(path, question['numbers'], each=each).pixels
-    except MediaError as error: raise MediaError(str(error).removeprefix(f'{path}: ')) from None
+    if 'numbers' not in question:
+        return dict(facts=look_into(path)), b''
+
+    def each(frame):
+        return cover(frame, *question['size'])
+
+    try:
+        frames = (
+            each(np.asarray(read_picture(path)))[None]
+            if path.lower().endswith(PICTURES)
+            else read_frames(path, question['numbers'], each=each).pixels
+        )
+    except MediaError as error:
+        raise MediaError(str(error).removeprefix(f'{path}: ')) from None
     return dict(shape=frames.shape), frames.tobytes()
 
 
 def serve() -> None:
     "Answers questions from standard input on standard output until it ends."
     out = os.fdopen(os.dup(1), 'wb')
-    os.dup2(2, 1)                                                          # what a library prints is no answer
+    # what a library prints is no answer
+    os.dup2(2, 1)
     for line in sys.stdin:
-        try: head, body = answer(json.loads(line))
-        except Exception as error: head, body = dict(error=explain(error)), b''
+        try:
+            head, body = answer(json.loads(line))
+        except Exception as error:
+            head, body = dict(error=explain(error)), b''
         out.write(json.dumps(head).encode() + b'\n' + body)
         out.flush()
 
@@ -104,40 +146,51 @@ def receive(stream: int, wanted: int | None, until: float) -> bytearray:
     poll, found = select.poll(), bytearray()
     poll.register(stream, select.POLLIN)
     while len(found) < wanted if wanted is not None else not found.endswith(b'\n'):
-        if not poll.poll(max(0, until - time.monotonic()) * 1000): raise TimeoutError
+        if not poll.poll(max(0, until - time.monotonic()) * 1000):
+            raise TimeoutError
         part = os.read(stream, 1 if wanted is None else min(wanted - len(found), 1 << 20))
-        if not part: raise EOFError
+        if not part:
+            raise EOFError
         found += part
     return found
 
 
 def end(process: subprocess.Popen, owner: int) -> None:
     "Stops a process of this process and waits for its end; a fork of the owner leaves it alone."
-    if os.getpid() != owner: return
+    if os.getpid() != owner:
+        return
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout): pipe.close()
+    for pipe in (process.stdin, process.stdout):
+        pipe.close()
 
 # %% ../../nbs/5_datasets/06_video.ipynb #15ec7204
 class Reader:
-    "Looks into files and reads frames in another process; a file that takes longer than `limit` seconds costs a MediaError and that process."
+    """Looks into files and reads frames in another process.
+
+    A file that takes longer than `limit` seconds costs a MediaError and that process.
+    """
 
     def __init__(self, limit: float = 60.0):
         require(limit > 0, f'limit={limit} seconds: give every file some time')
         self.limit, self.process, self.owner, self.stop = limit, None, None, None
 
-    def __reduce__(self): return Reader, (self.limit,)
+    def __reduce__(self):
+        return Reader, (self.limit,)
 
     def close(self) -> None:
         "Ends the process; the next question starts another."
-        if self.stop: self.stop()
+        if self.stop:
+            self.stop()
         self.process = self.stop = None
 
     def ask(self, question: dict) -> tuple[dict, bytearray]:
         "The answer of `answer` in the other process. Raises MediaError with the reason."
-        if self.process is None or self.owner != os.getpid(): start(self)
+        if self.process is None or self.owner != os.getpid():
+            start(self)
         head, body = exchange(self, question, self.limit)
-        if 'error' in head: raise MediaError(head['error'])
+        if 'error' in head:
+            raise MediaError(head['error'])
         return head, body
 
     def facts(self, path: str) -> Facts:
@@ -151,7 +204,10 @@ class Reader:
 
 # %% ../../nbs/5_datasets/06_video.ipynb #0c247ca3
 def exchange(reader: Reader, question: dict, limit: float) -> tuple[dict, bytearray]:
-    "Sends a question and waits at most `limit` seconds for the answer; without one, ends the process and raises MediaError."
+    """Sends a question and waits at most `limit` seconds for the answer.
+
+    Without one, ends the process and raises MediaError.
+    """
     until, stream = time.monotonic() + limit, reader.process.stdout.fileno()
     try:
         reader.process.stdin.write(json.dumps(question).encode() + b'\n')
@@ -159,20 +215,40 @@ def exchange(reader: Reader, question: dict, limit: float) -> tuple[dict, bytear
         return head, receive(stream, math.prod(head.get('shape', [0])), until)
     except (TimeoutError, EOFError, BrokenPipeError) as error:
         reader.close()
-        raise MediaError(f'no answer within {limit:g} s' if isinstance(error, TimeoutError) else 'the process that read it died') from None
+        raise MediaError(
+            f'no answer within {limit:g} s'
+            if isinstance(error, TimeoutError)
+            else 'the process that read it died'
+        ) from None
 
 
 def start(reader: Reader) -> None:
-    "Starts the process of a Reader, one for each process that uses it; waits until it answers, which is not any clip's fault."
+    """Starts the process of a Reader, one for each process that uses it.
+
+    Waits until it answers, which is not any clip's fault.
+    """
     command = [sys.executable, '-c', 'from mmkit.datasets.video import serve; serve()']
-    reader.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0)
+    reader.process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        bufsize=0,
+    )
     reader.owner, reader.stop = os.getpid(), weakref.finalize(reader, end, reader.process, os.getpid())
-    try: exchange(reader, dict(path=''), 300)
-    except MediaError as error: raise RuntimeError(f'the reading process does not start ({error}); see why with: {" ".join(command[:2])} "{command[2]}"') from None
+    try:
+        exchange(reader, dict(path=''), 300)
+    except MediaError as error:
+        raise RuntimeError(
+            f'the reading process does not start ({error}); see why with: {" ".join(command[:2])}'
+            f' "{command[2]}"'
+        ) from None
 
 # %% ../../nbs/5_datasets/06_video.ipynb #0551bb08
 class Take(NamedTuple):
     "Frame numbers, height and width, and the caption that a clip is used with."
+
     numbers: tuple[int, ...]
     height: int
     width: int
@@ -182,11 +258,21 @@ class Take(NamedTuple):
 def find_lies(one: Listed, facts: Facts) -> list[str]:
     "What the list says wrongly about the file."
     said, lies = dict(one.claims), []
-    if one.length is None: said['num_frames'] = said.get('num_frames', facts.frames)
-    else: said['num_frames'] = max(one.start + one.length, facts.frames)                    # of a part only the end can be wrong
-    for key, found, slack in (('num_frames', facts.frames, 2), ('height', facts.height, 0), ('width', facts.width, 0), ('fps', facts.fps, 0.5)):
-        if key == 'fps' and facts.frames == 1: continue
-        if abs(said.get(key, found) - found) > max(slack, 0.02 * found if slack else 0): lies.append(f'{key} is {found:g} and not {said[key]:g}')
+    if one.length is None:
+        said['num_frames'] = said.get('num_frames', facts.frames)
+    # of a part only the end can be wrong
+    else:
+        said['num_frames'] = max(one.start + one.length, facts.frames)
+    for key, found, slack in (
+        ('num_frames', facts.frames, 2),
+        ('height', facts.height, 0),
+        ('width', facts.width, 0),
+        ('fps', facts.fps, 0.5),
+    ):
+        if key == 'fps' and facts.frames == 1:
+            continue
+        if abs(said.get(key, found) - found) > max(slack, 0.02 * found if slack else 0):
+            lies.append(f'{key} is {found:g} and not {said[key]:g}')
     return lies
 
 
@@ -194,45 +280,68 @@ def plan_take(one: Listed, facts: Facts, clips: Clips) -> tuple[Take, list[str]]
     "The Take of a clip and remarks. Raises BadClip with the reason."
     height, width = fit_resolution(facts.height, facts.width, clips)
     total = facts.frames if one.length is None else min(facts.frames, one.start + one.length)
-    if one.start >= total: raise BadClip(f'its cut starts at frame {one.start} of {total}')
-    frames, words = (random.Random(f'{clips.seed} {what} {os.path.basename(one.path)} {one.start} {one.length}') for what in ('frames', 'words'))
+    if one.start >= total:
+        raise BadClip(f'its cut starts at frame {one.start} of {total}')
+    frames, words = (
+        random.Random(f'{clips.seed} {what} {os.path.basename(one.path)} {one.start} {one.length}')
+        for what in ('frames', 'words')
+    )
     numbers = frame_numbers(total, facts.fps, one.start, clips, frames)
     caption = '' if words.random() < clips.cfg else words.choice(one.captions)
     remarks = [f'the list is wrong: {", ".join(lies)}'] if (lies := find_lies(one, facts)) else []
-    if len(numbers) < clips.num_frames: remarks.append(f'short: {len(numbers)} of {clips.num_frames} frames')
+    if len(numbers) < clips.num_frames:
+        remarks.append(f'short: {len(numbers)} of {clips.num_frames} frames')
     return Take(tuple(numbers), height, width, caption), remarks
 
 # %% ../../nbs/5_datasets/06_video.ipynb #be78b9b5
 @dataclass(frozen=True)
 class ClipReport(Report):
     "How many clips were kept, which were dropped for what reason, and remarks on kept ones."
+
     remarks: tuple[Dropped, ...] = ()
 
     def __str__(self) -> str:
-        return Report.__str__(self).replace(' records', ' clips') + ''.join(f'\n  {number} ({name}): kept; {text}' for number, name, text in self.remarks)
+        return Report.__str__(self).replace(' records', ' clips') + ''.join(
+            f'\n  {number} ({name}): kept; {text}' for number, name, text in self.remarks
+        )
 
     def _repr_markdown_(self, rows: int = 20) -> str:
-        text = Report._repr_markdown_(self, rows).replace(' records', ' clips').replace('| record |', '| clip |')
-        if not self.remarks: return text
-        return f'{text}\n\n{len(self.remarks)} of the kept ones need a look:\n\n' + '\n'.join(f'* {name}: {remark}' for _, name, remark in self.remarks[:rows])
+        text = (
+            Report._repr_markdown_(self, rows).replace(' records', ' clips').replace('| record |', '| clip |')
+        )
+        if not self.remarks:
+            return text
+        return f'{text}\n\n{len(self.remarks)} of the kept ones need a look:\n\n' + '\n'.join(
+            f'* {name}: {remark}' for _, name, remark in self.remarks[:rows]
+        )
 
 
 def same_names(listed: Sequence[Listed]) -> dict[int, str]:
     "Remarks on clips whose file has the name of another one."
-    shared = Counter(os.path.basename(one.path) for one in {one.path: one for one in listed if not one.fault}.values())
-    return {number: f'{shared[name]} files are called {name}' for number, one in enumerate(listed) if shared[name := os.path.basename(one.path)] > 1}
+    shared = Counter(
+        os.path.basename(one.path) for one in {one.path: one for one in listed if not one.fault}.values()
+    )
+    return {
+        number: f'{shared[name]} files are called {name}'
+        for number, one in enumerate(listed)
+        if shared[name := os.path.basename(one.path)] > 1
+    }
 
 # %% ../../nbs/5_datasets/06_video.ipynb #ae6c2395
 class VideoClips:
-    "len and [i] -> {name, caption, frames uint8 (t, h, w, 3)}; a clip that cannot be read is replaced by the next of its size and `replaced` says why."
+    """len and [i] -> {name, caption, frames uint8 (t, h, w, 3)}.
 
-    def __init__(self, source: Any, clips: Clips = Clips(), limit: float = 60.0):
+    A clip that cannot be read is replaced by the next of its size and `replaced` says why.
+    """
+
+    def __init__(self, source: Any, clips: Clips = Clips(), limit: float = 60.0):  # noqa: B008
         self.clips, self.listed, self.reader = clips, list_clips(source), Reader(limit)
         self.looked, self.broken, self.same = {}, {}, same_names(self.listed)
 
     def look(self, number: int) -> Take | str:
         "The Take of the clip with this number in the list, or why it cannot be used."
-        if number not in self.looked: self.looked[number] = look_at(self.listed[number], self.reader, self.clips)
+        if number not in self.looked:
+            self.looked[number] = look_at(self.listed[number], self.reader, self.clips)
         found = self.looked[number]
         return found if isinstance(found, str) else found[0]
 
@@ -245,79 +354,162 @@ class VideoClips:
     def kept(self) -> list[int]:
         "The numbers in the list of the usable clips; looks into every file."
         from tqdm.auto import tqdm
-        found = [number for number in tqdm(range(len(self.listed)), unit=' clips', mininterval=1, disable=len(self.listed) < 200) if not isinstance(self.look(number), str)]
-        require(found, f'none of the {len(self.listed)} clips can be used; the first, {self.listed[0].name}: {self.look(0)}')
+
+        found = [
+            number
+            for number in tqdm(
+                range(len(self.listed)), unit=' clips', mininterval=1, disable=len(self.listed) < 200
+            )
+            if not isinstance(self.look(number), str)
+        ]
+        require(
+            found,
+            f'none of the {len(self.listed)} clips can be used; the first, {self.listed[0].name}:'
+            f' {self.look(0)}',
+        )
         return found
 
-    def __len__(self) -> int: return len(self.kept)
+    def __len__(self) -> int:
+        return len(self.kept)
 
-    def __getitem__(self, index: int) -> dict: return first_readable(self, index)
+    def __getitem__(self, index: int) -> dict:
+        return first_readable(self, index)
 
     @property
-    def report(self) -> ClipReport: return make_report(self)
+    def report(self) -> ClipReport:
+        return make_report(self)
 
-    def _repr_html_(self) -> str: return draw_clips(self)
+    def _repr_html_(self) -> str:
+        return draw_clips(self)
 
 # %% ../../nbs/5_datasets/06_video.ipynb #53ff9177
 def look_at(one: Listed, reader: Reader, clips: Clips) -> tuple[Take, list[str]] | str:
     "The Take of a clip with its remarks, or why it cannot be used."
-    if one.fault: return one.fault
-    try: return plan_take(one, reader.facts(one.path), clips)
-    except (BadClip, MediaError) as error: return str(error)
+    if one.fault:
+        return one.fault
+    try:
+        return plan_take(one, reader.facts(one.path), clips)
+    except (BadClip, MediaError) as error:
+        return str(error)
 
 
 def first_readable(clips: VideoClips, index: int) -> dict:
-    "The sample at an index of the kept clips, or the next of as many frames and pixels that can be read, with `replaced=(index, reason)`."
-    if not -len(clips) <= index < len(clips): raise IndexError(f'no clip {index} among {len(clips)}')
+    """The sample at an index of the kept clips, or the next of as many frames and pixels that can be read,
+    with `replaced=(index, reason)`.
+    """
+    if not -len(clips) <= index < len(clips):
+        raise IndexError(f'no clip {index} among {len(clips)}')
     order, index = clips.kept, int(index) % len(clips)
-    size = lambda number: (len(clips.look(number).numbers), *clips.look(number)[1:3])
+
+    def size(number):
+        return (len(clips.look(number).numbers), *clips.look(number)[1:3])
+
     for number in order[index:] + order[:index]:
-        if number in clips.broken or size(number) != size(order[index]): continue            # a batch holds clips of one size
-        try: sample = dict(name=clips.listed[number].name, caption=clips.look(number).caption, frames=clips.frames(number))
-        except MediaError as error: clips.broken[number] = str(error)
-        else: return sample if number == order[index] else {**sample, 'replaced': (index, clips.broken[order[index]])}
-    raise MediaError(f'{clips.listed[order[index]].name} and all other clips of its size cannot be read: {clips.broken[order[index]]}')
+        # a batch holds clips of one size
+        if number in clips.broken or size(number) != size(order[index]):
+            continue
+        try:
+            sample = dict(
+                name=clips.listed[number].name,
+                caption=clips.look(number).caption,
+                frames=clips.frames(number),
+            )
+        except MediaError as error:
+            clips.broken[number] = str(error)
+        else:
+            return (
+                sample
+                if number == order[index]
+                else {**sample, 'replaced': (index, clips.broken[order[index]])}
+            )
+    raise MediaError(
+        f'{clips.listed[order[index]].name} and all other clips of its size cannot be read:'
+        f' {clips.broken[order[index]]}'
+    )
 
 
 def make_report(clips: VideoClips) -> ClipReport:
     "Dropped clips, those that could not be read so far among them, and remarks on the others."
-    reasons = {number: found for number in range(len(clips.listed)) if isinstance(found := clips.look(number), str)} | clips.broken
-    named = lambda number, text: Dropped(number, clips.listed[number].name, text)
-    remarks = [named(number, text) for number, found in clips.looked.items() if number not in reasons
-               for text in [*found[1], *([clips.same[number]] if number in clips.same else [])]]
-    return ClipReport(len(clips.listed) - len(reasons), tuple(named(*pair) for pair in sorted(reasons.items())), tuple(sorted(remarks)))
+    reasons = {
+        number: found for number in range(len(clips.listed)) if isinstance(found := clips.look(number), str)
+    } | clips.broken
+
+    def named(number, text):
+        return Dropped(number, clips.listed[number].name, text)
+
+    remarks = [
+        named(number, text)
+        for number, found in clips.looked.items()
+        if number not in reasons
+        for text in [*found[1], *([clips.same[number]] if number in clips.same else [])]
+    ]
+    return ClipReport(
+        len(clips.listed) - len(reasons),
+        tuple(named(*pair) for pair in sorted(reasons.items())),
+        tuple(sorted(remarks)),
+    )
 
 # %% ../../nbs/5_datasets/06_video.ipynb #845fc47c
 def strip(frames: np.ndarray, most: int = 6, height: int = 72, numbers: Sequence[int] = ()) -> str:
-    "HTML of at most `most` evenly spaced frames (t, h, w, 3), with their `numbers` in the file below them if given."
+    """HTML of at most `most` evenly spaced frames (t, h, w, 3), with their `numbers` in the file below them
+    if given.
+    """
     from PIL import Image
+
     tags = []
     for place in np.linspace(0, len(frames) - 1, min(most, len(frames))).astype(int):
         picture, file = Image.fromarray(frames[place]), io.BytesIO()
         picture.thumbnail((4 * height, 2 * height))
         picture.save(file, 'PNG')
         below = f'<br><small>{numbers[place]}</small>' if len(numbers) else ''
-        tags.append(f'<span style="display:inline-block;text-align:center;margin:1px"><img height="{height}" style="display:inline;border:1px solid #dddddd" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">{below}</span>')
+        tags.append(
+            f'<span style="display:inline-block;text-align:center;margin:1px"><img height="{height}"'
+            ' style="display:inline;border:1px solid #dddddd"'
+            f' src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">{below}</span>'
+        )
     return ''.join(tags)
 
 
 def video_html(video: bytes, frames: np.ndarray, height: int = 192) -> str:
-    "HTML of an mp4 that plays, if it is not above 2 MB, and of a strip of its frames (t, h, w, 3) for pages where no video can."
+    """HTML of an mp4 that plays, if it is not above 2 MB, and of a strip of its frames (t, h, w, 3) for pages
+    where no video can.
+    """
     data = base64.b64encode(video).decode() if len(video) < 2e6 else ''
-    player = f'<video controls loop autoplay muted playsinline height="{height}" style="image-rendering:pixelated" src="data:video/mp4;base64,{data}"></video><br>'
+    player = (
+        f'<video controls loop autoplay muted playsinline height="{height}" style="image-rendering:pixelated"'
+        f' src="data:video/mp4;base64,{data}"></video><br>'
+    )
     return f'{player if data else ""}{strip(frames)}'
 
 
 def draw_clips(clips: VideoClips, most: int = 6) -> str:
-    "HTML of a clip of each of the `most` frequent sizes, three clips at least: frames with their numbers, caption, size and how many have it."
+    """HTML of a clip of each of the `most` frequent sizes, three clips at least: frames with their numbers,
+    caption, size and how many have it.
+    """
     takes = {number: clips.look(number) for number in clips.kept}
     size = {number: f'{len(take.numbers)} x {take.height} x {take.width}' for number, take in takes.items()}
     counts, seen, rows = Counter(size.values()), Counter(), []
     turn = {number: (seen.update([size[number]]), seen[size[number]])[1] for number in takes}
-    for number in sorted(takes, key=lambda number: (turn[number], -counts[size[number]]))[:max(3, min(most, len(counts)))]:
-        try: shown = strip(clips.frames(number), numbers=takes[number].numbers)
-        except MediaError as error: shown = html.escape(str(error))
-        many = f'<b>{size[number]}</b>, {counts[size[number]]} clips, {counts[size[number]] / len(takes):.0%}' if turn[number] == 1 else size[number]
-        rows.append(f'<tr><td style="text-align:left">{many}<br>{html.escape(takes[number].caption)}<br><small>{html.escape(os.path.basename(clips.listed[number].name))}</small></td><td style="text-align:left">{shown}</td></tr>')
+    for number in sorted(takes, key=lambda number: (turn[number], -counts[size[number]]))[
+        : max(3, min(most, len(counts)))
+    ]:
+        try:
+            shown = strip(clips.frames(number), numbers=takes[number].numbers)
+        except MediaError as error:
+            shown = html.escape(str(error))
+        many = (
+            f'<b>{size[number]}</b>, {counts[size[number]]} clips, {counts[size[number]] / len(takes):.0%}'
+            if turn[number] == 1
+            else size[number]
+        )
+        rows.append(
+            '<tr><td'
+            f' style="text-align:left">{many}<br>{html.escape(takes[number].caption)}<br><small>{html.escape(os.path.basename(clips.listed[number].name))}</small></td><td'  # noqa: E501
+            f' style="text-align:left">{shown}</td></tr>'
+        )
     dropped = len(clips.listed) - len(clips)
-    return f'<p>{len(clips)} clips of {len(counts)} sizes{f", {dropped} left out (see .report)" if dropped else ""}; frames x height x width:</p><table>{"".join(rows)}</table>'
+    return (
+        f'<p>{len(clips)} clips of {len(counts)}'
+        f' sizes{f", {dropped} left out (see .report)" if dropped else ""}; frames x height x'
+        f' width:</p><table>{"".join(rows)}</table>'
+    )

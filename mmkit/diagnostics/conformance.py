@@ -15,101 +15,195 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..core.plots import style, to_png
 from ..core.device import Device, npu_facts, pick_device
-from .doctor import doctor
-from ..launcher.extract import extract
 from ..core.files import write_atomic
-from ..recipes.first_video import CLIPS, video_job
-from ..recipes.first_run import toy_job
-from ..models.costs import Talks
-from .operations import ALLOWED, OPERATIONS, attempt, compare_operations
-from ..parallel.attention import attend
-from ..launcher.run import Run, launch, make_folder
-from ..trainer.plan import plan
+from ..core.plots import style, to_png
 from ..core.values import override, relative
+from .doctor import doctor
+from .operations import ALLOWED, OPERATIONS, attempt, compare_operations
+from ..launcher.extract import extract
+from ..launcher.run import Run, launch, make_folder
+from ..models.costs import Talks
+from ..parallel.attention import attend
+from ..recipes.first_run import toy_job
+from ..recipes.first_video import CLIPS, video_job
+from ..trainer.plan import plan
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #495a2011
 def small_jobs(folder: str | Path, steps: int = 20) -> dict[str, Config]:
     "A tiny model of each kind with its data below a folder, and what trains it."
     folder = Path(folder)
-    talks, videos = toy_job(folder / 'talks', pictures=128, held_out=4, steps=steps), video_job(folder / 'videos', steps=steps)
-    extract(folder / 'videos' / 'data.json', videos.weights, videos.video.features, CLIPS, ranks=1, device='cpu')
+    talks = toy_job(folder / 'talks', pictures=128, held_out=4, steps=steps)
+    videos = video_job(folder / 'videos', steps=steps)
+    extract(
+        folder / 'videos' / 'data.json', videos.weights, videos.video.features, CLIPS, ranks=1, device='cpu'
+    )
     jobs = {'Qwen2.5-VL, tiny': talks, 'Wan2.1, tiny': videos}
-    return {name: replace(job, loop=replace(job.loop, global_batch=16, micro_batch=2, sample_prompts=None, sample_every=0, save_every=0)) for name, job in jobs.items()}
+    return {
+        name: replace(
+            job,
+            loop=replace(
+                job.loop, global_batch=16, micro_batch=2, sample_prompts=None, sample_every=0, save_every=0
+            ),
+        )
+        for name, job in jobs.items()
+    }
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #e53fce87
 WAYS: list[tuple[str, Callable[[int], list[str]]]] = [
-    ('tp {}', lambda n: [f'layout.tp={n}']), ('tp {}, sequence parallel', lambda n: [f'layout.tp={n}', 'layout.sequence_parallel=true']), ('pp {}', lambda n: [f'layout.pp={n}']),
-    ('cp {}, Ulysses', lambda n: [f'layout.cp={n}']), ('cp {}, ring', lambda n: [f'layout.cp={n}', 'layout.cp_kind=ring'])]
-PAIRS = {'cp 4, two by two': ['layout.cp=4', 'layout.cp_kind=usp'], 'tp 2, pp 2': ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2'], 'cp 2, fsdp': ['layout.cp=2', 'layout.data_parallel=fsdp'],
-         'tp 2, cp 2, zero1': ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.cp=2', 'layout.data_parallel=zero1']}
+    ('tp {}', lambda n: [f'layout.tp={n}']),
+    ('tp {}, sequence parallel', lambda n: [f'layout.tp={n}', 'layout.sequence_parallel=true']),
+    ('pp {}', lambda n: [f'layout.pp={n}']),
+    ('cp {}, Ulysses', lambda n: [f'layout.cp={n}']),
+    ('cp {}, ring', lambda n: [f'layout.cp={n}', 'layout.cp_kind=ring']),
+]
+PAIRS = {
+    'cp 4, two by two': ['layout.cp=4', 'layout.cp_kind=usp'],
+    'tp 2, pp 2': ['layout.tp=2', 'layout.sequence_parallel=true', 'layout.pp=2'],
+    'cp 2, fsdp': ['layout.cp=2', 'layout.data_parallel=fsdp'],
+    'tp 2, cp 2, zero1': [
+        'layout.tp=2',
+        'layout.sequence_parallel=true',
+        'layout.cp=2',
+        'layout.data_parallel=zero1',
+    ],
+}
+
 
 def allowed(config: Config, words: Sequence[str], ranks: int) -> bool:
     "Whether the model can be laid out like this over so many ranks."
-    try: return bool(plan(override(config, words), ranks))
-    except ValueError: return False
+    try:
+        return bool(plan(override(config, words), ranks))
+    except ValueError:
+        return False
+
 
 def layouts_of(config: Config, ranks: int) -> dict[str, list[str]]:
     "The layouts to try over all ranks: what is different, by title."
-    if ranks < 2: return {}
+    if ranks < 2:
+        return {}
     found = {data: [f'layout.data_parallel={data}'] for data in ('zero1', 'fsdp')}
     for title, words in WAYS:
         widest = next((n for n in (8, 4, 2) if ranks % n == 0 and allowed(config, words(n), ranks)), None)
-        if widest: found[title.format(widest)] = words(widest)
-    return {title: words for title, words in (found | (PAIRS if ranks % 4 == 0 else {})).items() if allowed(config, words, ranks)}
+        if widest:
+            found[title.format(widest)] = words(widest)
+    return {
+        title: words
+        for title, words in (found | (PAIRS if ranks % 4 == 0 else {})).items()
+        if allowed(config, words, ranks)
+    }
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #146ceef7
-PEAKS = {'Ascend910B': 354e12, 'Ascend910_93': 354e12}          # operations a second in bfloat16 of one device, as verl counts them; the members of a family differ
+# operations a second in bfloat16 of one device, as verl counts them; the members of a family differ
+PEAKS = {'Ascend910B': 354e12, 'Ascend910_93': 354e12}
+
 
 def peak_of(chip: str) -> float | None:
     "The peak of a chip, None where it is not known."
     return next((peak for name, peak in PEAKS.items() if chip.startswith(name)), None)
 
+
 def measures(run: Run, config: Config, ranks: int, peak: float | None) -> dict[str, Any]:
-    "Losses of an ended run, tokens a second, and, for a `peak` of operations a second of one device, about which share of it the counted operations are."
+    """Losses of an ended run, tokens a second, and, for a `peak` of operations a second of one device, about
+    which share of it the counted operations are.
+    """
     records = run.records()
-    later = records[len(records) // 2:]                                      # the first steps prepare kernels
+    later = records[len(records) // 2 :]  # the first steps prepare kernels
     seconds, tokens = (statistics.median(record[key] for record in later) for key in ('seconds', 'tokens'))
     found = dict(losses=[record['loss'] for record in records], tokens_per_second=tokens / seconds)
-    if peak is None: return found
+    if peak is None:
+        return found
     foreseen = plan(config, ranks)
-    share = 1.0                                                              # a plan counts the fullest micro-batches; conversations are shorter
-    if isinstance(foreseen.load, Talks): share = tokens / (sum(foreseen.load.lengths) * foreseen.count * config.layout.replicas(ranks))
-    return found | dict(mfu=share * statistics.mean(place.flops for place in foreseen.places) / seconds / peak)
+    # a plan counts the fullest micro-batches; conversations are shorter
+    share = 1.0
+    if isinstance(foreseen.load, Talks):
+        share = tokens / (sum(foreseen.load.lengths) * foreseen.count * config.layout.replicas(ranks))
+    return found | dict(
+        mfu=share * statistics.mean(place.flops for place in foreseen.places) / seconds / peak
+    )
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #9da7e771
 def rows_of(config: Config, device: Device, ranks: int) -> dict[str, tuple[int, list[str]]]:
     "For every run of a job its ranks and what is different."
     here, exact, own = [f'device={device.name}'], 'dtype=float32', f'dtype={device.dtype}'
-    rows = {'CPU': (1, ['device=cpu', exact, 'layout.data_parallel=ddp'])} | ({} if device.name == 'cpu' else {'one rank': (1, [*here, exact, 'layout.data_parallel=ddp'])})
-    if own != exact: rows |= {f'one rank, {device.dtype}': (1, [*here, own, 'layout.data_parallel=ddp'])} | ({f'zero1, {device.dtype}': (ranks, [*here, own, 'layout.data_parallel=zero1'])} if ranks > 1 else {})
-    return rows | {title: (ranks, [*here, exact, 'layout.data_parallel=ddp', *words]) for title, words in layouts_of(config, ranks).items()}
+    rows = {'CPU': (1, ['device=cpu', exact, 'layout.data_parallel=ddp'])} | (
+        {} if device.name == 'cpu' else {'one rank': (1, [*here, exact, 'layout.data_parallel=ddp'])}
+    )
+    if own != exact:
+        rows |= {f'one rank, {device.dtype}': (1, [*here, own, 'layout.data_parallel=ddp'])} | (
+            {f'zero1, {device.dtype}': (ranks, [*here, own, 'layout.data_parallel=zero1'])}
+            if ranks > 1
+            else {}
+        )
+    return rows | {
+        title: (ranks, [*here, exact, 'layout.data_parallel=ddp', *words])
+        for title, words in layouts_of(config, ranks).items()
+    }
 
-def trained(config: Config, ranks: int, device: Device, folder: Path, peak: float | None, reference: list[float] | None, allowed: float) -> dict[str, Any]:
+
+def trained(
+    config: Config,
+    ranks: int,
+    device: Device,
+    folder: Path,
+    peak: float | None,
+    reference: list[float] | None,
+    allowed: float,
+) -> dict[str, Any]:
     "Losses of a run, how far they are from the CPU's (None: it is the CPU's), and its speed."
-    found = measures(launch(config, ranks, folder=folder).wait(), config, ranks, peak if config.dtype == device.dtype else None)
+    found = measures(
+        launch(config, ranks, folder=folder).wait(),
+        config,
+        ranks,
+        peak if config.dtype == device.dtype else None,
+    )
     distance = relative(found['losses'], found['losses'] if reference is None else reference)
     return dict(apart=distance, good=distance <= allowed, **found)
 
-def compare_models(jobs: dict[str, Config], device: Device, ranks: int, folder: Path, peak: float | None, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    "For every job and run: its losses, how far they are from the CPU's, and its speed, or the error that it ended with."
+
+def compare_models(
+    jobs: dict[str, Config],
+    device: Device,
+    ranks: int,
+    folder: Path,
+    peak: float | None,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """For every job and run: its losses, how far they are from the CPU's, and its speed, or the error that it
+    ended with.
+    """
     for job, config in jobs.items():
         reference = None
         for number, (title, (count, words)) in enumerate(rows_of(config, device, ranks).items()):
             row = dict(job=job, run=title, ranks=count, allowed=1e-1 if 'bfloat16' in title else 1e-2)
             place = folder / job.replace(' ', '-').replace(',', '') / str(number)
-            row = attempt(row, lambda: trained(override(config, words), count, device, place, peak, reference, row['allowed']))
-            if title == 'CPU': reference = row.get('losses', [])                                # without them nothing is near
-            say(f'{job}: {title}, {count} ranks: ' + (row.get('error') or f'{shown(row, "apart")} from the CPU, {row["tokens_per_second"]:.0f} tokens a second'))
+            row = attempt(
+                row,
+                lambda: trained(
+                    override(config, words), count, device, place, peak, reference, row['allowed']
+                ),
+            )
+            # without them nothing is near
+            if title == 'CPU':
+                reference = row.get('losses', [])
+            say(
+                f'{job}: {title}, {count} ranks: '
+                + (
+                    row.get('error')
+                    or f'{shown(row, "apart")} from the CPU, {row["tokens_per_second"]:.0f} tokens a second'
+                )
+            )
             yield row
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #1543f71f
-LEAST = 1e-9                                             # where what is equal to the bit is drawn on an axis of powers
+# where what is equal to the bit is drawn on an axis of powers
+LEAST = 1e-9
+
 
 def shown(row: dict[str, Any], key: str) -> str:
     "A distance of a row as text, `-` where it has none."
     return '-' if row.get(key) is None else f'{row[key]:.1e}'
+
 
 def draw_operations(axis: Any, operations: list[dict[str, Any]]) -> None:
     "How far every operation is from the CPU, in every format, forward and backward."
@@ -117,38 +211,66 @@ def draw_operations(axis: Any, operations: list[dict[str, Any]]) -> None:
         mine = [one for one in operations if one['dtype'] == dtype]
         for way, mark in (('forward', 'o'), ('backward', 'x')):
             points = [(max(one[way], LEAST), one['operation']) for one in mine if one.get(way) is not None]
-            axis.plot([x for x, _ in points], [name for _, name in points], mark, color=colour, label=f'{dtype} {way}')
+            axis.plot(
+                [x for x, _ in points],
+                [name for _, name in points],
+                mark,
+                color=colour,
+                label=f'{dtype} {way}',
+            )
         axis.axvline(ALLOWED[dtype], color=colour, lw=0.5)
     failed = [one['operation'] for one in operations if not one['good']]
-    if failed: axis.plot([1.0] * len(failed), failed, '*', color='C3', label='too far, or failed')
-    axis.set(xscale='log', xlim=(LEAST / 3, 3)); axis.set_title('operations: difference from the CPU / largest value', fontsize=9)
-    axis.tick_params(labelsize=7); axis.legend(fontsize=6, loc='upper center', bbox_to_anchor=(0.5, -0.06), ncols=3)          # below: points lie everywhere
+    if failed:
+        axis.plot([1.0] * len(failed), failed, '*', color='C3', label='too far, or failed')
+    axis.set(xscale='log', xlim=(LEAST / 3, 3))
+    axis.set_title('operations: difference from the CPU / largest value', fontsize=9)
+    # below: points lie everywhere
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=6, loc='upper center', bbox_to_anchor=(0.5, -0.06), ncols=3)
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #12880593
 def draw_runs(axis: Any, runs: list[dict[str, Any]]) -> None:
     "How far the loss of every run is from the CPU's, step by step, with its speed."
     reference = next((run['losses'] for run in runs if run['run'] == 'CPU' and 'losses' in run), [])
     for number, run in enumerate(runs):
-        apart = [max(abs(a - b) / abs(b), LEAST) for a, b in zip(run.get('losses', []), reference) if b] if run['run'] != 'CPU' else []
+        apart = (
+            [max(abs(a - b) / abs(b), LEAST) for a, b in zip(run.get('losses', []), reference) if b]
+            if run['run'] != 'CPU'
+            else []
+        )
         speed = f'{run["tokens_per_second"]:.0f} tokens/s' if 'tokens_per_second' in run else 'failed'
-        axis.plot(range(1, len(apart) + 1), apart, **style(number), lw=1, marker='.', ms=3, label=f'{run["run"]}: {speed}' + ('' if run['good'] else ' (!)'))
-    axis.set(yscale='log', ylim=(LEAST / 3, 1), xlabel='step'); axis.set_title(f'{runs[0]["job"]}: |loss - CPU| / CPU', fontsize=9); axis.legend(fontsize=6, loc='upper left', ncols=2)
+        axis.plot(
+            range(1, len(apart) + 1),
+            apart,
+            **style(number),
+            lw=1,
+            marker='.',
+            ms=3,
+            label=f'{run["run"]}: {speed}' + ('' if run['good'] else ' (!)'),
+        )
+    axis.set(yscale='log', ylim=(LEAST / 3, 1), xlabel='step')
+    axis.set_title(f'{runs[0]["job"]}: |loss - CPU| / CPU', fontsize=9)
+    axis.legend(fontsize=6, loc='upper left', ncols=2)
+
 
 def draw(found: 'Conformance') -> Any:
     "Operations on the left, the runs of each job beside it; the title says of what."
     from matplotlib.figure import Figure
+
     jobs = dict.fromkeys(run['job'] for run in found.runs)
     figure = Figure(figsize=(5 + 4.5 * len(jobs), 4.6), dpi=75, layout='constrained')
     figure.suptitle(found.title, fontsize=9)
     left, *right = figure.subplots(1, 1 + len(jobs), squeeze=False)[0]
     draw_operations(left, found.operations)
-    for axis, job in zip(right, jobs): draw_runs(axis, [run for run in found.runs if run['job'] == job])
+    for axis, job in zip(right, jobs):
+        draw_runs(axis, [run for run in found.runs if run['job'] == job])
     return figure
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #b95bd315
 @dataclass(frozen=True, repr=False)
 class Conformance:
     "What `conform` found; the rows that there are so far are in its folder."
+
     device: str
     ranks: int
     fused: bool
@@ -168,42 +290,106 @@ class Conformance:
     def title(self) -> str:
         "The device, its number, and the versions that matter."
         versions = {one['name']: one['found'] for one in self.here}
-        return ', '.join([f'{self.ranks} x {self.chip or self.device}', *(f'{name} {versions[name]}' for name in ('CANN', 'NPU driver', 'torch-npu', 'torch', 'MindSpeed') if name in versions)])
+        return ', '.join(
+            [
+                f'{self.ranks} x {self.chip or self.device}',
+                *(
+                    f'{name} {versions[name]}'
+                    for name in ('CANN', 'NPU driver', 'torch-npu', 'torch', 'MindSpeed')
+                    if name in versions
+                ),
+            ]
+        )
 
     def add(self, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
         "Appends a row to one of the two lists and writes all there are."
         rows.append(row)
-        write_atomic(Path(self.folder) / 'conformance.json', json.dumps(asdict(self), indent=1, allow_nan=False))
+        write_atomic(
+            Path(self.folder) / 'conformance.json', json.dumps(asdict(self), indent=1, allow_nan=False)
+        )
 
-    def __repr__(self) -> str: return self._repr_markdown_()
+    def __repr__(self) -> str:
+        return self._repr_markdown_()
 
-    def _repr_markdown_(self) -> str: return tell(self)
+    def _repr_markdown_(self) -> str:
+        return tell(self)
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #ebad3213
 def tell(found: Conformance) -> str:
     "All rows as a table in Markdown."
-    kind = 'fused operations against their twins on the CPU' if found.fused else 'a CPU: every operation is its own twin, so nothing is proved but that all of it runs'
-    mark = lambda one: 'ok' if one['good'] else f'**{one["error"]}**' if 'error' in one else '**too far**'
-    lines = [f'{one["operation"]} | {one["dtype"]} | {shown(one, "forward")} | {shown(one, "backward")} | {one["allowed"]:.0e} | {mark(one)}' for one in found.operations]
-    speed = lambda run: (f'{run["tokens_per_second"]:.0f} tokens/s' if 'tokens_per_second' in run else '-') + (f', MFU about {run["mfu"]:.1%}' if run.get('mfu') is not None else '')
-    lines += [f'{run["job"]}: {run["run"]} | {run["ranks"]} ranks | {shown(run, "apart")} | {speed(run)} | {run["allowed"]:.0e} | {mark(run)}' for run in found.runs]
-    peak = f'MFU is the share of {found.peak:.3g} operations a second' if found.peak else f'no MFU: the peak of {found.chip or found.device} is not known here; `peak=` says it'
+    kind = (
+        'fused operations against their twins on the CPU'
+        if found.fused
+        else 'a CPU: every operation is its own twin, so nothing is proved but that all of it runs'
+    )
+
+    def mark(one):
+        return 'ok' if one['good'] else f'**{one["error"]}**' if 'error' in one else '**too far**'
+
+    lines = [
+        f'{one["operation"]} | {one["dtype"]} | {shown(one, "forward")} | {shown(one, "backward")} |'
+        f' {one["allowed"]:.0e} | {mark(one)}'
+        for one in found.operations
+    ]
+
+    def speed(run):
+        return (f'{run["tokens_per_second"]:.0f} tokens/s' if 'tokens_per_second' in run else '-') + (
+            f', MFU about {run["mfu"]:.1%}' if run.get('mfu') is not None else ''
+        )
+
+    lines += [
+        f'{run["job"]}: {run["run"]} | {run["ranks"]} ranks | {shown(run, "apart")} | {speed(run)} |'
+        f' {run["allowed"]:.0e} | {mark(run)}'
+        for run in found.runs
+    ]
+    peak = (
+        f'MFU is the share of {found.peak:.3g} operations a second'
+        if found.peak
+        else f'no MFU: the peak of {found.chip or found.device} is not known here; `peak=` says it'
+    )
     lines = [' | '.join(word.replace('|', '/') for word in line.split(' | ')) for line in lines]
-    return '\n'.join([f'{found.title}: {kind}. {peak}.\n', '| | format or ranks | forward, or losses | backward, or speed | allowed | |', '|---|---|---|---|---|---|', *(f'| {line} |' for line in lines)])
+    return '\n'.join(
+        [
+            f'{found.title}: {kind}. {peak}.\n',
+            '| | format or ranks | forward, or losses | backward, or speed | allowed | |',
+            '|---|---|---|---|---|---|',
+            *(f'| {line} |' for line in lines),
+        ]
+    )
 
 # %% ../../nbs/9_tools/09_diagnostics.conformance.ipynb #20a4d242
-def conform(folder: str | Path | None = None, device: str | None = None, jobs: dict[str, Config] | None = None, ranks: int | None = None, steps: int = 20,
-            peak: float | None = None, say: Callable[[str], None] = print) -> Conformance:
-    "Compares a device (default: the best one) with the CPU and writes `conformance.json`, row by row, and `conformance.png` into a folder; `jobs` default to two tiny models, {} leaves them out, `peak` is operations a second of one device in its own format (default: that of a known chip)."
+def conform(
+    folder: str | Path | None = None,
+    device: str | None = None,
+    jobs: dict[str, Config] | None = None,
+    ranks: int | None = None,
+    steps: int = 20,
+    peak: float | None = None,
+    say: Callable[[str], None] = print,
+) -> Conformance:
+    """Compares a device (default: the best one) with the CPU and writes `conformance.json`, row by row, and
+    `conformance.png` into a folder; `jobs` default to two tiny models, {} leaves them out, `peak` is
+    operations a second of one device in its own format (default: that of a known chip).
+    """
     folder, kind = make_folder(folder, 'conformance'), pick_device(device)
     ranks = ranks or kind.count()
     kind.prepare()
-    here, chip = [dict(name=one.name, found=one.found, wanted=one.wanted) for one in doctor()], npu_facts().get('chip', '') if kind.name == 'npu' else ''
-    found = Conformance(kind.name, ranks, kind.name in attend.fused, here, chip, peak or peak_of(chip), folder=str(folder))
+    here = [dict(name=one.name, found=one.found, wanted=one.wanted) for one in doctor()]
+    chip = npu_facts().get('chip', '') if kind.name == 'npu' else ''
+    found = Conformance(
+        kind.name, ranks, kind.name in attend.fused, here, chip, peak or peak_of(chip), folder=str(folder)
+    )
     try:
-        for row in compare_operations(kind): found.add(found.operations, row)
-        say(f'{len(found.operations)} comparisons of operations, {sum(not one["good"] for one in found.operations)} too far or failed')
+        for row in compare_operations(kind):
+            found.add(found.operations, row)
+        say(
+            f'{len(found.operations)} comparisons of operations,'
+            f' {sum(not one["good"] for one in found.operations)} too far or failed'
+        )
         jobs = small_jobs(folder / 'job', steps) if jobs is None else jobs
-        for row in compare_models(jobs, kind, ranks, folder / 'runs', found.peak, say): found.add(found.runs, row)
-    finally: write_atomic(folder / 'conformance.png', to_png(draw(found)))   # of what there is, also after Ctrl-C
+        for row in compare_models(jobs, kind, ranks, folder / 'runs', found.peak, say):
+            found.add(found.runs, row)
+    # of what there is, also after Ctrl-C
+    finally:
+        write_atomic(folder / 'conformance.png', to_png(draw(found)))
     return found

@@ -16,32 +16,38 @@ import torch
 from torch import Tensor
 
 from ..core.device import Device
-from ..models.rope import apply_rotary, cos_sin, rope_1d, apply_rotary_interleaved
+from ..core.values import largest
+from ..models.rope import apply_rotary, apply_rotary_interleaved, cos_sin, rope_1d
 from ..parallel.attention import add_tile, attend, ring_chunks, ring_tiles, segments, tile, tile_gradients
 from ..parallel.engine import FusedAdamW
 from ..parallel.layers import rms_norm, swiglu
-from ..core.values import largest
 
 # %% ../../nbs/9_tools/08_diagnostics.operations.ipynb #e3eb589c
-ROWS, LENGTHS = (2, 130), [33, 1, 64, 32]                # a row and its segments: odd lengths, and none a multiple of a tile of a kernel
+# a row and its segments: odd lengths, and none a multiple of a tile of a kernel
+ROWS, LENGTHS = (2, 130), [33, 1, 64, 32]
+
 
 def heads(queries: int, keys: int, width: int, length: int = ROWS[1]) -> tuple[tuple[int, ...], ...]:
     "Shapes of queries, keys and values; `length` is that of the keys."
     return (*ROWS, queries, width), (ROWS[0], length, keys, width), (ROWS[0], length, keys, width)
 
+
 def within(causal: bool) -> Callable[..., Tensor]:
     "Attention within the segments."
     return lambda q, k, v: segments(LENGTHS, causal, q.device)(q, k, v)
+
 
 def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "Attention to the first few keys of every row."
     shown = torch.arange(k.shape[1], device=k.device)[None] < torch.tensor([9, 50], device=k.device)[:, None]
     return attend(q, k, v, mask=shown[:, None, None].expand(-1, -1, q.shape[1], -1))
 
+
 def turned(x: Tensor) -> Tensor:
     "Rope of halves, in float32."
     angles = rope_1d(torch.arange(x.shape[1], device=x.device), x.shape[-1], 10000.0)
     return apply_rotary(x, *(table[None].expand(len(x), -1, -1) for table in cos_sin(angles, torch.float32)))
+
 
 def products(q: Tensor, k: Tensor) -> Tensor:
     "Products of queries and keys with rope of pairs."
@@ -49,27 +55,43 @@ def products(q: Tensor, k: Tensor) -> Tensor:
     q, k = (apply_rotary_interleaved(x, angles.cos(), angles.sin()).float() for x in (q, k))
     return torch.einsum('bqhd,bkhd->bhqk', q, k)
 
+
 def stepped(weight: Tensor, *gradients: Tensor) -> Tensor:
     "The weight after a step of AdamW for each gradient."
     weight = weight.detach().clone().requires_grad_()
     optimizer = FusedAdamW([weight], lr=1e-2, weight_decay=0.1)
-    for weight.grad in map(torch.clone, gradients): optimizer.step()
+    for weight.grad in map(torch.clone, gradients):
+        optimizer.step()
     return weight.detach()
 
 # %% ../../nbs/9_tools/08_diagnostics.operations.ipynb #42e18ec9
 class Around(torch.autograd.Function):
-    "Attention within segments as the ranks of a ring compute it, here one after the other: forward by tiles, backward by the gradients of tiles."
+    """Attention within segments as the ranks of a ring compute it, here one after the other: forward by
+    tiles, backward by the gradients of tiles.
+    """
+
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool, ring: int) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool, ring: int
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.places, ctx.ranks, made = [chunks.flatten().to(q.device) for chunks in ring_chunks(q.shape[1], ring)], [], torch.empty_like(q)
+        ctx.places = [chunks.flatten().to(q.device) for chunks in ring_chunks(q.shape[1], ring)]
+        ctx.ranks = []
+        made = torch.empty_like(q)
         for rank, mine in enumerate(ctx.places):
-            mixed = q.new_zeros(len(q), len(mine), k.shape[2], q.shape[2] // k.shape[2], q.shape[3], dtype=torch.float32)
-            total, tiles = mixed.new_full((*mixed.shape[:1], *mixed.shape[2:4], len(mine)), -torch.inf), ring_tiles(lengths, causal, rank, ring, q.device)
+            mixed = q.new_zeros(
+                len(q), len(mine), k.shape[2], q.shape[2] // k.shape[2], q.shape[3], dtype=torch.float32
+            )
+            total = mixed.new_full((*mixed.shape[:1], *mixed.shape[2:4], len(mine)), -torch.inf)
+            tiles = ring_tiles(lengths, causal, rank, ring, q.device)
             for step in range(ring):
                 for rows, columns, shown in tiles[(rank - step) % ring]:
                     there = ctx.places[(rank - step) % ring][columns]
-                    add_tile(mixed[:, rows], total[..., rows], *tile(q[:, mine[rows]], k[:, there], v[:, there], shown))
+                    add_tile(
+                        mixed[:, rows],
+                        total[..., rows],
+                        *tile(q[:, mine[rows]], k[:, there], v[:, there], shown),
+                    )
             made[:, mine] = mixed.flatten(2, 3).to(q.dtype)
             ctx.ranks.append((mine, tiles, mixed, total))
         return made
@@ -83,25 +105,45 @@ class Around(torch.autograd.Function):
                 for rows, columns, shown in there:
                     at = mine[rows], places[columns], places[columns]
                     inputs = (x[:, where] for x, where in zip(kept, at))
-                    parts = tile_gradients(*inputs, shown, pull[:, at[0]].unflatten(2, mixed.shape[2:4]), mixed[:, rows], total[..., rows])
-                    for whole, part, where in zip(sums, parts, at): whole[:, where] += part
+                    parts = tile_gradients(
+                        *inputs,
+                        shown,
+                        pull[:, at[0]].unflatten(2, mixed.shape[2:4]),
+                        mixed[:, rows],
+                        total[..., rows],
+                    )
+                    for whole, part, where in zip(sums, parts, at):
+                        whole[:, where] += part
         return *(x.to(gradient.dtype) for x in sums), None, None, None
 
 # %% ../../nbs/9_tools/08_diagnostics.operations.ipynb #dd822791
 def around(causal: bool) -> Callable[..., Tensor]:
-    "Attention within the segments on a ring of two; two tokens are added to the last segment, since four must divide a row."
+    """Attention within the segments on a ring of two.
+
+    Two tokens are added to the last segment, since four must divide a row.
+    """
     return lambda q, k, v: Around.apply(q, k, v, [*LENGTHS[:-1], LENGTHS[-1] + 2], causal, 2)
 
 # %% ../../nbs/9_tools/08_diagnostics.operations.ipynb #270bcffd
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
-    'attention, all keys': (attend, heads(8, 8, 128)), 'attention, causal, grouped queries': (partial(attend, causal=True), heads(8, 2, 128)),
-    'attention, other rows': (attend, heads(8, 8, 128, 77)), 'attention, masked': (masked, heads(8, 2, 64)),
-    'segments, causal, grouped queries': (within(True), heads(8, 2, 128)), 'windows': (within(False), heads(4, 4, 80)),
-    'rms norm': (lambda x, weight: rms_norm(x, weight, 1e-6), ((130, 2, 1536), (1536,))), 'swiglu': (swiglu, ((130, 2, 1024),)),
-    'rope of halves': (turned, ((*ROWS, 8, 80),)), 'rope of pairs': (products, ((*ROWS, 8, 128), (*ROWS, 8, 128))),
-    'attention, causal, long row': (partial(attend, causal=True), ((1, 2304, 1, 64),) * 3), 'AdamW': (stepped, ((1536, 8),) * 4),
-    'tiles of a ring': (around(False), ((2, 132, 8, 64), (2, 132, 2, 64), (2, 132, 2, 64))), 'tiles of a ring, causal': (around(True), ((2, 132, 8, 128), (2, 132, 2, 128), (2, 132, 2, 128)))}
-ALLOWED = {'float32': 1e-3, 'bfloat16': 3e-2}            # of the largest value; devices make products of float32 in a shorter format
+    'attention, all keys': (attend, heads(8, 8, 128)),
+    'attention, causal, grouped queries': (partial(attend, causal=True), heads(8, 2, 128)),
+    'attention, other rows': (attend, heads(8, 8, 128, 77)),
+    'attention, masked': (masked, heads(8, 2, 64)),
+    'segments, causal, grouped queries': (within(True), heads(8, 2, 128)),
+    'windows': (within(False), heads(4, 4, 80)),
+    'rms norm': (lambda x, weight: rms_norm(x, weight, 1e-6), ((130, 2, 1536), (1536,))),
+    'swiglu': (swiglu, ((130, 2, 1024),)),
+    'rope of halves': (turned, ((*ROWS, 8, 80),)),
+    'rope of pairs': (products, ((*ROWS, 8, 128), (*ROWS, 8, 128))),
+    'attention, causal, long row': (partial(attend, causal=True), ((1, 2304, 1, 64),) * 3),
+    'AdamW': (stepped, ((1536, 8),) * 4),
+    'tiles of a ring': (around(False), ((2, 132, 8, 64), (2, 132, 2, 64), (2, 132, 2, 64))),
+    'tiles of a ring, causal': (around(True), ((2, 132, 8, 128), (2, 132, 2, 128), (2, 132, 2, 128))),
+}
+# of the largest value; devices make products of float32 in a shorter format
+ALLOWED = {'float32': 1e-3, 'bfloat16': 3e-2}
+
 
 def drawn(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Tensor]:
     "Numbers that a format holds exactly, in float32, the same every time."
@@ -109,33 +151,63 @@ def drawn(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Tensor]:
     return [torch.randn(shape, generator=dice).to(getattr(torch, dtype)).float() for shape in shapes]
 
 # %% ../../nbs/9_tools/08_diagnostics.operations.ipynb #df50b2a2
-def run_on(device: torch.device, dtype: str, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    "What a function makes of inputs on a device in a format, and the gradients of a weighted sum of it if it has any, in float32 on the host."
+def run_on(
+    device: torch.device, dtype: str, function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """What a function makes of inputs on a device in a format, and the gradients of a weighted sum of it if
+    it has any, in float32 on the host.
+    """
     given = [x.to(device, getattr(torch, dtype)).requires_grad_() for x in inputs]
     made = function(*given)
     weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(1)).to(device, made.dtype)
-    return [x.detach().float().cpu() for x in (made, *(torch.autograd.grad((made * weight).sum(), given) if made.requires_grad else ()))]
+    return [
+        x.detach().float().cpu()
+        for x in (made, *(torch.autograd.grad((made * weight).sum(), given) if made.requires_grad else ()))
+    ]
+
 
 def apart(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     "Largest difference over largest value; infinite where a number is missing or none."
-    if [x.shape for x in mine] != [x.shape for x in theirs]: return math.inf
+    if [x.shape for x in mine] != [x.shape for x in theirs]:
+        return math.inf
     return largest(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(mine, theirs))
 
+
 def attempt(row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    "A row with what some work adds to it, in numbers that JSON knows; or, where the work fails, with its error."
-    try: row = row | work()
-    except Exception as error: return row | dict(good=False, error=f'{type(error).__name__}: {" ".join(str(error).split())[-400:]}')       # of a device anything can come, and the other rows still tell
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    """A row with what some work adds to it, in numbers that JSON knows.
+
+    Or, where the work fails, with its error.
+    """
+    try:
+        row = row | work()
+    # of a device anything can come, and the other rows still tell
+    except Exception as error:
+        return row | dict(good=False, error=f'{type(error).__name__}: {" ".join(str(error).split())[-400:]}')
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
 
 def compared(device: Device, name: str, dtype: str, allowed: float) -> dict[str, Any]:
     "How far forward and backward pass of an operation on a device are from the CPU's in float32."
     function, shapes = OPERATIONS[name]
     inputs = drawn(shapes, dtype)
-    mine, theirs = run_on(device.at(), dtype, function, inputs), run_on(torch.device('cpu'), 'float32', function, inputs)
+    mine = run_on(device.at(), dtype, function, inputs)
+    theirs = run_on(torch.device('cpu'), 'float32', function, inputs)
     forward, backward = apart(mine[:1], theirs[:1]), apart(mine[1:], theirs[1:]) if theirs[1:] else None
-    return dict(forward=forward, backward=backward, good=forward <= allowed and (backward is None or backward <= allowed))
+    return dict(
+        forward=forward,
+        backward=backward,
+        good=forward <= allowed and (backward is None or backward <= allowed),
+    )
+
 
 def compare_operations(device: Device) -> Iterator[dict[str, Any]]:
     "For every operation and format how far it is from the CPU's, or the error that it ended with."
     for name in OPERATIONS:
-        for dtype, allowed in ALLOWED.items(): yield attempt(dict(operation=name, dtype=dtype, allowed=allowed), partial(compared, device, name, dtype, allowed))
+        for dtype, allowed in ALLOWED.items():
+            yield attempt(
+                dict(operation=name, dtype=dtype, allowed=allowed),
+                partial(compared, device, name, dtype, allowed),
+            )

@@ -21,20 +21,28 @@ from typing import cast
 import numpy as np
 
 from ..config import Config, Layout, load_config
+from ..core.device import pick_device
+from ..core.files import load_json
+from ..core.values import require
 from ..datasets.conversation import Conversations
 from ..datasets.features import Features
 from ..datasets.order import SizeOrder, size_name
-from ..datasets.statistics import Measured, DataStatistics, fills, data_statistics
+from ..datasets.statistics import DataStatistics, Measured, data_statistics, fills
 from ..datasets.video import Take, VideoClips
-from ..core.device import pick_device
-from ..core.files import load_json
-from ..models.costs import Videos, Talks, video_tokens, qwen_costs, wan_costs
+from .run import Run
+from ..models.costs import Talks, Videos, qwen_costs, video_tokens, wan_costs
 from ..models.shapes import QwenShape, WanShape, shape_of, text_room, transformer_of
 from ..parallel.stages import Stage
-from .run import Run
-from ..trainer.plan import amount, check_config, check_files, fullest_videos, fullest_talks, parts_of, plan
+from mmkit.trainer.plan import (
+    amount,
+    check_config,
+    check_files,
+    fullest_talks,
+    fullest_videos,
+    parts_of,
+    plan,
+)
 from ..trainer.qwen2_5_vl import positions
-from ..core.values import require
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #95d82e74
 def talk_shape(config: Config) -> QwenShape:
@@ -54,19 +62,32 @@ def video_shape(config: Config) -> WanShape:
 def talk_costs(config: Config, ranks: int, samples: Sequence[Measured]) -> np.ndarray:
     "Operations (n, pp) that each sample adds to a micro-batch for a rank at each place of the pipeline."
     merge, known, count = talk_shape(config).vision.merge, {}, config.loop.micro_batch
+
     def cost(tokens, grids, trained):
-        found = plan(config, ranks, Talks((*tokens * count, 8), (*grids * count, (1, merge, merge)), trained * count + 1))       # beside a small one: a micro-batch without a picture costs a blank one
+        # beside a small one: a micro-batch without a picture costs a blank one
+        found = plan(
+            config,
+            ranks,
+            Talks((*tokens * count, 8), (*grids * count, (1, merge, merge)), trained * count + 1),
+        )
         return np.array([place.flops / found.count for place in found.places])
+
     least = cost((), (), 0)
     for one in samples:
         key = one.tokens, one.grids, one.trained
-        if key not in known: known[key] = (cost(key[:1], *key[1:]) - least) / count
+        if key not in known:
+            known[key] = (cost(key[:1], *key[1:]) - least) / count
     return np.array([known[one.tokens, one.grids, one.trained] for one in samples])
 
 
-def drawn_steps(costs: np.ndarray, replicas: int, each: int, steps: int = 32, seed: int = 0) -> tuple[float, float]:
-    "Operations (n, pp) of samples -> those of the busiest rank in a step in which each copy gets `each` samples by chance, and the share of a step that replicas do not wait for the busiest."
-    drawn = costs[np.random.RandomState(seed).randint(len(costs), size=(steps, replicas, each))].sum(2)          # steps, replicas, places
+def drawn_steps(
+    costs: np.ndarray, replicas: int, each: int, steps: int = 32, seed: int = 0
+) -> tuple[float, float]:
+    """Operations (n, pp) of samples -> those of the busiest rank in a step in which each copy gets `each`
+    samples by chance, and the share of a step that replicas do not wait for the busiest.
+    """
+    # steps, replicas, places
+    drawn = costs[np.random.RandomState(seed).randint(len(costs), size=(steps, replicas, each))].sum(2)
     busiest = drawn.max((1, 2))
     return float(busiest.mean()), float(drawn.max(2).mean() / busiest.mean())
 
@@ -83,7 +104,12 @@ def latent_size(config: Config, size: Sequence[int]) -> tuple[int, int, int]:
 
 def video_load(config: Config, size: Sequence[int], clips: int = 1) -> Videos:
     "A micro-batch of clips of one size."
-    return Videos(clips, latent_size(config, size), text_room(config.processor or config.weights), 257 if video_shape(config).image_width else 0)
+    return Videos(
+        clips,
+        latent_size(config, size),
+        text_room(config.processor or config.weights),
+        257 if video_shape(config).image_width else 0,
+    )
 
 
 def video_sizes(config: Config) -> tuple[list[tuple], int]:
@@ -99,18 +125,30 @@ def video_sizes(config: Config) -> tuple[list[tuple], int]:
 def trained_parameters(config: Config) -> int:
     "How many parameters of the model are trained."
     layout = Layout()
-    if config.task == 'qwen2_5_vl': towers = qwen_costs(talks := talk_shape(config), fullest_talks(config, talks), layout, 4)
-    else: towers = wan_costs(videos := video_shape(config), fullest_videos(config, videos), layout, 4)
+    if config.task == 'qwen2_5_vl':
+        towers = qwen_costs(talks := talk_shape(config), fullest_talks(config, talks), layout, 4)
+    else:
+        towers = wan_costs(videos := video_shape(config), fullest_videos(config, videos), layout, 4)
     whole = Stage(0, 1, {name: range(len(tower.layers)) for name, tower in towers.items()})
-    return round(sum(part.cost.weights + part.cost.exact for part in parts_of(whole, towers, replace(config, layout=layout)) if part.learns))
+    return round(
+        sum(
+            part.cost.weights + part.cost.exact
+            for part in parts_of(whole, towers, replace(config, layout=layout))
+            if part.learns
+        )
+    )
 
 
 def checkpoint_bytes(config: Config) -> int:
     "Bytes of a checkpoint's weights and optimizer."
-    files = list(transformer_of(config.processor or config.weights).glob('*.safetensors')) or list(Path(config.weights).rglob('*.safetensors'))
+    files = list(transformer_of(config.processor or config.weights).glob('*.safetensors')) or list(
+        Path(config.weights).rglob('*.safetensors')
+    )
     exact, average = (config.dtype or pick_device(config.device).dtype) == 'float32', bool(config.loop.ema)
     each = 8 + 4 * (average or not exact) + 4 * (average and not exact)
-    return sum(path.stat().st_size for path in files) + (each * trained_parameters(config) if config.loop.save_optimizer else 0)
+    return sum(path.stat().st_size for path in files) + (
+        each * trained_parameters(config) if config.loop.save_optimizer else 0
+    )
 
 
 def checkpoint_count(config: Config) -> int:
@@ -122,7 +160,12 @@ def checkpoint_count(config: Config) -> int:
 # %% ../../nbs/7_launcher/06_estimate.ipynb #07ed175e
 @dataclass(frozen=True, repr=False)
 class Estimate:
-    "What a run costs: samples there are and those left out, tokens and the uncertainty of a sample's mean, steps and samples a step, operations of the busiest rank in a step (waiting for the pipeline counted as operations), the share of a step that replicas do not wait, bytes in a rank's memory at most, of one checkpoint and of all; `speed` in operations a second."
+    """What a run costs: samples there are and those left out, tokens and the uncertainty of a sample's mean,
+    steps and samples a step, operations of the busiest rank in a step (waiting for the pipeline counted as
+    operations), the share of a step that replicas do not wait, bytes in a rank's memory at most, of one
+    checkpoint and of all; `speed` in operations a second.
+    """
+
     samples: int
     left_out: int
     tokens: float
@@ -139,79 +182,168 @@ class Estimate:
     statistics: DataStatistics | None = None
 
     @property
-    def epochs(self) -> float: return self.steps * self.batch / self.samples
+    def epochs(self) -> float:
+        return self.steps * self.batch / self.samples
 
     @property
     def seconds(self) -> float | None:
         "Seconds of the whole run; None without a speed."
         return self.steps * self.flops / self.speed if self.speed else None
 
-    def rows(self) -> list[tuple[str, str]]: return lines_of(self)
-    def __repr__(self) -> str: return '\n'.join(f'{name}: {text}' for name, text in self.rows())
+    def rows(self) -> list[tuple[str, str]]:
+        return lines_of(self)
+
+    def __repr__(self) -> str:
+        return '\n'.join(f'{name}: {text}' for name, text in self.rows())
 
     def _repr_html_(self) -> str:
-        cells = ''.join(f'<tr><td style="text-align:left">{escape(name)}</td><td style="text-align:left">{escape(text)}</td></tr>' for name, text in self.rows())
+        cells = ''.join(
+            f'<tr><td style="text-align:left">{escape(name)}</td><td'
+            f' style="text-align:left">{escape(text)}</td></tr>'
+            for name, text in self.rows()
+        )
         return f'<table>{cells}</table>{self.statistics._repr_html_() if self.statistics else ""}'
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #72c6176f
 def duration(seconds: float) -> str:
     "Seconds in words."
     for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
-        if seconds >= 2 * size: return f'{seconds / size:.1f} {unit}'
+        if seconds >= 2 * size:
+            return f'{seconds / size:.1f} {unit}'
     return f'{seconds:.1f} seconds'
 
 
 def lines_of(found: Estimate) -> list[tuple[str, str]]:
     "The estimate, line by line."
+    each = amount(found.samples * found.tokens, '')
+    whole = amount(found.steps * found.batch * found.tokens, '')
     about = f' ± {found.spread / found.tokens:.0%}' if found.spread else ''
     free = shutil.disk_usage(Path.cwd()).free
-    time = f'{duration(found.seconds)} at {amount(found.speed, "FLOP/s")} a rank; reading, saving and sampling are not in it' if found.speed and found.seconds else 'give speed=, operations a second of a rank; speed_of(run) measures it on a short run'
-    return [('data', f'{found.samples} samples, {found.left_out} left out'), ('an epoch', f'{amount(found.samples * found.tokens, "")} tokens{about}, {found.samples / found.batch:.1f} steps of {found.batch} samples'),
-            ('the run', f'{found.steps} steps, {found.epochs:.2f} epochs, {amount(found.steps * found.batch * found.tokens, "")} tokens{about}'), ('batches', found.batches),
-            ('waiting', f'replicas work {found.busy:.0%} of a step and wait for the one with most to do'), ('operations', f'{amount(found.flops, "FLOP")} of the busiest rank in a step, {amount(found.steps * found.flops, "FLOP")} in the run'),
-            ('time', time), ('memory', f'{amount(found.memory, "B")} of a rank at most'), ('disk', f'{amount(found.disk, "B")}, {amount(found.checkpoint, "B")} for each checkpoint; {amount(free, "B")} are free here')]
+    time = (
+        f'{duration(found.seconds)} at {amount(found.speed, "FLOP/s")} a rank; reading, saving and sampling'
+        ' are not in it'
+        if found.speed and found.seconds
+        else 'give speed=, operations a second of a rank; speed_of(run) measures it on a short run'
+    )
+    return [
+        ('data', f'{found.samples} samples, {found.left_out} left out'),
+        (
+            'an epoch',
+            f'{each} tokens{about}, {found.samples / found.batch:.1f} steps of {found.batch} samples',
+        ),
+        ('the run', f'{found.steps} steps, {found.epochs:.2f} epochs, {whole} tokens{about}'),
+        ('batches', found.batches),
+        ('waiting', f'replicas work {found.busy:.0%} of a step and wait for the one with most to do'),
+        (
+            'operations',
+            (
+                f'{amount(found.flops, "FLOP")} of the busiest rank in a step,'
+                f' {amount(found.steps * found.flops, "FLOP")} in the run'
+            ),
+        ),
+        ('time', time),
+        ('memory', f'{amount(found.memory, "B")} of a rank at most'),
+        (
+            'disk',
+            (
+                f'{amount(found.disk, "B")}, {amount(found.checkpoint, "B")} for each checkpoint;'
+                f' {amount(free, "B")} are free here'
+            ),
+        ),
+    ]
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #25916c58
 def estimate_talks(config: Config, ranks: int, count: int) -> dict:
     "What an Estimate says of conversations."
     layout, loop = config.layout, config.loop
     replicas, micro = layout.replicas(ranks), config.check(ranks)
-    data = Conversations(config.data, config.processor or config.weights, partial(positions, talk_shape(config)))
+    data = Conversations(
+        config.data, config.processor or config.weights, partial(positions, talk_shape(config))
+    )
     found = data_statistics(data, count)
     flops, busy = drawn_steps(talk_costs(config, ranks, found.samples), replicas, micro * loop.micro_batch)
     fill = fills(found.lengths, loop.micro_batch, config.data.max_length, layout.sequence_multiple)
-    spread = 0.0 if len(found.samples) == len(data) else 2 * float(found.lengths.std()) / math.sqrt(len(found.samples))
-    return dict(samples=len(data), left_out=len(data.report.dropped), tokens=found.mean('tokens'), spread=spread, flops=flops, busy=busy, statistics=found,
-                batches=', '.join(f'{name}: {share:.0%} full' for name, share in fill.items()))
+    spread = (
+        0.0
+        if len(found.samples) == len(data)
+        else 2 * float(found.lengths.std()) / math.sqrt(len(found.samples))
+    )
+    return dict(
+        samples=len(data),
+        left_out=len(data.report.dropped),
+        tokens=found.mean('tokens'),
+        spread=spread,
+        flops=flops,
+        busy=busy,
+        statistics=found,
+        batches=', '.join(f'{name}: {share:.0%} full' for name, share in fill.items()),
+    )
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #7df551bb
 def estimate_videos(config: Config, ranks: int, count: int) -> dict:
     "What an Estimate says of clips; all of them are looked at."
     shape, loop, (sizes, dropped) = video_shape(config), config.loop, video_sizes(config)
-    order, numbers = SizeOrder(sizes=sizes, global_batch=loop.global_batch, micro_batch=loop.micro_batch), Counter(sizes)
-    cost = {size: max(place.flops for place in plan(config, ranks, video_load(config, size, loop.micro_batch)).places) for size in numbers}
+    order = SizeOrder(sizes=sizes, global_batch=loop.global_batch, micro_batch=loop.micro_batch)
+    numbers = Counter(sizes)
+    cost = {
+        size: max(
+            place.flops for place in plan(config, ranks, video_load(config, size, loop.micro_batch)).places
+        )
+        for size in numbers
+    }
     tokens = {size: video_tokens(shape, video_load(config, size), config.layout)[:2] for size in numbers}
-    mean = lambda each: sum(each(size) * number for size, number in numbers.items()) / len(sizes)
+
+    def mean(each):
+        return sum(each(size) * number for size, number in numbers.items()) / len(sizes)
+
     fill = mean(lambda size: tokens[size][0]) / mean(lambda size: tokens[size][1])
-    steps = ', '.join(f'{size_name(size)}: {number / order.global_batch:.1f}' for size, number in numbers.most_common(4))
-    return dict(samples=len(sizes), left_out=dropped, tokens=mean(lambda size: tokens[size][0]), spread=0.0, flops=mean(cost.get), busy=1.0, batches=f'rows {fill:.0%} full; steps an epoch by size: {steps}')
+    steps = ', '.join(
+        f'{size_name(size)}: {number / order.global_batch:.1f}' for size, number in numbers.most_common(4)
+    )
+    return dict(
+        samples=len(sizes),
+        left_out=dropped,
+        tokens=mean(lambda size: tokens[size][0]),
+        spread=0.0,
+        flops=mean(cost.get),
+        busy=1.0,
+        batches=f'rows {fill:.0%} full; steps an epoch by size: {steps}',
+    )
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #915fa0ab
-def estimate(config: Config, ranks: int | None = None, speed: float | None = None, count: int = 200) -> Estimate:
-    "The Estimate of a run on so many ranks (default: as `launch`), from `count` of its conversations or all of its clips; `speed` in operations a second of a rank, as `speed_of` measures it."
+def estimate(
+    config: Config, ranks: int | None = None, speed: float | None = None, count: int = 200
+) -> Estimate:
+    """The Estimate of a run on so many ranks (default: as `launch`), from `count` of its conversations or all
+    of its clips; `speed` in operations a second of a rank, as `speed_of` measures it.
+    """
     ranks = check_config(config, None) if ranks is None else ranks
     check_files(config)
     full, layout = plan(config, ranks), config.layout
     found = (estimate_talks if config.task == 'qwen2_5_vl' else estimate_videos)(config, ranks, count)
     found['flops'] *= 1 + (layout.pp - 1) / layout.vpp / full.count
     size, number = checkpoint_bytes(config), checkpoint_count(config)
-    return Estimate(**found, steps=config.loop.steps, batch=config.loop.global_batch, memory=max(place.total for place in full.places), checkpoint=size, disk=size * number, speed=speed)
+    return Estimate(
+        **found,
+        steps=config.loop.steps,
+        batch=config.loop.global_batch,
+        memory=max(place.total for place in full.places),
+        checkpoint=size,
+        disk=size * number,
+        speed=speed,
+    )
 
 
 def speed_of(run: Run | str | Path, count: int = 200) -> float:
-    "Operations a second of a rank in a run, as `estimate` counts them, from the mean of its steps behind the first two."
+    """Operations a second of a rank in a run, as `estimate` counts them, from the mean of its steps behind
+    the first two.
+    """
     run = Run(run) if isinstance(run, (str, Path)) else run
     records = run.records()[2:]
-    require(records, f'{run.folder} has fewer than three steps: let it go on a little, the first two are slow')
+    require(
+        records, f'{run.folder} has fewer than three steps: let it go on a little, the first two are slow'
+    )
     ranks = load_json(run.folder / 'log' / 'agent.json')['ranks']
-    return estimate(load_config(run.folder / 'config.json'), ranks, count=count).flops / (sum(record['seconds'] for record in records) / len(records))
+    return estimate(load_config(run.folder / 'config.json'), ranks, count=count).flops / (
+        sum(record['seconds'] for record in records) / len(records)
+    )

@@ -13,20 +13,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..config import Clips
+from ..core.device import pick_device, place
+from ..core.files import Jsonl, load_json, write_atomic
 from ..core.values import dumps, read, require
 from ..datasets.clips import list_clips
 from ..datasets.features import Extraction, extract_features
 from ..datasets.llava import Dropped
 from ..datasets.video import ClipReport, VideoClips
-from ..core.device import pick_device, place
-from ..core.files import Jsonl, load_json, write_atomic
-from ..models.codecs import Tiles, check_encoders, find_part, open_codecs
 from .run import Run, make_folder, start
+from ..models.codecs import Tiles, check_encoders, find_part, open_codecs
 
 # %% ../../nbs/7_launcher/05_extract.ipynb #88314065
 @dataclass(frozen=True, kw_only=True)
 class ExtractJob:
-    "Clips, the pipeline folder whose encoders are used, the folder of features, rules that cut the clips, and how the encoders run."
+    """Clips, the pipeline folder whose encoders are used, the folder of features, rules that cut the clips,
+    and how the encoders run.
+    """
+
     source: str
     weights: str
     folder: str
@@ -36,6 +39,7 @@ class ExtractJob:
     dtype: str | None = None
     tiles: Tiles | None = None
     limit: float = 60.0
+
 
 def needs_image(weights: str | Path) -> bool:
     "Whether the model of a pipeline folder continues pictures."
@@ -48,39 +52,89 @@ def encode_share(run: str | Path) -> None:
     job = read(ExtractJob, load_json(run / 'config.json'))
     device = pick_device(job.device)
     device.prepare(here.local_rank)
-    codecs = open_codecs(job.weights, image=job.image, dtype=job.dtype or device.dtype, device=device.at(here.local_rank), tiles=job.tiles)
+    codecs = open_codecs(
+        job.weights,
+        image=job.image,
+        dtype=job.dtype or device.dtype,
+        device=device.at(here.local_rank),
+        tiles=job.tiles,
+    )
     log = Jsonl(run / f'clips{here.rank}.jsonl')
-    found = extract_features(VideoClips(job.source, job.clips, job.limit), codecs, job.folder, here.rank, here.world, progress=False, watch=log.append)
+    found = extract_features(
+        VideoClips(job.source, job.clips, job.limit),
+        codecs,
+        job.folder,
+        here.rank,
+        here.world,
+        progress=False,
+        watch=log.append,
+    )
     write_atomic(run / f'found{here.rank}.json', json.dumps(asdict(found)))
+
 
 def gather(run: Path, ranks: int, seconds: float) -> Extraction:
     "What all ranks of a job did together."
     found = [load_json(run / f'found{rank}.json') for rank in range(ranks)]
-    listed = lambda key: tuple(sorted(Dropped(*one) for part in found for one in part['report'][key]))
+
+    def listed(key):
+        return tuple(sorted(Dropped(*one) for part in found for one in part['report'][key]))
+
     report = ClipReport(sum(part['report']['kept'] for part in found), listed('dropped'), listed('remarks'))
-    return Extraction(*(sum(part[key] for part in found) for key in ('encoded', 'captions', 'found')), seconds, report)
+    return Extraction(
+        *(sum(part[key] for part in found) for key in ('encoded', 'captions', 'found')), seconds, report
+    )
 
 # %% ../../nbs/7_launcher/05_extract.ipynb #42146567
-if __name__ == '__main__' and '__file__' in globals(): encode_share(sys.argv[1])      # as a module; a notebook has no __file__
+# as a module; a notebook has no __file__
+if __name__ == '__main__' and '__file__' in globals():
+    encode_share(sys.argv[1])
 
 # %% ../../nbs/7_launcher/05_extract.ipynb #972d876f
 def follow(run: Run, total: int, ranks: int) -> None:
     "Shows how many clips of a job are done until it ends; an interrupt stops all ranks."
     from tqdm.auto import tqdm
+
     logs = [Jsonl(run.folder / f'clips{rank}.jsonl') for rank in range(ranks)]
     with tqdm(total=total, unit=' clips') as bar:
-        count = lambda: sum(len(log.new()) for log in logs)
+
+        def count():
+            return sum(len(log.new()) for log in logs)
+
         run.wait(watch=lambda: [bar.update(new) for new in [count()] if new])
 
-def extract(source: str | Path, weights: str | Path, folder: str | Path, clips: Clips = Clips(), *, ranks: int | None = None, device: str | None = None,
-            dtype: str | None = None, tiles: Tiles | None = None, limit: float = 60.0) -> Extraction:
-    "Encodes the clips of a list or folder with the encoders of a pipeline folder into a folder of features; returns what was done and the report."
+
+def extract(
+    source: str | Path,
+    weights: str | Path,
+    folder: str | Path,
+    clips: Clips = Clips(),
+    *,
+    ranks: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    tiles: Tiles | None = None,
+    limit: float = 60.0,
+) -> Extraction:
+    """Encodes the clips of a list or folder with the encoders of a pipeline folder into a folder of features.
+
+    Returns what was done and the report.
+    """
     begun, listed = time.monotonic(), len(list_clips(source))
     image = needs_image(weights)
     check_encoders(weights, image)
     ranks = ranks or min(pick_device(device).count(), listed)
     require(1 <= ranks <= listed, f'ranks={ranks} for {listed} clips: give from 1 to {listed}')
-    job = ExtractJob(source=str(source), weights=str(weights), folder=str(folder), clips=clips, image=image, device=device, dtype=dtype, tiles=tiles, limit=limit)
+    job = ExtractJob(
+        source=str(source),
+        weights=str(weights),
+        folder=str(folder),
+        clips=clips,
+        image=image,
+        device=device,
+        dtype=dtype,
+        tiles=tiles,
+        limit=limit,
+    )
     run = make_folder(Path(folder) / 'log' / time.strftime('%Y%m%d-%H%M%S'), None)
     write_atomic(run / 'config.json', dumps(job))
     follow(start(run, 'mmkit.launcher.extract', ranks), listed, ranks)

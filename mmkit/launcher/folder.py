@@ -25,12 +25,17 @@ from ..core.ranks import find_traceback
 # %% ../../nbs/7_launcher/00_folder.ipynb #b45f4af1
 def alive(process: psutil.Process) -> bool:
     "Whether a process still does something (one that has ended may stay listed as a zombie)."
-    try: return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess: return False
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def agent_process(folder: Path) -> psutil.Process | None:
-    "The living agent of a run folder, or None; a later process that got the same number is not mistaken for it."
+    """The living agent of a run folder, or None.
+
+    A later process that got the same number is not mistaken for it.
+    """
     try:
         agent = load_json(folder / 'log' / 'agent.json')
         process = psutil.Process(agent['pid'])
@@ -45,8 +50,15 @@ def other_machine(folder: Path) -> str | None:
     log = folder / 'log'
     try:
         host = load_json(log / 'agent.json')['host']
-        return host if host != socket.gethostname() and not (log / 'end.json').exists() and time.time() - (log / 'beat').stat().st_mtime < 60 else None
-    except (OSError, ValueError): return None
+        return (
+            host
+            if host != socket.gethostname()
+            and not (log / 'end.json').exists()
+            and time.time() - (log / 'beat').stat().st_mtime < 60
+            else None
+        )
+    except (OSError, ValueError):
+        return None
 
 
 def read_status(folder: Path) -> str:
@@ -58,35 +70,59 @@ def read_status(folder: Path) -> str:
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #f24ee35b
 def first_failure(folder: Path, codes: dict[int, int], torchrun_says: int) -> dict[str, Any]:
-    "Which rank failed first, how, and its last words; `codes` holds the exit codes of the ranks torchrun saw fail."
+    """Which rank failed first, how, and its last words.
+
+    `codes` holds the exit codes of the ranks torchrun saw fail.
+    """
     noted = {int(path.stem[4:]): load_json(path)['time'] for path in (folder / 'log').glob('rank*.failed')}
-    killed = [rank for rank, code in codes.items() if code < 0 and -code not in (signal.SIGABRT, signal.SIGTERM)]
+    killed = [
+        rank for rank, code in codes.items() if code < 0 and -code not in (signal.SIGABRT, signal.SIGTERM)
+    ]
     rank = killed[0] if killed else min(noted, key=lambda one: noted[one], default=torchrun_says)
     words = read_end(folder / 'log' / f'rank{rank}.txt') or read_end(folder / 'log' / 'torchrun.txt')
-    if rank in killed: words = '\n'.join(words.strip().splitlines()[-10:])
+    if rank in killed:
+        words = '\n'.join(words.strip().splitlines()[-10:])
     return {'rank': rank, 'exit_code': codes.get(rank, 1), 'words': find_traceback(words)}
 
 
 def full_disk(folder: Path) -> list[str]:
-    "A sentence if the disk of a folder has no room for even a few lines, so that nobody could write what went wrong."
-    return [f'the disk of {folder.absolute()} is full: make room and start the run again, it goes on from its newest checkpoint'] * (shutil.disk_usage(folder).free < 65536)
+    """A sentence if the disk of a folder has no room for even a few lines, so that nobody could write what
+    went wrong.
+    """
+    return [
+        f'the disk of {folder.absolute()} is full: make room and start the run again, it goes on from its'
+        ' newest checkpoint'
+    ] * (shutil.disk_usage(folder).free < 65536)
 
 
 def read_failure(folder: Path) -> dict[str, Any]:
     "Which rank of a failed run fell first (None: the launcher itself), with which exit code and last words."
-    if (folder / 'failure.json').exists(): return load_json(folder / 'failure.json')
-    many = not (folder / 'log' / 'torchrun.txt').exists()                # machines, none with an agent of ours
-    if many and any((folder / 'log').glob('rank*.failed')): return first_failure(folder, {}, 0)
+    if (folder / 'failure.json').exists():
+        return load_json(folder / 'failure.json')
+    # machines, none with an agent of ours
+    many = not (folder / 'log' / 'torchrun.txt').exists()
+    if many and any((folder / 'log').glob('rank*.failed')):
+        return first_failure(folder, {}, 0)
     said = [*full_disk(folder), read_end(folder / 'log' / 'torchrun.txt', 3000).strip()]
-    return {'rank': None, 'exit_code': 1, 'words': '\n'.join(filter(None, said)) or 'it ended without a word (killed?)'}
+    return {
+        'rank': None,
+        'exit_code': 1,
+        'words': '\n'.join(filter(None, said)) or 'it ended without a word (killed?)',
+    }
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #3619970f
 def progress(record: dict, steps: int | None = None) -> str:
     "One record as one line of text; `steps` is the number of steps planned."
-    show = lambda key, form: format(record[key], form) if isinstance(record.get(key), (int, float)) else '-'
+
+    def show(key, form):
+        return format(record[key], form) if isinstance(record.get(key), (int, float)) else '-'
+
     memory = f'{max(record["peak_memory"]) / 2**30:.2f}' if record.get('peak_memory') else '-'
-    return (f'step {record.get("step", "-")}/{steps or "?"}  loss {show("loss", ".4f")}  lr {show("lr", ".3g")}  grad {show("grad_norm", ".3f")}  '
-            f'{show("seconds", ".2f")} s  {show("tokens_per_second", ".0f")} tokens/s  {memory} GiB')
+    return (
+        f'step {record.get("step", "-")}/{steps or "?"}  loss {show("loss", ".4f")}  lr {show("lr", ".3g")} '
+        f' grad {show("grad_norm", ".3f")}  {show("seconds", ".2f")} s  {show("tokens_per_second", ".0f")}'
+        f' tokens/s  {memory} GiB'
+    )
 
 
 def duration(seconds: float) -> str:
@@ -98,7 +134,8 @@ def duration(seconds: float) -> str:
 def memory_words(peak: Sequence[int]) -> str:
     "The most bytes each rank has held, in GiB: all of them up to 8 ranks, the extremes of more."
     sizes = [size / 2**30 for size in peak]
-    if len(sizes) <= 8: return ' · '.join(f'{size:.2f}' for size in sizes) or '-'
+    if len(sizes) <= 8:
+        return ' · '.join(f'{size:.2f}' for size in sizes) or '-'
     return f'{min(sizes):.2f} to {max(sizes):.2f}, most on rank {sizes.index(max(sizes))}'
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #1cf08191
@@ -108,7 +145,9 @@ class RunFolder:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / 'command.txt').is_file():
-            raise ValueError(f'{folder} is not a run folder (it has no command.txt): give a folder that launch made')
+            raise ValueError(
+                f'{folder} is not a run folder (it has no command.txt): give a folder that launch made'
+            )
         self.steps: int | None = load_json(self.folder / 'config.json').get('loop', {}).get('steps')
 
     @property
@@ -127,30 +166,49 @@ class RunFolder:
 
     def samples(self) -> dict[int, list[dict]]:
         "The sampled answers by step, the newest last."
-        return {int(path.stem.split('-')[1]): load_json(path) for path in sorted((self.folder / 'samples').glob('step-*.json'))}
+        return {
+            int(path.stem.split('-')[1]): load_json(path)
+            for path in sorted((self.folder / 'samples').glob('step-*.json'))
+        }
 
     def checkpoints(self) -> list[Path]:
         "The complete checkpoints, the newest last."
-        return sorted(path.parent for path in (self.folder / 'checkpoints').glob('step-' + '[0-9]' * 7 + '/manifest.json'))
+        return sorted(
+            path.parent
+            for path in (self.folder / 'checkpoints').glob('step-' + '[0-9]' * 7 + '/manifest.json')
+        )
 
     def tail(self, lines: int = 20, rank: int = 0) -> str:
         "The last lines a rank has printed (of its last 64 KB)."
         return '\n'.join(read_end(self.folder / 'log' / f'rank{rank}.txt').rstrip('\n').split('\n')[-lines:])
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #c6f8c514
-def new_lines(run: RunFolder, print_line: Callable[[str], None] = print, every: int = 1, since: float = 0.0) -> Callable[[], None]:
-    "A function that prints a line for the record of every so many steps, and of the last, as far as they are new and from after the time `since`."
+def new_lines(
+    run: RunFolder, print_line: Callable[[str], None] = print, every: int = 1, since: float = 0.0
+) -> Callable[[], None]:
+    """A function that prints a line for the record of every so many steps, and of the last, as far as they
+    are new and from after the time `since`.
+    """
     log = Jsonl(run.folder / 'metrics.jsonl')
+
     def look():
         for record in log.new():
-            if record.get('time', since + 1) > since and (record['step'] % every == 0 or record['step'] == run.steps): print_line(progress(record, run.steps))
+            if record.get('time', since + 1) > since and (
+                record['step'] % every == 0 or record['step'] == run.steps
+            ):
+                print_line(progress(record, run.steps))
+
     return look
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #76946912
 def seconds_left(records: Sequence[dict], steps: int | None, since: float = 0.0) -> float | None:
-    "What the steps to go will take if they go on as the last hundred after the time `since`; None before there are two."
+    """What the steps to go will take if they go on as the last hundred after the time `since`.
+
+    None before there are two.
+    """
     times = [record['time'] for record in records[-100:] if record.get('time', 0) > since]
-    if not steps or len(times) < 2: return None
+    if not steps or len(times) < 2:
+        return None
     return (times[-1] - times[0]) / (len(times) - 1) * max(0, steps - records[-1]['step'])
 
 

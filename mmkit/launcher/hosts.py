@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
@@ -29,15 +30,18 @@ import psutil
 from ..config import Config
 from ..core.device import INTERFACES, NPU_DEFAULTS, Device, Place, npu_installed, pick_device, place
 from ..core.files import Jsonl, load_json, read_end, write_atomic
-from ..core.ranks import answers, close_group, follow_parent, find_traceback, leave, run_target
+from ..core.ranks import answers, close_group, find_traceback, follow_parent, leave, run_target
+from ..core.values import dumps, require
 from .run import Run, make_folder
 from ..trainer.plan import check_files, shape_of
-from ..core.values import dumps, require
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #4dbbff1e
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    "Machines that train together: their `names` (they meet at the first, at `port`), the `ranks` on each, and what torchrun is told."
+    """Machines that train together: their `names` (they meet at the first, at `port`), the `ranks` on each,
+    and what torchrun is told.
+    """
+
     names: tuple[str, ...]
     ranks: int
     interface: str | None = None
@@ -49,22 +53,50 @@ class Hosts:
     def __post_init__(self):
         object.__setattr__(self, 'names', tuple(self.names))
         odd = [name for name in self.names if not re.fullmatch(r'[A-Za-z0-9][\w.:-]*', name)]
-        require(bool(self.names) and not odd, f'hosts must be names or addresses such as node1,node2, not {odd or "empty"}')
-        require(len(set(self.names)) == len(self.names), f'hosts {",".join(self.names)} name a machine twice: name each once, and give it more ranks')
+        require(
+            bool(self.names) and not odd,
+            f'hosts must be names or addresses such as node1,node2, not {odd or "empty"}',
+        )
+        require(
+            len(set(self.names)) == len(self.names),
+            f'hosts {",".join(self.names)} name a machine twice: name each once, and give it more ranks',
+        )
         require(self.ranks >= 1, f'ranks={self.ranks}: each machine needs at least one rank')
-        require(self.interface is None or bool(re.fullmatch(r'[\w.=,:^@-]+', self.interface)), f'interface={self.interface!r} is not the name of a network interface such as eth0 (ip link shows them)')
+        require(
+            self.interface is None or bool(re.fullmatch(r'[\w.=,:^@-]+', self.interface)),
+            f'interface={self.interface!r} is not the name of a network interface such as eth0 (ip link shows'
+            ' them)',
+        )
         require(1024 <= self.port < 65536, f'port={self.port} must lie between 1024 and 65535')
-        require(self.restarts >= 0 and self.silence >= 5, f'restarts={self.restarts} must not be negative and silence={self.silence} at least 5 seconds')
+        require(
+            self.restarts >= 0 and self.silence >= 5,
+            f'restarts={self.restarts} must not be negative and silence={self.silence} at least 5 seconds',
+        )
 
     world = property(lambda self: len(self.names) * self.ranks, doc='The number of ranks on all machines.')
-    before = property(lambda self: f'{self.setup} && ' * bool(self.setup), doc='The words of a shell that go before a line.')
+    before = property(
+        lambda self: f'{self.setup} && ' * bool(self.setup), doc='The words of a shell that go before a line.'
+    )
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #a69ceeed
 def environment_words(hosts: Hosts) -> list[str]:
     "The environment of a rank as words NAME=value."
-    fixed = ['OMP_NUM_THREADS=1', 'CUDA_DEVICE_MAX_CONNECTIONS=1', 'PYTHONUNBUFFERED=1', 'PYTHONFAULTHANDLER=1', 'MPLBACKEND=agg',
-             'TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1']      # ranks that save are not killed; each restart meets at a new place, not among old addresses
-    own = [f'{name}=${{{name}:-{value}}}' for name, value in NPU_DEFAULTS.items() if npu_installed() and f'{name}={value}' not in fixed]      # what a machine has set itself wins
+    fixed = [
+        'OMP_NUM_THREADS=1',
+        'CUDA_DEVICE_MAX_CONNECTIONS=1',
+        'PYTHONUNBUFFERED=1',
+        'PYTHONFAULTHANDLER=1',
+        'MPLBACKEND=agg',
+        # ranks that save are not killed; each restart meets at a new place, not among old addresses
+        'TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400',
+        'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1',
+    ]
+    # what a machine has set itself wins
+    own = [
+        f'{name}=${{{name}:-{value}}}'
+        for name, value in NPU_DEFAULTS.items()
+        if npu_installed() and f'{name}={value}' not in fixed
+    ]
     return fixed + own + [f'{name}={hosts.interface}' for name in INTERFACES if hosts.interface]
 
 
@@ -73,50 +105,142 @@ def plain_name(folder: Path) -> str:
     return re.sub(r'[^\w.-]', '-', folder.name)
 
 
-def torchrun_line(hosts: Hosts, folder: str | Path, number: int | None = None, *, meeting: str = '', here: str = '', serves: str = '', nodes: str = '') -> str:
-    "The line that starts the ranks of machine `number` for a run folder; or, with shell words for where they meet, this machine, whether it `serves` (1 or 0) and how many there are, of any machine."
-    if number is not None: meeting, here, serves, nodes = hosts.names[0], hosts.names[number], str(int(number == 0)), str(len(hosts.names))
+def torchrun_line(
+    hosts: Hosts,
+    folder: str | Path,
+    number: int | None = None,
+    *,
+    meeting: str = '',
+    here: str = '',
+    serves: str = '',
+    nodes: str = '',
+) -> str:
+    """The line that starts the ranks of machine `number` for a run folder.
+
+    Or, with shell words for where they meet, this machine, whether it `serves` (1 or 0) and how many there
+    are, of any machine.
+    """
+    if number is not None:
+        meeting = hosts.names[0]
+        here = hosts.names[number]
+        serves = str(int(number == 0))
+        nodes = str(len(hosts.names))
     torchrun, folder = Path(sys.executable).with_name('torchrun'), Path(folder).absolute()
-    words = ['env', *environment_words(hosts), shlex.quote(str(torchrun)), f'--nnodes {nodes}', f'--nproc-per-node {hosts.ranks}', f'--max-restarts {hosts.restarts}',
-             '--rdzv-backend c10d', f'--rdzv-endpoint {meeting}:{hosts.port}', f'--rdzv-id={plain_name(folder)}',
-             f'--rdzv-conf is_host={serves}', f'--local-addr {here}', f'-m mmkit.launcher.hosts {shlex.quote(str(folder))} {here} {hosts.ranks} {hosts.silence}']
+    words = [
+        'env',
+        *environment_words(hosts),
+        shlex.quote(str(torchrun)),
+        f'--nnodes {nodes}',
+        f'--nproc-per-node {hosts.ranks}',
+        f'--max-restarts {hosts.restarts}',
+        '--rdzv-backend c10d',
+        f'--rdzv-endpoint {meeting}:{hosts.port}',
+        f'--rdzv-id={plain_name(folder)}',
+        f'--rdzv-conf is_host={serves}',
+        f'--local-addr {here}',
+        f'-m mmkit.launcher.hosts {shlex.quote(str(folder))} {here} {hosts.ranks} {hosts.silence}',
+    ]
     return ' '.join(words)
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #6ea98cf6
-def prepare_run(config: Config, hosts: Hosts, folder: str | Path | None = None, name: str | None = None) -> Run:
-    "The run folder for training on all the machines; raises a one-line ValueError when the config cannot run there."
+def prepare_run(
+    config: Config, hosts: Hosts, folder: str | Path | None = None, name: str | None = None
+) -> Run:
+    """The run folder for training on all the machines.
+
+    Raises a one-line ValueError when the config cannot run there.
+    """
     config.check(hosts.world)
     check_files(config)
     shape_of(config).check(config.layout)
     folder = make_folder(folder, name)
     write_atomic(folder / 'config.json', dumps(config))
     write_atomic(folder / 'log' / 'end.json', json.dumps({'status': 'starting', 'time': time.time()}))
-    write_atomic(folder / 'command.txt', '\n'.join(torchrun_line(hosts, folder, number) for number in range(len(hosts.names))) + '\n')
+    write_atomic(
+        folder / 'command.txt',
+        '\n'.join(torchrun_line(hosts, folder, number) for number in range(len(hosts.names))) + '\n',
+    )
     return Run(folder)
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #2019361d
 def shell_script(hosts: Hosts, folder: str | Path) -> str:
-    "A bash script that starts every machine's line over ssh and waits for them; SIGINT or SIGTERM ends them in good order."
+    """A bash script that starts every machine's line over ssh and waits for them.
+
+    SIGINT or SIGTERM ends them in good order.
+    """
     folder = Path(folder).absolute()
-    note = lambda name: shlex.quote(f'{folder}/log/{name}.pid')
-    lines = ['#!/usr/bin/env bash', f'# Trains {folder} on {", ".join(hosts.names)}: all of them see this folder and have mmkit in the same place.', 'ssh="ssh -o BatchMode=yes"', 'started=()', 'stop() {']
-    lines += [*(f'  $ssh {name} {shlex.quote(f"kill -TERM $(cat {note(name)})")} &' for name in hosts.names), '}', 'trap stop INT TERM']
+
+    def note(name):
+        return shlex.quote(f'{folder}/log/{name}.pid')
+
+    lines = [
+        '#!/usr/bin/env bash',
+        (
+            f'# Trains {folder} on {", ".join(hosts.names)}: all of them see this folder and have mmkit in'
+            ' the same place.'
+        ),
+        'ssh="ssh -o BatchMode=yes"',
+        'started=()',
+        'stop() {',
+    ]
+    lines += [
+        *(f'  $ssh {name} {shlex.quote(f"kill -TERM $(cat {note(name)})")} &' for name in hosts.names),
+        '}',
+        'trap stop INT TERM',
+    ]
     for number, name in enumerate(hosts.names):
         remote = f'{hosts.before}echo $$ > {note(name)} && exec {torchrun_line(hosts, folder, number)}'
-        lines += [f'$ssh {name} {shlex.quote(remote)} > >(sed -u "s/^/{name}: /") 2>&1 < /dev/null & started+=($!)']
-    lines += ['code=0', 'for one in "${started[@]}"; do', '  while kill -0 "$one" 2> /dev/null; do wait "$one" || code=$?; done', 'done', 'exit "$code"']
+        lines += [
+            f'$ssh {name} {shlex.quote(remote)} > >(sed -u "s/^/{name}: /") 2>&1 < /dev/null & started+=($!)'
+        ]
+    lines += [
+        'code=0',
+        'for one in "${started[@]}"; do',
+        '  while kill -0 "$one" 2> /dev/null; do wait "$one" || code=$?; done',
+        'done',
+        'exit "$code"',
+    ]
     return '\n'.join(lines) + '\n'
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #d72e73f0
-def slurm_script(hosts: Hosts, folder: str | Path, options: Sequence[str] = ('--time=24:00:00', '--exclusive')) -> str:
-    "An sbatch script that trains a run folder on as many machines as `hosts` has; `options` are further words for sbatch, such as `--gres=gpu:8`."
+def slurm_script(
+    hosts: Hosts, folder: str | Path, options: Sequence[str] = ('--time=24:00:00', '--exclusive')
+) -> str:
+    """An sbatch script that trains a run folder on as many machines as `hosts` has.
+
+    `options` are further words for sbatch, such as `--gres=gpu:8`.
+    """
     folder = Path(folder).absolute()
-    line = torchrun_line(hosts, folder, meeting='$FIRST', here='$SLURMD_NODENAME', serves='$((SLURM_NODEID == 0))', nodes='$SLURM_NNODES')
-    asked = [f'--job-name={plain_name(folder)}', f'--nodes={len(hosts.names)}', '--ntasks-per-node=1', '--signal=TERM@120', '--requeue', '--open-mode=append',
-             f'--output={shlex.quote(str(folder).replace("%", "%%"))}/log/slurm.txt', *options]
-    return '\n'.join(['#!/usr/bin/env bash', *(f'#SBATCH {word}' for word in asked), 'set -eu',
-        'export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(f"{hosts.before}exec {line}")}']) + '\n'
+    line = torchrun_line(
+        hosts,
+        folder,
+        meeting='$FIRST',
+        here='$SLURMD_NODENAME',
+        serves='$((SLURM_NODEID == 0))',
+        nodes='$SLURM_NNODES',
+    )
+    asked = [
+        f'--job-name={plain_name(folder)}',
+        f'--nodes={len(hosts.names)}',
+        '--ntasks-per-node=1',
+        '--signal=TERM@120',
+        '--requeue',
+        '--open-mode=append',
+        f'--output={shlex.quote(str(folder).replace("%", "%%"))}/log/slurm.txt',
+        *options,
+    ]
+    return (
+        '\n'.join(
+            [
+                '#!/usr/bin/env bash',
+                *(f'#SBATCH {word}' for word in asked),
+                'set -eu',
+                'export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+                f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(f"{hosts.before}exec {line}")}',
+            ]
+        )
+        + '\n'
+    )
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #36cfd91b
 class Silence:
@@ -124,54 +248,78 @@ class Silence:
 
     def __init__(self, name: str, here: Place, ranks: int, limit: float, patience: float = 600):
         self.name, self.here, self.limit, self.over = name, here, limit, threading.Event()
-        self.names = {rank: f'the machine of rank {rank}' for rank in range(0, here.world, ranks) if rank != here.rank}
+        self.names = {
+            rank: f'the machine of rank {rank}' for rank in range(0, here.world, ranks) if rank != here.rank
+        }
         self.words: dict[int, str] = {}
-        self.since = dict.fromkeys(self.names, time.monotonic() + patience - limit)      # machines load libraries at different speeds
+        # machines load libraries at different speeds
+        self.since = dict.fromkeys(self.names, time.monotonic() + patience - limit)
 
     def hear(self, rank: int, words: str) -> None:
         "Takes note of what a machine says: a number that changes and its name, or that it is done."
-        if self.words.get(rank) == words: return
+        if self.words.get(rank) == words:
+            return
         self.words[rank], (number, self.names[rank]) = words, words.split(' ', 1)
         self.since[rank] = float('inf') if number == 'done' else time.monotonic()
 
     def lost(self) -> list[str]:
         "The machines that nothing was heard of for too long."
-        return [self.names[rank] for rank, since in self.since.items() if time.monotonic() - since > self.limit]
+        return [
+            self.names[rank] for rank, since in self.since.items() if time.monotonic() - since > self.limit
+        ]
 
     def talk(self, store: Any) -> None:
         "Says that this machine is there and hears the others, once; at the end, that it is done."
         store.set(f'host {self.here.rank}', f'{"done" if self.over.is_set() else time.time()} {self.name}')
         for rank in self.names:
-            if store.check([f'host {rank}']): self.hear(rank, store.get(f'host {rank}').decode())
+            if store.check([f'host {rank}']):
+                self.hear(rank, store.get(f'host {rank}').decode())
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #fa7e06ab
 def keep_talking(silence: Silence) -> None:
     "Talks until this machine is done or the store is gone; it may block for as long as the network likes."
     import torch.distributed as dist
+
     store = None
     while True:
         last = silence.over.is_set()
         try:
             store = store or next(dist.rendezvous('env://', timeout=timedelta(seconds=600)))[0]
             silence.talk(store)
-        except RuntimeError: pass          # silence is judged by the clock
-        if last: return
+        except RuntimeError:
+            pass  # silence is judged by the clock
+        if last:
+            return
         silence.over.wait(silence.limit / 10)
 
 
 def keep_listening(silence: Silence, alarm: Callable[[str], None], beat: Path | None) -> None:
-    "Calls `alarm` with a sentence once machines are lost, and until then touches the file `beat` that says to others that the run goes on."
+    """Calls `alarm` with a sentence once machines are lost, and until then touches the file `beat` that says
+    to others that the run goes on.
+    """
     while not silence.over.wait(min(silence.limit / 10, 5)):
-        if beat: beat.touch()
+        if beat:
+            beat.touch()
         if lost := silence.lost():
-            alarm(f'{silence.name} has not heard of {", ".join(lost)} for {silence.limit:.0f} s: see whether they run, and the network between them (mmkit doctor --hosts tries it); '
-                  'the same lines again go on from the newest checkpoint')
+            alarm(
+                f'{silence.name} has not heard of {", ".join(lost)} for {silence.limit:.0f} s: see whether'
+                ' they run, and the network between them (mmkit doctor --hosts tries it); the same lines'
+                ' again go on from the newest checkpoint'
+            )
             return
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #efb1009d
 def open_notes(folder: Path, ranks: int) -> None:
-    "Makes the run folder say that the run goes on, and where; what an earlier start left behind is taken away."
-    for note in (folder / 'failure.json', folder / 'log' / 'end.json', *(folder / 'log').glob('rank*.failed')): note.unlink(missing_ok=True)
+    """Makes the run folder say that the run goes on, and where.
+
+    What an earlier start left behind is taken away.
+    """
+    for note in (
+        folder / 'failure.json',
+        folder / 'log' / 'end.json',
+        *(folder / 'log').glob('rank*.failed'),
+    ):
+        note.unlink(missing_ok=True)
     agent = psutil.Process(os.getppid())
     where = {'pid': agent.pid, 'started': agent.create_time(), 'host': socket.gethostname(), 'ranks': ranks}
     write_atomic(folder / 'log' / 'agent.json', json.dumps(where))
@@ -179,8 +327,14 @@ def open_notes(folder: Path, ranks: int) -> None:
 
 def close_notes(folder: Path) -> None:
     "Makes the run folder say how the run ended: 'done', or 'stopped' before its last step."
-    steps, records = load_json(folder / 'config.json')['loop']['steps'], Jsonl(folder / 'metrics.jsonl').read()
-    write_atomic(folder / 'log' / 'end.json', json.dumps({'status': 'done' if records and records[-1]['step'] >= steps else 'stopped', 'time': time.time()}))
+    steps = load_json(folder / 'config.json')['loop']['steps']
+    records = Jsonl(folder / 'metrics.jsonl').read()
+    write_atomic(
+        folder / 'log' / 'end.json',
+        json.dumps(
+            {'status': 'done' if records and records[-1]['step'] >= steps else 'stopped', 'time': time.time()}
+        ),
+    )
     (folder / 'log' / 'beat').unlink(missing_ok=True)
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #3d04e768
@@ -192,134 +346,259 @@ def fail(log: Path, console: int, words: str, code: int = 1) -> None:
 
 
 def main(folder: str | Path, name: str, ranks: int, limit: float) -> None:
-    "What torchrun executes as a rank on the machine called `name`, of `ranks` ranks: it trains as the run folder says."
+    """What torchrun executes as a rank on the machine called `name`, of `ranks` ranks: it trains as the run
+    folder says.
+    """
     here, folder = place(), Path(folder)
     log, console = folder / 'log' / f'rank{here.rank}', os.dup(2)
     output = os.open(f'{log}.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2): os.dup2(output, stream)
-    if here.rank == 0: open_notes(folder, here.world)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    if here.rank == 0:
+        open_notes(folder, here.world)
     follow_parent(agent := os.getppid(), lambda: leave(143))
     silence = Silence(name, here, ranks, limit)
+
     def alarm(words):
         print(f'lost: {words}', file=sys.stderr)
-        os.kill(agent, signal.SIGKILL)          # it may wait for the lost machine's words for ever, deaf to SIGTERM; its other ranks follow it
+        # it may wait for the lost machine's words for ever, deaf to SIGTERM; its other ranks follow it
+        os.kill(agent, signal.SIGKILL)
         fail(log, console, words)
+
     talking = threading.Thread(target=keep_talking, args=[silence], daemon=True)
     if here.local_rank == 0:
         talking.start()
-        threading.Thread(target=keep_listening, args=[silence, alarm, folder / 'log' / 'beat' if here.rank == 0 else None], daemon=True).start()
-    if code := run_target('mmkit.trainer.loop', [str(folder)]): fail(log, console, find_traceback(read_end(Path(f'{log}.txt'))), code)
+        threading.Thread(
+            target=keep_listening,
+            args=[silence, alarm, folder / 'log' / 'beat' if here.rank == 0 else None],
+            daemon=True,
+        ).start()
+    if code := run_target('mmkit.trainer.loop', [str(folder)]):
+        fail(log, console, find_traceback(read_end(Path(f'{log}.txt'))), code)
     silence.over.set()
-    if here.local_rank == 0: talking.join(5)
-    if here.rank == 0: close_notes(folder)
+    if here.local_rank == 0:
+        talking.join(5)
+    if here.rank == 0:
+        close_notes(folder)
     close_group()
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #1589d098
 def meet(names: Sequence[str], number: int, port: int, limit: float) -> Any:
     "The store at the first machine, once this machine has reached it; raises a one-line ValueError."
     import torch.distributed as dist
-    try: return dist.TCPStore(names[0], port, is_master=number == 0, wait_for_workers=False, timeout=timedelta(seconds=limit))
+
+    try:
+        return dist.TCPStore(
+            names[0], port, is_master=number == 0, wait_for_workers=False, timeout=timedelta(seconds=limit)
+        )
     except RuntimeError as error:
-        why = 'the port is in use there, perhaps by another run: give another one' if 'EADDRINUSE' in str(error) else 'is the check running there too, is the name right, does a firewall close the port?'
-        raise ValueError(f'{names[number]} did not reach {names[0]}:{port} within {limit:.0f} s: {why}') from None
+        why = (
+            'the port is in use there, perhaps by another run: give another one'
+            if 'EADDRINUSE' in str(error)
+            else 'is the check running there too, is the name right, does a firewall close the port?'
+        )
+        raise ValueError(
+            f'{names[number]} did not reach {names[0]}:{port} within {limit:.0f} s: {why}'
+        ) from None
 
 
 def add_up(store: Any, device: Device, rank: int, world: int, limit: float) -> float:
-    "Seconds that an all-reduce of one number takes between the ranks that meet at a store; raises RuntimeError when it fails."
+    """Seconds that an all-reduce of one number takes between the ranks that meet at a store.
+
+    Raises RuntimeError when it fails.
+    """
     import torch
     import torch.distributed as dist
-    dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=limit))
+
+    dist.init_process_group(
+        device.backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=limit)
+    )
     try:
-        for _ in range(2):          # the first opens the connections
+        for _ in range(2):  # the first opens the connections
             began, number = time.monotonic(), torch.ones(1, device=device.at(0))
             dist.all_reduce(number)
-            if number.item() != world: raise RuntimeError(f'{world} ones were added up to {number.item()}')
+            if number.item() != world:
+                raise RuntimeError(f'{world} ones were added up to {number.item()}')
         return time.monotonic() - began
-    finally: dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #15639a54
 def wait_for(store: Any, key: str, end: float) -> bool:
     "Whether a key is in the store before the clock shows `end`."
-    while not (found := store.check([key])) and time.monotonic() <= end: time.sleep(0.05)
+    while not (found := store.check([key])) and time.monotonic() <= end:
+        time.sleep(0.05)
     return found
 
 
 def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> str:
     "What the first machine finds wrong with the others, in one sentence ('' is nothing)."
     import torch.distributed as dist
+
     end = time.monotonic() + limit
     missing = [name for number, name in enumerate(names) if not wait_for(store, f'here {number}', end)]
-    if missing: return f'{", ".join(missing)} did not come to {names[0]} within {limit:.0f} s: start the check there too, and see the network between them'
+    if missing:
+        return (
+            f'{", ".join(missing)} did not come to {names[0]} within {limit:.0f} s: start the check there'
+            ' too, and see the network between them'
+        )
     for number, name in enumerate(names[1:], 1):
         store.set(f'turn {number}', 'now')
-        try: add_up(dist.PrefixStore(f'pair {number}', store), device, 0, 2, limit)
+        try:
+            add_up(dist.PrefixStore(f'pair {number}', store), device, 0, 2, limit)
         except RuntimeError as error:
             said = str(error).splitlines()[0][:200]
-            return f'{names[0]} and {name} do not add up a number over {device.backend} within {limit:.0f} s ({said}): give the interface that both share, and see what closes its ports'
+            return (
+                f'{names[0]} and {name} do not add up a number over {device.backend} within {limit:.0f} s'
+                f' ({said}): give the interface that both share, and see what closes its ports'
+            )
     return ''
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #66d3341e
 def addresses(name: str) -> set[str]:
     "The addresses that a name stands for; none when nobody knows it."
-    try: return {str(found[4][0]).split('%')[0] for found in socket.getaddrinfo(name, None)}
-    except OSError: return set()
+    try:
+        return {str(found[4][0]).split('%')[0] for found in socket.getaddrinfo(name, None)}
+    except OSError:
+        return set()
 
 
 def this_machine(names: Sequence[str]) -> str:
-    "Which of the names is meant for this machine, by its own name and its addresses. Raises ValueError when none is, or several are."
-    own = {socket.gethostname(), socket.gethostname().split('.')[0], *(one.address.split('%')[0] for found in psutil.net_if_addrs().values() for one in found)}
+    """Which of the names is meant for this machine, by its own name and its addresses.
+
+    Raises ValueError when none is, or several are.
+    """
+    own = {
+        socket.gethostname(),
+        socket.gethostname().split('.')[0],
+        *(one.address.split('%')[0] for found in psutil.net_if_addrs().values() for one in found),
+    }
     mine = [name for name in names if name in own or addresses(name) & own]
-    require(len(mine) == 1, f'{" and ".join(mine) or "none"} of the hosts {",".join(names)} {"are" if mine else "is"} this machine, {socket.gethostname()}: say which with --here')
+    require(
+        len(mine) == 1,
+        f'{" and ".join(mine) or "none"} of the hosts {",".join(names)} {"are" if mine else "is"} this'
+        f' machine, {socket.gethostname()}: say which with --here',
+    )
     return mine[0]
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #52f7bcd8
-def try_hosts(names: Sequence[str], here: str | None = None, port: int = 29500, limit: float = 30, device: Device | None = None) -> str:
-    "Tries, on the machine called `here` (default: the name that means this one) and at the same time on the others, what training on all of them needs; returns a sentence, or raises a ValueError that names the machine that fails."
+def try_hosts(
+    names: Sequence[str],
+    here: str | None = None,
+    port: int = 29500,
+    limit: float = 30,
+    device: Device | None = None,
+) -> str:
+    """Tries, on the machine called `here` (default: the name that means this one) and at the same time on the
+    others, what training on all of them needs; returns a sentence, or raises a ValueError that names the
+    machine that fails.
+    """
     import torch.distributed as dist
+
     Hosts(names=tuple(names), ranks=1, port=port)
     here = here or this_machine(names)
-    require(here in names, f'{here} is not one of the hosts {",".join(names)}: say with which of these names this machine is meant')
+    require(
+        here in names,
+        f'{here} is not one of the hosts {",".join(names)}: say with which of these names this machine is'
+        ' meant',
+    )
     device, number = device or pick_device(), names.index(here)
     device.prepare(0)
     store = meet(names, number, port, limit)
     store.set(f'here {number}', '1')
-    if number == 0: store.set('verdict', failing(names, store, device, limit) or 'together')
+    if number == 0:
+        store.set('verdict', failing(names, store, device, limit) or 'together')
     elif wait_for(store, f'turn {number}', time.monotonic() + limit * len(names)):
-        try: add_up(dist.PrefixStore(f'pair {number}', store), device, 1, 2, limit)
-        except RuntimeError: pass          # the first machine says so
-    require(wait_for(store, 'verdict', time.monotonic() + limit * len(names)), f'{names[0]} does not say how the check went: look at what it says there')
+        with suppress(RuntimeError):  # the first machine says so
+            add_up(dist.PrefixStore(f'pair {number}', store), device, 1, 2, limit)
+    require(
+        wait_for(store, 'verdict', time.monotonic() + limit * len(names)),
+        f'{names[0]} does not say how the check went: look at what it says there',
+    )
     verdict = store.get('verdict').decode()
-    if verdict == 'together': seconds = add_up(dist.PrefixStore('together', store), device, number, len(names), limit)
+    if verdict == 'together':
+        seconds = add_up(dist.PrefixStore('together', store), device, number, len(names), limit)
     store.set(f'left {number}', '1')
-    if number == 0: all(wait_for(store, f'left {other}', time.monotonic() + 5) for other in range(len(names)))      # the store ends with this process
+    # the store ends with this process
+    if number == 0:
+        all(wait_for(store, f'left {other}', time.monotonic() + 5) for other in range(len(names)))
     require(verdict == 'together', verdict)
-    return f'{len(names)} machines meet at {names[0]}:{port} and add up a number over {device.backend} in {1000 * seconds:.1f} ms'
+    return (
+        f'{len(names)} machines meet at {names[0]}:{port} and add up a number over {device.backend} in'
+        f' {1000 * seconds:.1f} ms'
+    )
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #f19aa1c1
 def try_line(hosts: Hosts, number: int, limit: float = 30) -> str:
     "The line that tries the machines, for machine `number`; all lines are started within `limit` seconds."
-    return ' '.join(['env', *environment_words(hosts), shlex.quote(str(Path(sys.executable).with_name('mmkit'))), 'doctor --hosts', ','.join(hosts.names), f'--here {hosts.names[number]}', f'--port {hosts.port}', f'--limit {limit:.0f}'])
+    return ' '.join(
+        [
+            'env',
+            *environment_words(hosts),
+            shlex.quote(str(Path(sys.executable).with_name('mmkit'))),
+            'doctor --hosts',
+            ','.join(hosts.names),
+            f'--here {hosts.names[number]}',
+            f'--port {hosts.port}',
+            f'--limit {limit:.0f}',
+        ]
+    )
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #54ca11bd
 @dataclass(frozen=True, repr=False)
 class Lines:
-    "What starts a run that is prepared: for each of its `hosts` a line that tries them and a line that trains; a cell shows them, `print` prints them."
+    """What starts a run that is prepared: for each of its `hosts` a line that tries them and a line that
+    trains; a cell shows them, `print` prints them.
+    """
+
     run: Run
     hosts: Hosts
 
     def __repr__(self) -> str:
-        said = (f'# on {name}, to try:\n{try_line(self.hosts, number)}\n# on {name}, to train:\n{torchrun_line(self.hosts, self.run.folder, number)}\n' for number, name in enumerate(self.hosts.names))
+        said = (
+            f'# on {name}, to try:\n{try_line(self.hosts, number)}\n# on {name}, to'
+            f' train:\n{torchrun_line(self.hosts, self.run.folder, number)}\n'
+            for number, name in enumerate(self.hosts.names)
+        )
         return '\n'.join(said) + f'# the run folder, which every machine must see, is {self.run.folder}'
 
-    def _repr_html_(self) -> str: return f'<pre style="white-space:pre;overflow-x:auto">{escape(repr(self))}</pre>'
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space:pre;overflow-x:auto">{escape(repr(self))}</pre>'
 
 
-def launch_on(config: Config, hosts: Sequence[str], ranks: int, folder: str | Path | None = None, name: str | None = None, *,
-              interface: str | None = None, port: int = 29500, restarts: int = 3, silence: int = 40, setup: str = '') -> Lines:
-    "The Lines that train as `config` says on `ranks` ranks of each of the `hosts`, with a new run folder; see `Hosts` for the rest."
-    machines = Hosts(names=tuple(hosts), ranks=ranks, interface=interface, port=port, restarts=restarts, silence=silence, setup=setup)
-    require(not answers(hosts[0], port), f'port={port} of {hosts[0]} is in use, perhaps by another run: give another one')
+def launch_on(
+    config: Config,
+    hosts: Sequence[str],
+    ranks: int,
+    folder: str | Path | None = None,
+    name: str | None = None,
+    *,
+    interface: str | None = None,
+    port: int = 29500,
+    restarts: int = 3,
+    silence: int = 40,
+    setup: str = '',
+) -> Lines:
+    """The Lines that train as `config` says on `ranks` ranks of each of the `hosts`, with a new run folder.
+
+    See `Hosts` for the rest.
+    """
+    machines = Hosts(
+        names=tuple(hosts),
+        ranks=ranks,
+        interface=interface,
+        port=port,
+        restarts=restarts,
+        silence=silence,
+        setup=setup,
+    )
+    require(
+        not answers(hosts[0], port),
+        f'port={port} of {hosts[0]} is in use, perhaps by another run: give another one',
+    )
     return Lines(prepare_run(config, machines, folder, name), machines)
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #cf6e4372
-if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))      # as a module; a notebook has no __file__
+# as a module; a notebook has no __file__
+if __name__ == '__main__' and '__file__' in globals():
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))

@@ -12,22 +12,43 @@ from pathlib import Path
 
 from ..config import load_config
 from ..core.files import load_json, write_atomic
-from .run import Run, RunFolder, check_config, start
-from .folder import new_lines, other_machine, started
 from ..core.values import dumps, override, require
+from .folder import new_lines, other_machine, started
+from .run import Run, RunFolder, check_config, start
 
 # %% ../../nbs/7_launcher/03_resume.ipynb #3b8d6fb2
-def resume(run: RunFolder | str | Path, ranks: int | None = None, changes: Sequence[str] = (), *, stay: bool = False, env: dict[str, str] | None = None, restarts: int = 0) -> Run:
-    "Starts a run that is over again, in its folder, on as many ranks as before or as said; `changes` are words such as `layout.tp=2`, or `resume=120` for an older checkpoint."
+def resume(
+    run: RunFolder | str | Path,
+    ranks: int | None = None,
+    changes: Sequence[str] = (),
+    *,
+    stay: bool = False,
+    env: dict[str, str] | None = None,
+    restarts: int = 0,
+) -> Run:
+    """Starts a run that is over again, in its folder, on as many ranks as before or as said.
+
+    `changes` are words such as `layout.tp=2`, or `resume=120` for an older checkpoint.
+    """
     run = Run(run.folder if isinstance(run, RunFolder) else run)
-    require(not run.running, f'{run.folder} is {run.status}{" on " * bool(host := other_machine(run.folder))}{host or ""}: wait for its end or stop() it{" there" * bool(host)} before it is started again')
+    require(
+        not run.running,
+        f'{run.folder} is {run.status}{" on " * bool(host := other_machine(run.folder))}{host or ""}: wait'
+        f' for its end or stop() it{" there" * bool(host)} before it is started again',
+    )
     config = load_config(run.folder / 'config.json')
     once = ['resume=latest'] * (isinstance(config.resume, int) or config.resume == 'weights-only')
     config = override(config, [*once, *changes])
     ranks = check_config(config, ranks or load_json(run.folder / 'log' / 'agent.json')['ranks'])
-    for note in (run.folder / 'failure.json', run.folder / 'log' / 'end.json', *(run.folder / 'log').glob('rank*.failed')): note.unlink(missing_ok=True)
+    for note in (
+        run.folder / 'failure.json',
+        run.folder / 'log' / 'end.json',
+        *(run.folder / 'log').glob('rank*.failed'),
+    ):
+        note.unlink(missing_ok=True)
     write_atomic(run.folder / 'config.json', dumps(config))
     return start(run.folder, 'mmkit.trainer.loop', ranks, stay, env, restarts)
+
 
 def follow_new(run: Run, print_line: Callable[[str], None] = print) -> Run:
     "As `run.follow`, without the records from before it was started again."

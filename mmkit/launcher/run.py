@@ -29,23 +29,43 @@ from typing import Any
 import psutil
 
 from ..config import Config
-from ..core.values import dumps, require
 from ..core.device import pick_device
 from ..core.files import copy_output, write_atomic
-from ..core.ranks import Interrupted, RankFailed, heard_interrupts, child_environment, close_group, follow_parent, leave, run_target
-from .folder import RunFolder, agent_process, alive, first_failure, new_lines, other_machine, read_failure
-from ..trainer.plan import check_config
+from mmkit.core.ranks import (
+    Interrupted,
+    RankFailed,
+    child_environment,
+    close_group,
+    follow_parent,
+    heard_interrupts,
+    leave,
+    run_target,
+)
+from ..core.values import dumps, require
+from mmkit.launcher.folder import (
+    RunFolder,
+    agent_process,
+    alive,
+    first_failure,
+    new_lines,
+    other_machine,
+    read_failure,
+)
 from .view import run_html, show_run
+from ..trainer.plan import check_config
 
 # %% ../../nbs/7_launcher/02_run.ipynb #b34ea584
 def main_of_rank() -> None:
-    "What torchrun executes as a rank; the command line is the agent's process id, the run folder, the target and its arguments."
+    """What torchrun executes as a rank.
+
+    The command line is the agent's process id, the run folder, the target and its arguments.
+    """
     agent, folder, target, *arguments = sys.argv[1:]
     log = Path(folder, 'log', f'rank{os.environ["RANK"]}')
     output = os.open(f'{log}.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    Path(f'{log}.failed').unlink(missing_ok=True)              # of an earlier start
+    Path(f'{log}.failed').unlink(missing_ok=True)  # of an earlier start
     follow_parent(int(agent), partial(leave, 143))
     code = run_target(target, arguments)
     if code:
@@ -55,12 +75,18 @@ def main_of_rank() -> None:
 
 # %% ../../nbs/7_launcher/02_run.ipynb #cd74d810
 def run_torchrun(folder: Path, arguments: list[str]) -> str:
-    "Runs torchrun to its end in this process: 'done', 'stopped' or 'failed'; on failure `failure.json` is in the folder."
+    """Runs torchrun to its end in this process: 'done', 'stopped' or 'failed'.
+
+    On failure `failure.json` is in the folder.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
-    try: run(parse_args(arguments))
-    except SignalException: return 'stopped'
+
+    try:
+        run(parse_args(arguments))
+    except SignalException:
+        return 'stopped'
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         failure = first_failure(folder, codes, error.get_first_failure()[0])
@@ -70,47 +96,87 @@ def run_torchrun(folder: Path, arguments: list[str]) -> str:
 
 # %% ../../nbs/7_launcher/02_run.ipynb #0ef09e6c
 def keep_beating(beat: Path, every: float = 5) -> None:
-    "Touches the file `beat`, for as long as this process lives, so that other machines know that the run goes on."
+    """Touches the file `beat`, for as long as this process lives, so that other machines know that the run
+    goes on.
+    """
     while True:
-        with suppress(OSError): beat.touch()          # a disk that does not answer, or a folder that is deleted, ends no training
+        # a disk that does not answer, or a folder that is deleted, ends no training
+        with suppress(OSError):
+            beat.touch()
         time.sleep(every)
 
 
 def main_of_agent() -> None:
-    "The process between notebook and ranks; the command line is its parent's process id (0: follow nobody), the run folder, the number of ranks, how often torchrun may start them again, the target and its arguments."
+    """The process between notebook and ranks.
+
+    The command line is its parent's process id (0: follow nobody), the run folder, the number of ranks, how
+    often torchrun may start them again, the target and its arguments.
+    """
     parent, folder, ranks, restarts, *command = sys.argv[1:]
-    gc.set_threshold(10_000)          # as in a rank (run_target)
+    gc.set_threshold(10_000)  # as in a rank (run_target)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '86400')          # torchrun would kill ranks that save for more than 30 s; who stops a run has a limit of his own
-    if int(restarts): os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'          # ranks that are started again meet at a new place, not among old addresses
-    if int(parent): follow_parent(int(parent), partial(os.kill, os.getpid(), signal.SIGTERM))
+    # torchrun would kill ranks that save for more than 30 s; who stops a run has a limit of his own
+    os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '86400')
+    # ranks that are started again meet at a new place, not among old addresses
+    if int(restarts):
+        os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
+    if int(parent):
+        follow_parent(int(parent), partial(os.kill, os.getpid(), signal.SIGTERM))
     threading.Thread(target=keep_beating, args=[Path(folder, 'log', 'beat')], daemon=True).start()
-    rank = ['-c', 'from mmkit.launcher.run import main_of_rank; main_of_rank()', str(os.getpid()), folder, *command]
+    rank = [
+        '-c',
+        'from mmkit.launcher.run import main_of_rank; main_of_rank()',
+        str(os.getpid()),
+        folder,
+        *command,
+    ]
     end = 'failed'
-    try: end = run_torchrun(Path(folder), ['--standalone', f'--nproc-per-node={ranks}', f'--max-restarts={restarts}', '--no-python', sys.executable, *rank])
-    except SystemExit: end = 'stopped'
-    finally: write_atomic(Path(folder, 'log', 'end.json'), json.dumps({'status': end, 'time': time.time()}))
+    try:
+        end = run_torchrun(
+            Path(folder),
+            [
+                '--standalone',
+                f'--nproc-per-node={ranks}',
+                f'--max-restarts={restarts}',
+                '--no-python',
+                sys.executable,
+                *rank,
+            ],
+        )
+    except SystemExit:
+        end = 'stopped'
+    finally:
+        write_atomic(Path(folder, 'log', 'end.json'), json.dumps({'status': end, 'time': time.time()}))
     sys.exit(0 if end == 'done' else 1)
 
 # %% ../../nbs/7_launcher/02_run.ipynb #51940412
 class RunFailed(RankFailed):
-    "A run ended badly; `rank` (None: the launcher itself), `exit_code`, `ending`, `words` and `folder` say where and how."
+    """A run ended badly.
+
+    `rank` (None: the launcher itself), `exit_code`, `ending`, `words` and `folder` say where and how.
+    """
 
     def __init__(self, folder: Path, rank: int | None, exit_code: int, words: str):
         super().__init__(rank, exit_code, words)
         self.folder = folder
         who, log = ('the launcher', 'torchrun') if rank is None else (f'rank {rank}', f'rank{rank}')
-        self.args = (f'{who} of {folder} failed ({self.ending}); all it said is in {folder}/log/{log}.txt\n{words}',)
+        self.args = (
+            f'{who} of {folder} failed ({self.ending}); all it said is in {folder}/log/{log}.txt\n{words}',
+        )
 
 # %% ../../nbs/7_launcher/02_run.ipynb #d07b039b
 def wait_for_end(processes: list[psutil.Process], seconds: float) -> None:
     "Returns when all have ended, after `seconds` at the latest."
     deadline = time.monotonic() + seconds
-    while any(map(alive, processes)) and time.monotonic() < deadline: time.sleep(0.05)
+    while any(map(alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def stop_processes(agent: psutil.Process, grace: float, end: Path) -> None:
-    "Asks an agent to end its ranks, then kills whatever is left of the family; leaves the note `end` if the agent could not."
+    """Asks an agent to end its ranks, then kills whatever is left of the family.
+
+    Leaves the note `end` if the agent could not.
+    """
     try:
         family = [agent, *agent.children(recursive=True)]
         agent.terminate()
@@ -118,17 +184,23 @@ def stop_processes(agent: psutil.Process, grace: float, end: Path) -> None:
         return
     wait_for_end([agent], grace)
     for process in family:
-        try: process.kill()
-        except psutil.NoSuchProcess: pass
+        try:  # noqa: SIM105
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
     wait_for_end(family, 5)
-    if not end.exists(): write_atomic(end, json.dumps({'status': 'stopped', 'time': time.time()}))
+    if not end.exists():
+        write_atomic(end, json.dumps({'status': 'stopped', 'time': time.time()}))
 
 
 def stopped_by_interrupt(run: Any, watch: Callable[[], None] = lambda: None) -> str:
     "Stops a run after an interrupt and looks at it once more; returns a sentence about how it stands."
-    try: run.stop()
-    except ValueError as error: return f'interrupted, but {error}'
-    with suppress(Exception): watch()          # the interrupt may have left a library half imported
+    try:
+        run.stop()
+    except ValueError as error:
+        return f'interrupted, but {error}'
+    with suppress(Exception):
+        watch()  # the interrupt may have left a library half imported
     return f'interrupted: every rank of {run.folder} has ended'
 
 # %% ../../nbs/7_launcher/02_run.ipynb #7d9f9028
@@ -136,69 +208,143 @@ class Run(RunFolder):
     "A started run. `Run(folder)` opens one again that is going on or has ended."
 
     def stop(self, grace: float = 60) -> None:
-        "Ends every process of the run once it has saved its last step; those still there after `grace` seconds are killed: give more where saving takes longer. Raises ValueError where it runs on another machine."
-        if host := other_machine(self.folder): raise ValueError(f'{self.folder} runs on {host}, and this is {socket.gethostname()}: stop it there')
-        if agent := agent_process(self.folder): stop_processes(agent, grace, self.folder / 'log' / 'end.json')
+        """Ends every process of the run once it has saved its last step.
 
-    def wait(self, timeout: float | None = None, watch: Callable[[], None] = lambda: None, every: float = 0.2) -> 'Run':
-        "The run once it is done or stopped; raises RunFailed, or TimeoutError after `timeout` seconds. `watch` is called again and again."
+        Those still there after `grace` seconds are killed: give more where saving takes longer. Raises
+        ValueError where it runs on another machine.
+        """
+        if host := other_machine(self.folder):
+            raise ValueError(
+                f'{self.folder} runs on {host}, and this is {socket.gethostname()}: stop it there'
+            )
+        if agent := agent_process(self.folder):
+            stop_processes(agent, grace, self.folder / 'log' / 'end.json')
+
+    def wait(
+        self, timeout: float | None = None, watch: Callable[[], None] = lambda: None, every: float = 0.2
+    ) -> 'Run':
+        """The run once it is done or stopped; raises RunFailed, or TimeoutError after `timeout` seconds.
+
+        `watch` is called again and again.
+        """
         deadline = float('inf') if timeout is None else time.monotonic() + timeout
         try:
             with heard_interrupts() as heard:
                 while self.running:
-                    if heard: raise KeyboardInterrupt
-                    if time.monotonic() > deadline: raise TimeoutError(f'{self.folder} is still {self.status} after {timeout} s: wait again or stop() it')
+                    if heard:
+                        raise KeyboardInterrupt
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(
+                            f'{self.folder} is still {self.status} after {timeout} s: wait again or stop() it'
+                        )
                     watch()
                     time.sleep(every)
-        except KeyboardInterrupt: raise Interrupted(stopped_by_interrupt(self, watch)) from None
+        except KeyboardInterrupt:
+            raise Interrupted(stopped_by_interrupt(self, watch)) from None
         watch()
-        if self.status == 'failed': raise RunFailed(self.folder, **read_failure(self.folder))
+        if self.status == 'failed':
+            raise RunFailed(self.folder, **read_failure(self.folder))
         return self
 
     def follow(self, print_line: Callable[[str], None] = print, every: int = 1) -> 'Run':
         "As `wait`, with one line of text for the record of every so many steps, and of the last."
         return self.wait(watch=new_lines(self, print_line, every))
 
-    def __repr__(self): return f'Run({str(self.folder)!r}): {self.status}, {len(self.records())} records'
-    def _repr_html_(self): return run_html(self)
-    def _ipython_display_(self): show_run(self)
+    def __repr__(self):
+        return f'Run({str(self.folder)!r}): {self.status}, {len(self.records())} records'
+
+    def _repr_html_(self):
+        return run_html(self)
+
+    def _ipython_display_(self):
+        show_run(self)
 
 # %% ../../nbs/7_launcher/02_run.ipynb #106d045c
 def make_folder(folder: str | Path | None, name: str | None) -> Path:
     "A new folder: exactly `folder`, or `runs/name` (default: the time), with -2, -3, … when that exists."
     if folder is not None:
-        if Path(folder).exists(): raise ValueError(f'{folder} exists: give another folder, or leave it out for a new one in runs/')
+        if Path(folder).exists():
+            raise ValueError(f'{folder} exists: give another folder, or leave it out for a new one in runs/')
         Path(folder, 'log').mkdir(parents=True)
         return Path(folder)
     wanted = name or time.strftime('%Y%m%d-%H%M%S')
     for count in itertools.count(1):
         path = Path('runs', wanted if count == 1 else f'{wanted}-{count}')
         path.parent.mkdir(parents=True, exist_ok=True)
-        try: path.mkdir()
-        except FileExistsError: continue
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
         (path / 'log').mkdir()
         break
     return path
 
 # %% ../../nbs/7_launcher/02_run.ipynb #caf10c9d
-def start(folder: Path, target: str, ranks: int, stay: bool = False, env: dict[str, str] | None = None, restarts: int = 0) -> Run:
-    "Starts `target` on `ranks` ranks of torchrun in an existing run folder; with `stay` the run outlives this process."
-    command = [sys.executable, '-c', 'from mmkit.launcher.run import main_of_agent; main_of_agent()', '0' if stay else str(os.getpid()),
-               str(folder), str(ranks), str(restarts), str(target), str(folder)]
+def start(
+    folder: Path,
+    target: str,
+    ranks: int,
+    stay: bool = False,
+    env: dict[str, str] | None = None,
+    restarts: int = 0,
+) -> Run:
+    """Starts `target` on `ranks` ranks of torchrun in an existing run folder.
+
+    With `stay` the run outlives this process.
+    """
+    command = [
+        sys.executable,
+        '-c',
+        'from mmkit.launcher.run import main_of_agent; main_of_agent()',
+        '0' if stay else str(os.getpid()),
+        str(folder),
+        str(ranks),
+        str(restarts),
+        str(target),
+        str(folder),
+    ]
     with open(folder / 'log' / 'torchrun.txt', 'ab') as output:
-        agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=child_environment(env), start_new_session=True)
-    threading.Thread(target=agent.wait, daemon=True).start()          # so that no zombie is left
-    note = {'pid': agent.pid, 'started': psutil.Process(agent.pid).create_time(), 'host': socket.gethostname(), 'ranks': ranks}
+        agent = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=child_environment(env),
+            start_new_session=True,
+        )
+    threading.Thread(target=agent.wait, daemon=True).start()  # so that no zombie is left
+    note = {
+        'pid': agent.pid,
+        'started': psutil.Process(agent.pid).create_time(),
+        'host': socket.gethostname(),
+        'ranks': ranks,
+    }
     write_atomic(folder / 'log' / 'agent.json', json.dumps(note))
     write_atomic(folder / 'command.txt', shlex.join(command) + '\n')
     return Run(folder)
 
 
-def launch(config: Config | dict, ranks: int | None = None, folder: str | Path | None = None, name: str | None = None, *,
-           target: str = 'mmkit.trainer.loop', stay: bool = False, env: dict[str, str] | None = None, restarts: int = 0) -> Run:
-    "Starts training as `config` says on `ranks` ranks (default: all devices, 2 on a CPU) of this machine and returns its Run at once; `launch_on` is for several machines. `target` is the module or script each rank runs, with the run folder as its argument; `restarts` is how often torchrun starts all ranks again after one has died, from the newest checkpoint."
-    require(restarts >= 0, f'restarts={restarts}: how often ranks that died are started again cannot be negative')
-    if isinstance(config, Config): ranks = check_config(config, ranks)
+def launch(
+    config: Config | dict,
+    ranks: int | None = None,
+    folder: str | Path | None = None,
+    name: str | None = None,
+    *,
+    target: str = 'mmkit.trainer.loop',
+    stay: bool = False,
+    env: dict[str, str] | None = None,
+    restarts: int = 0,
+) -> Run:
+    """Starts training as `config` says on `ranks` ranks (default: all devices, 2 on a CPU) of this machine
+    and returns its Run at once; `launch_on` is for several machines. `target` is the module or script each
+    rank runs, with the run folder as its argument; `restarts` is how often torchrun starts all ranks again
+    after one has died, from the newest checkpoint.
+    """
+    require(
+        restarts >= 0, f'restarts={restarts}: how often ranks that died are started again cannot be negative'
+    )
+    if isinstance(config, Config):
+        ranks = check_config(config, ranks)
     require(ranks is None or ranks >= 1, f'ranks={ranks} must be a whole number from 1')
     folder = make_folder(folder, name)
     write_atomic(folder / 'config.json', json.dumps(config) if isinstance(config, dict) else dumps(config))
@@ -206,23 +352,37 @@ def launch(config: Config | dict, ranks: int | None = None, folder: str | Path |
 
 # %% ../../nbs/7_launcher/02_run.ipynb #c5a76f6a
 def copy_some(path: Path, most: int = 100_000) -> Callable[[], None]:
-    "As `copy_output`, but of more than `most` bytes only the first, and from then on one line about where the rest is: a notebook keeps what it shows."
+    """As `copy_output`, but of more than `most` bytes only the first, and from then on one line about where
+    the rest is: a notebook keeps what it shows.
+    """
     copy, told = copy_output(path, most), False
+
     def some():
         nonlocal told
         copy()
-        if told or not path.exists() or path.stat().st_size <= most: return
+        if told or not path.exists() or path.stat().st_size <= most:
+            return
         print(f'\n… more than {most:,} bytes: read on in {path}')
         told = True
+
     return some
 
 
 def torchrun_magic(line: str, cell: str) -> Run:
-    "Runs the cell's text under torchrun (`-n RANKS`, `--name NAME`) and returns its Run; rank 0's output appears as it comes."
+    """Runs the cell's text under torchrun (`-n RANKS`, `--name NAME`) and returns its Run.
+
+    Rank 0's output appears as it comes.
+    """
     words = shlex.split(line)
     options = dict(zip(words[::2], words[1::2]))
-    if set(options) - {'-n', '--name'} or len(words) % 2 or not re.fullmatch('0*[1-9][0-9]*', options.get('-n', '2')):
-        raise ValueError(f'%%torchrun got {line!r}: write %%torchrun -n RANKS --name NAME, for example %%torchrun -n 2')
+    if (
+        set(options) - {'-n', '--name'}
+        or len(words) % 2
+        or not re.fullmatch('0*[1-9][0-9]*', options.get('-n', '2'))
+    ):
+        raise ValueError(
+            f'%%torchrun got {line!r}: write %%torchrun -n RANKS --name NAME, for example %%torchrun -n 2'
+        )
     folder = make_folder(None, options.get('--name'))
     write_atomic(folder / 'config.json', '{}')
     write_atomic(folder / 'cell.py', cell)

@@ -19,48 +19,87 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..core.files import Jsonl, load_json
 from ..core.plots import draw_curves, smoothed, smoothing, to_png
 from ..datasets.media import read_frames
 from ..datasets.video import video_html
-from ..core.files import Jsonl, load_json
-from .folder import RunFolder, duration, memory_words, other_machine, progress, read_failure, seconds_left, started
+from mmkit.launcher.folder import (
+    RunFolder,
+    duration,
+    memory_words,
+    other_machine,
+    progress,
+    read_failure,
+    seconds_left,
+    started,
+)
 
 # %% ../../nbs/7_launcher/01_view.ipynb #12e59ae8
 def thumbnail(places: Sequence[Path], name: str | None, width: int = 160) -> str:
-    "HTML of the picture or video `name`, `width` pixels wide, looked for in several folders; its name when it cannot be shown."
+    """HTML of the picture or video `name`, `width` pixels wide, looked for in several folders.
+
+    Its name when it cannot be shown.
+    """
     path = next((place / name for place in places if name and (place / name).is_file()), None)
-    if path is None: return escape(f'{name} (not found)') if name else ''
+    if path is None:
+        return escape(f'{name} (not found)') if name else ''
     from PIL import Image
+
     try:
-        if path.suffix == '.mp4': return video_html(path.read_bytes(), read_frames(path, video_fps=1e6, video_maxlen=6).pixels, width)
+        if path.suffix == '.mp4':
+            return video_html(
+                path.read_bytes(), read_frames(path, video_fps=1e6, video_maxlen=6).pixels, width
+            )
         picture = Image.open(path).convert('RGB')
-    except (OSError, ValueError): return escape(f'{path.name} (not readable)')
+    except (OSError, ValueError):
+        return escape(f'{path.name} (not readable)')
     picture.thumbnail((width, width))
     content = io.BytesIO()
     picture.save(content, 'jpeg', quality=80)
-    return f'<img alt="{escape(path.name)}" src="data:image/jpeg;base64,{b64encode(content.getvalue()).decode()}">'
+    return (
+        f'<img alt="{escape(path.name)}"'
+        f' src="data:image/jpeg;base64,{b64encode(content.getvalue()).decode()}">'
+    )
 
 
 def answer_html(sample: dict) -> str:
-    "Question and answer of one sample as HTML, coloured and marked by whether the answer is the expected one."
+    """Question and answer of one sample as HTML, coloured and marked by whether the answer is the expected
+    one.
+    """
     answer, expected = str(sample.get('answer', '')).strip(), sample.get('expected')
     right = expected is not None and answer == str(expected).strip()
-    if 'video' in sample: return f'<b>{escape(str(sample.get("prompt", "")))}</b>'
+    if 'video' in sample:
+        return f'<b>{escape(str(sample.get("prompt", "")))}</b>'
     colour, mark = ('inherit', '') if expected is None else ('#18804a', '✓ ') if right else ('#c0392b', '✗ ')
     wanted = '' if right or expected is None else f'<br><small>expected: {escape(str(expected))}</small>'
-    return f'{escape(str(sample.get("question", "")).replace("<image>", "").strip())}<br><b style="color:{colour}">{mark}{escape(answer)}</b>{wanted}'
+    return (
+        f'{escape(str(sample.get("question", "")).replace("<image>", "").strip())}<br><b'
+        f' style="color:{colour}">{mark}{escape(answer)}</b>{wanted}'
+    )
 
 # %% ../../nbs/7_launcher/01_view.ipynb #16c93117
 def samples_html(run: RunFolder, step: int | None = None, count: int = 8, columns: int = 1) -> str:
-    "An HTML table of the samples after `step` (default: the newest), several beside each other: picture, question, answer and what was expected, or video and prompt. Empty when there is none."
-    files = {int(path.stem.split('-')[1]): path for path in sorted((run.folder / 'samples').glob('step-*.json'))}
-    if not files: return ''
+    """An HTML table of the samples after `step` (default: the newest), several beside each other: picture,
+    question, answer and what was expected, or video and prompt. Empty when there is none.
+    """
+    files = {
+        int(path.stem.split('-')[1]): path for path in sorted((run.folder / 'samples').glob('step-*.json'))
+    }
+    if not files:
+        return ''
     step = max(files) if step is None else step
-    if step not in files: raise ValueError(f'{run.folder} has no samples of step {step}: give one of {sorted(files)}')
+    if step not in files:
+        raise ValueError(f'{run.folder} has no samples of step {step}: give one of {sorted(files)}')
     media = load_json(run.folder / 'config.json').get('data', {}).get('media_dir', '.')
-    places, cell = [run.folder, run.folder / 'samples', Path(media), Path('.')], '<td style="text-align:left;vertical-align:top">'
-    cells = [f'{cell}{thumbnail(places, sample.get("video", sample.get("image")))}</td>{cell}{answer_html(sample)}</td>' for sample in load_json(files[step])[:count]]
-    rows = ''.join(f'<tr>{"".join(cells[first:first + columns])}</tr>' for first in range(0, len(cells), columns))
+    places = [run.folder, run.folder / 'samples', Path(media), Path('.')]
+    cell = '<td style="text-align:left;vertical-align:top">'
+    cells = [
+        f'{cell}{thumbnail(places, sample.get("video", sample.get("image")))}</td>{cell}{answer_html(sample)}</td>'  # noqa: E501
+        for sample in load_json(files[step])[:count]
+    ]
+    rows = ''.join(
+        f'<tr>{"".join(cells[first : first + columns])}</tr>' for first in range(0, len(cells), columns)
+    )
     return f'<table><caption>{escape(run.folder.name)}, samples after step {step}</caption>{rows}</table>'
 
 # %% ../../nbs/7_launcher/01_view.ipynb #b45910e8
@@ -70,30 +109,52 @@ COLOURS = {'done': '#2a7', 'failed': '#c33', 'stopped': '#a70'}
 def numbers(records: Sequence[dict], batch: int | None) -> dict[str, str]:
     "The newest numbers of a run by name, as they are shown; `batch` is the number of samples of a step."
     last = records[-1] if records else {}
-    show = lambda key, form: format(last[key], form) if isinstance(last.get(key), (int, float)) else '-'
+
+    def show(key, form):
+        return format(last[key], form) if isinstance(last.get(key), (int, float)) else '-'
+
     losses = [record['loss'] for record in records if isinstance(record.get('loss'), (int, float))]
     smooth = smoothed(losses[-200:], smoothing(0.8, len(losses)))
     samples = f'{batch / last["seconds"]:.3g}' if batch and last.get('seconds') else '-'
-    return {'loss': show('loss', '.4f'), 'smoothed': f'{smooth[-1]:.4f}' if losses else '-', 'learning rate': show('lr', '.3g'), 'gradient norm': show('grad_norm', '.3f'),
-            'tokens/s': show('tokens_per_second', ',.0f'), 'samples/s': samples, 'seconds a step': show('seconds', '.2f'), 'memory by rank, GiB': memory_words(last.get('peak_memory') or [])}
+    return {
+        'loss': show('loss', '.4f'),
+        'smoothed': f'{smooth[-1]:.4f}' if losses else '-',
+        'learning rate': show('lr', '.3g'),
+        'gradient norm': show('grad_norm', '.3f'),
+        'tokens/s': show('tokens_per_second', ',.0f'),
+        'samples/s': samples,
+        'seconds a step': show('seconds', '.2f'),
+        'memory by rank, GiB': memory_words(last.get('peak_memory') or []),
+    }
 
 
 def state_line(run: RunFolder, records: Sequence[dict], status: str) -> str:
     "Status, steps and remaining time in words."
     step, steps = (records[-1]['step'] if records else 0), run.steps
     left = seconds_left(records, steps, started(run.folder)) if status == 'running' else None
-    return f'{status}, step {step} of {steps or "?"}' + (f', {duration(left)} left' if left is not None else '')
+    return f'{status}, step {step} of {steps or "?"}' + (
+        f', {duration(left)} left' if left is not None else ''
+    )
 
 # %% ../../nbs/7_launcher/01_view.ipynb #214322df
 def state_html(run: RunFolder, records: Sequence[dict], status: str) -> str:
-    "The state of a run as HTML: name, status, steps, remaining time, the newest numbers, and which rank failed."
+    """The state of a run as HTML: name, status, steps, remaining time, the newest numbers, and which rank
+    failed.
+    """
     batch = load_json(run.folder / 'config.json').get('loop', {}).get('global_batch')
     word, _, rest = state_line(run, records, status).partition(',')
     step, steps = (records[-1]['step'] if records else 0), run.steps or 0
-    parts = [f'<div><b>{escape(run.folder.name)}</b> <b style="color:{COLOURS.get(status, "#37c")}">{word}</b>{rest and ","}{rest} <progress value="{step}" max="{max(steps, step, 1)}"></progress></div>']
+    parts = [
+        f'<div><b>{escape(run.folder.name)}</b> <b'
+        f' style="color:{COLOURS.get(status, "#37c")}">{word}</b>{rest and ","}{rest} <progress'
+        f' value="{step}" max="{max(steps, step, 1)}"></progress></div>'
+    ]
     if records:
         shown = numbers(records, batch)
-        cells = lambda kind, words: ''.join(f'<{kind} style="text-align:right">{escape(word)}</{kind}>' for word in words)
+
+        def cells(kind, words):
+            return ''.join(f'<{kind} style="text-align:right">{escape(word)}</{kind}>' for word in words)
+
         parts.append(f'<table><tr>{cells("th", shown)}</tr><tr>{cells("td", shown.values())}</tr></table>')
     return ''.join(parts)
 
@@ -101,29 +162,36 @@ def state_html(run: RunFolder, records: Sequence[dict], status: str) -> str:
 def log_text(run: RunFolder, lines: int = 8, width: int = 400) -> str:
     "The last lines that rank 0 has printed, without colours, none longer than `width`."
     plain = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', run.tail(lines))
-    return '\n'.join(line if len(line) <= width else line[:width - 1] + '…' for line in plain.split('\n'))
+    return '\n'.join(line if len(line) <= width else line[: width - 1] + '…' for line in plain.split('\n'))
 
 
 def failure_text(run: RunFolder, status: str) -> str:
     "Which rank of a run failed, and its traceback; empty when none did."
-    if status != 'failed': return ''
+    if status != 'failed':
+        return ''
     failure = read_failure(run.folder)
     who = 'the launcher' if failure['rank'] is None else f'rank {failure["rank"]}'
     return f'{who} failed (exit code {failure["exit_code"]})\n{failure["words"]}'
 
 # %% ../../nbs/7_launcher/01_view.ipynb #174f520a
 def words_html(run: RunFolder, status: str, failure: bool = True) -> str:
-    "The last words as HTML: of rank 0, or the traceback of the first rank that failed; empty when this is said elsewhere (`failure=False`)."
+    """The last words as HTML: of rank 0, or the traceback of the first rank that failed.
+
+    Empty when this is said elsewhere (`failure=False`).
+    """
     told = failure_text(run, status) if failure else ''
-    if status == 'failed' and not failure: return ''
+    if status == 'failed' and not failure:
+        return ''
     style = 'white-space:pre;overflow-x:auto;font-size:85%' + (f';color:{COLOURS["failed"]}' if told else '')
     return f'<pre style="{style}">{escape(told or log_text(run))}</pre>'
 
 
 def newest_samples(run: RunFolder) -> str:
     "The newest samples as HTML, or why they cannot be read."
-    try: return samples_html(run, count=4, columns=2)
-    except (OSError, ValueError) as error: return escape(str(error))
+    try:
+        return samples_html(run, count=4, columns=2)
+    except (OSError, ValueError) as error:
+        return escape(str(error))
 
 
 def run_html(run: RunFolder) -> str:
@@ -137,35 +205,44 @@ def run_html(run: RunFolder) -> str:
 def can_update() -> bool:
     "Whether outputs of this process can be changed after they were shown: in a Jupyter kernel."
     from IPython import get_ipython
+
     return hasattr(get_ipython(), 'kernel')
 
 
 def text_alone() -> bool:
     "Whether this process shows nothing but text: a script, or IPython in a terminal."
     from IPython import get_ipython
+
     return get_ipython() is None or hasattr(get_ipython(), 'pt_app')
 
 
 class Text(str):
     "Text that a cell shows as it is, without quotes."
 
-    def __repr__(self): return str(self)
+    def __repr__(self):
+        return str(self)
 
-DRAWING = threading.Lock()                      # matplotlib draws one thing at a time
+
+DRAWING = threading.Lock()  # matplotlib draws one thing at a time
 
 
 class Outputs:
     "Outputs of a cell, each with a name: what is shown under a name stands where it was shown first."
 
-    def __init__(self): self.handles, self.shown = {}, {}
+    def __init__(self):
+        self.handles, self.shown = {}, {}
 
     def show(self, name: str, bundle: dict[str, str]) -> None:
         "Shows a MIME bundle, if it is another than before."
         from IPython.display import display
-        if self.shown.get(name) == bundle: return
+
+        if self.shown.get(name) == bundle:
+            return
         self.shown[name] = bundle
-        if name in self.handles: self.handles[name].update(bundle, raw=True)
-        else: self.handles[name] = display(bundle, raw=True, display_id=True)
+        if name in self.handles:
+            self.handles[name].update(bundle, raw=True)
+        else:
+            self.handles[name] = display(bundle, raw=True, display_id=True)
 
 # %% ../../nbs/7_launcher/01_view.ipynb #ea297e7e
 class Curves(Outputs):
@@ -176,24 +253,35 @@ class Curves(Outputs):
         self.pause, self.drawn, self.drawing = 0.0, None, None
 
     def draw(self, records: Sequence[dict], smooth: float, running: bool) -> None:
-        "Draws records if they are new or the run is over, and while it goes on not more often than drawing can bear."
-        busy = self.drawing and self.drawing.is_alive() or time.monotonic() < self.pause
-        if busy and running or not records or self.drawn == (len(records), running): return
-        if self.drawing: self.drawing.join()
-        self.drawn, self.drawing = (len(records), running), threading.Thread(target=self.show_curves, args=[list(records), smooth], daemon=True)
+        """Draws records if they are new or the run is over, and while it goes on not more often than drawing
+        can bear.
+        """
+        busy = (self.drawing and self.drawing.is_alive()) or time.monotonic() < self.pause
+        if (busy and running) or not records or self.drawn == (len(records), running):
+            return
+        if self.drawing:
+            self.drawing.join()
+        self.drawn = (len(records), running)
+        self.drawing = threading.Thread(target=self.show_curves, args=[list(records), smooth], daemon=True)
         self.drawing.start()
-        if not running: self.drawing.join()
+        if not running:
+            self.drawing.join()
 
     def show_curves(self, records: Sequence[dict], smooth: float) -> None:
         "Shows the curves and says when drawing may take machine time again."
         began = time.monotonic()
-        with DRAWING: picture = to_png(draw_curves({'': records}, smooth))
+        with DRAWING:
+            picture = to_png(draw_curves({'': records}, smooth))
         self.show('picture', {'image/png': b64encode(picture).decode(), 'text/plain': 'curves'})
-        self.pause = time.monotonic() + min(2 + len(records) / 200, 9 * (time.monotonic() - began))       # short runs stay lively; long ones leave ranks on a CPU nine tenths of a core
+        # short runs stay lively; long ones leave ranks on a CPU nine tenths of a core
+        self.pause = time.monotonic() + min(2 + len(records) / 200, 9 * (time.monotonic() - began))
 
 # %% ../../nbs/7_launcher/01_view.ipynb #361d0334
 class View(Curves):
-    "Outputs of a cell that follow a run: its state, curves, newest samples and last words; `failure`: whether these are the traceback when a rank failed."
+    """Outputs of a cell that follow a run: its state, curves, newest samples and last words.
+
+    `failure`: whether these are the traceback when a rank failed.
+    """
 
     def __init__(self, run: RunFolder, smooth: float = 0.8, failure: bool = True):
         super().__init__()
@@ -202,50 +290,78 @@ class View(Curves):
         self.records: list[dict] = []
         self.sampled: Path | None = None
         if self.live:
-            for name in ('state', 'picture', 'samples', 'words'): self.show(name, {'text/plain': ''})         # so they stand in this order on the page
-            to_png(draw_curves({'': []}))               # the first picture takes a second: now, while the ranks start
+            # so they stand in this order on the page
+            for name in ('state', 'picture', 'samples', 'words'):
+                self.show(name, {'text/plain': ''})
+            # the first picture takes a second: now, while the ranks start
+            to_png(draw_curves({'': []}))
 
     def refresh(self) -> None:
-        "Shows what has changed; where no page can be updated, all of it once the run is over. A disk that does not answer while the run goes on is asked again with the next call."
+        """Shows what has changed; where no page can be updated, all of it once the run is over.
+
+        A disk that does not answer while the run goes on is asked again with the next call.
+        """
         status = self.run.status
         running = status in ('starting', 'running')
-        if running and not self.live: return
-        try: self.show_all(status, running)
+        if running and not self.live:
+            return
+        try:
+            self.show_all(status, running)
         except OSError:
-            if not running: raise
+            if not running:
+                raise
 
     def show_all(self, status: str, running: bool) -> None:
         "Shows what has changed, given how the run stands."
         self.records += self.log.new()
-        line = [state_line(self.run, self.records, status), *(progress(record, self.run.steps) for record in self.records[-1:])]
-        self.show('state', {'text/plain': '\n'.join(line), 'text/html': state_html(self.run, self.records, status)})
+        line = [
+            state_line(self.run, self.records, status),
+            *(progress(record, self.run.steps) for record in self.records[-1:]),
+        ]
+        self.show(
+            'state', {'text/plain': '\n'.join(line), 'text/html': state_html(self.run, self.records, status)}
+        )
         self.draw(self.records, self.smooth, running)
         newest = max((self.run.folder / 'samples').glob('step-*.json'), default=None)
-        if newest and newest != self.sampled: self.show('samples', {'text/plain': newest.stem, 'text/html': newest_samples(self.run)})
+        if newest and newest != self.sampled:
+            self.show('samples', {'text/plain': newest.stem, 'text/html': newest_samples(self.run)})
         self.sampled = newest
-        told = log_text(self.run) if status != 'failed' else failure_text(self.run, status) if self.failure else ''
+        told = (
+            log_text(self.run)
+            if status != 'failed'
+            else failure_text(self.run, status)
+            if self.failure
+            else ''
+        )
         self.show('words', {'text/plain': told, 'text/html': words_html(self.run, status, self.failure)})
 
 # %% ../../nbs/7_launcher/01_view.ipynb #94460818
 def stop_button(run: Any, awaited: bool = False) -> Any:
-    "A stop button on the page and the handle of its output, or None where a button cannot work: for a run on another machine, or in a cell that awaits with an old ipykernel."
-    if not can_update() or other_machine(run.folder): return None
+    """A stop button on the page and the handle of its output, or None where a button cannot work: for a run
+    on another machine, or in a cell that awaits with an old ipykernel.
+    """
+    if not can_update() or other_machine(run.folder):
+        return None
     import ipykernel
     from IPython.display import display
     from ipywidgets import Button
-    if awaited and ipykernel.version_info[:2] < (7, 4): return None
+
+    if awaited and ipykernel.version_info[:2] < (7, 4):
+        return None
     button = Button(description='Stop', icon='stop', button_style='danger')
 
     def press(_button):
         button.description, button.disabled = 'Stopping', True
         threading.Thread(target=run.stop, daemon=True).start()
+
     button.on_click(press)
     return button, display(button, display_id=True)
 
 
 def remove_button(button: Any) -> None:
     "Takes a stop button off the page."
-    if button: button[0].close(), button[1].update(Text(''))
+    if button:
+        button[0].close(), button[1].update(Text(''))
 
 # %% ../../nbs/7_launcher/01_view.ipynb #4b92ad5d
 def show_live(run: Any, every: float = 0.5) -> None:
@@ -255,10 +371,15 @@ def show_live(run: Any, every: float = 0.5) -> None:
     def follow():
         going = True
         while going:
-            with suppress(OSError): going = run.running
-            with suppress(OSError, ValueError): view.refresh()               # the folder may be deleted, or not answer for a moment
-            if going: time.sleep(every)
+            with suppress(OSError):
+                going = run.running
+            # the folder may be deleted, or not answer for a moment
+            with suppress(OSError, ValueError):
+                view.refresh()
+            if going:
+                time.sleep(every)
         remove_button(button)
+
     view.refresh()
     threading.Thread(target=follow, daemon=True).start()
 
@@ -266,5 +387,8 @@ def show_live(run: Any, every: float = 0.5) -> None:
 def show_run(run: Any) -> None:
     "Shows a run in a cell: live while it goes on, where a page can be updated."
     from IPython.display import display
-    if can_update() and run.running: show_live(run)
-    else: display({'text/plain': repr(run), 'text/html': run_html(run)}, raw=True)
+
+    if can_update() and run.running:
+        show_live(run)
+    else:
+        display({'text/plain': repr(run), 'text/html': run_html(run)}, raw=True)

@@ -15,15 +15,41 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from .fields import DEFAULTS, PROGRAMS, TABLES, FieldMapping, Unfit, mapping_of, model_folder
-from .script import MARK, Example, Field, read_example
 from ..core.values import read, require
+from mmkit.mindspeed_mm.fields import (
+    DEFAULTS,
+    PROGRAMS,
+    FieldMapping,
+    Unfit,
+    mapping_of,
+    model_folder,
+)
+from .script import MARK, Example, Field, read_example
 
 # %% ../../nbs/9_tools/02_mindspeed_mm.config.ipynb #0c3cd76e
-BASE: dict[str, dict[str, Any]] = {'qwen2_5_vl': {'task': 'qwen2_5_vl', 'layout.data_parallel': 'ddp', 'dtype': 'float32', 'loop.loss_reduction': 'micro_batch', 'freeze': ('vision',)},
-    'wan2_1': {'task': 'wan2_1', 'layout.data_parallel': 'ddp', 'dtype': 'float32', 'video.caption_dropout': 0.0}}
+BASE: dict[str, dict[str, Any]] = {
+    'qwen2_5_vl': {
+        'task': 'qwen2_5_vl',
+        'layout.data_parallel': 'ddp',
+        'dtype': 'float32',
+        'loop.loss_reduction': 'micro_batch',
+        'freeze': ('vision',),
+    },
+    'wan2_1': {
+        'task': 'wan2_1',
+        'layout.data_parallel': 'ddp',
+        'dtype': 'float32',
+        'video.caption_dropout': 0.0,
+    },
+}
 
-ABSENT = {'layout.data_parallel': 'no --use-distributed-optimizer', 'dtype': 'no --bf16', 'loop.loss_reduction': 'no --calculate-per-token-loss', 'freeze': 'no vision_encoder.freeze', 'video.caption_dropout': 'no captions dropped'}
+ABSENT = {
+    'layout.data_parallel': 'no --use-distributed-optimizer',
+    'dtype': 'no --bf16',
+    'loop.loss_reduction': 'no --calculate-per-token-loss',
+    'freeze': 'no vision_encoder.freeze',
+    'video.caption_dropout': 'no captions dropped',
+}
 
 
 def tree_of(settings: Mapping[str, Any]) -> dict:
@@ -32,7 +58,8 @@ def tree_of(settings: Mapping[str, Any]) -> dict:
     for name, value in settings.items():
         *outer, last = name.split('.')
         inner = tree
-        for part in outer: inner = inner.setdefault(part, {})
+        for part in outer:
+            inner = inner.setdefault(part, {})
         inner[last] = value
     return tree
 
@@ -41,18 +68,26 @@ TITLES = {'same': 'carried over', 'other': 'carried over with another meaning', 
 
 
 def gather(pairs: Iterable[tuple[Field, FieldMapping]]) -> list[tuple[bool, str, str]]:
-    "Fields of one mapping in one line: whether it is loud, what became of them, and which they are; loud ones first."
+    """Fields of one mapping in one line: whether it is loud, what became of them, and which they are.
+
+    Loud ones first.
+    """
     gathered: dict[tuple, list[str]] = defaultdict(list)
     for field, mapping in sorted(pairs, key=lambda pair: not pair[1].loud):
         ours = ', '.join(f'{name}={value!r}' for name, value in mapping.settings.items())
         text = f'{ours} ({mapping.words})' if ours and mapping.words else ours or mapping.words
-        gathered[mapping.loud, text].append(f"{field} (the peer's default)" if field.kind == 'default' else str(field))
+        gathered[mapping.loud, text].append(
+            f"{field} (the peer's default)" if field.kind == 'default' else str(field)
+        )
     return [(loud, text, ', '.join(fields)) for (loud, text), fields in gathered.items()]
 
 # %% ../../nbs/9_tools/02_mindspeed_mm.config.ipynb #c2e80d7c
 @dataclass(frozen=True)
 class Carried:
-    "A training of MindSpeed-MM as a config (None when it is not whole), what became of every field, what stands in the way, and on how many ranks it ran."
+    """A training of MindSpeed-MM as a config (None when it is not whole), what became of every field, what
+    stands in the way, and on how many ranks it ran.
+    """
+
     example: Example
     config: Config | None
     mappings: tuple[tuple[Field, FieldMapping], ...]
@@ -64,35 +99,59 @@ class Carried:
         return [pair for pair in self.mappings if pair[1].group == name]
 
     @property
-    def title(self) -> str: return f'{self.example.script}: {len(self.mappings)} fields' + (f', {self.ranks} ranks' if self.ranks else '')
+    def title(self) -> str:
+        return f'{self.example.script}: {len(self.mappings)} fields' + (
+            f', {self.ranks} ranks' if self.ranks else ''
+        )
 
     def __str__(self) -> str:
         said = [self.title]
         for group, title in TITLES.items():
             said.append(f'\n{title} ({len(self.group(group))})')
-            said += [f'  {"! " if loud else ""}{text}: {fields}' if group == 'left' else f'  {fields} -> {text}' for loud, text, fields in gather(self.group(group))]
-        if any(mapping.loud for _, mapping in self.mappings): said.append('\n! changes what is trained')
+            said += [
+                f'  {"! " if loud else ""}{text}: {fields}' if group == 'left' else f'  {fields} -> {text}'
+                for loud, text, fields in gather(self.group(group))
+            ]
+        if any(mapping.loud for _, mapping in self.mappings):
+            said.append('\n! changes what is trained')
         return '\n'.join([*said, *(f'\nin the way: {problem}' for problem in self.problems)])
 
     def _repr_html_(self) -> str:
-        html = [f'<b>{escape(self.title)}</b>', *(f'<div style="color:#b00">{escape(problem)}</div>' for problem in self.problems)]
+        html = [
+            f'<b>{escape(self.title)}</b>',
+            *(f'<div style="color:#b00">{escape(problem)}</div>' for problem in self.problems),
+        ]
         for group, title in TITLES.items():
-            rows = ''.join(f'<tr><td style="text-align:left">{escape(fields)}</td><td style="text-align:left{";color:#b00" if loud else ""}">{escape(text)}</td></tr>' for loud, text, fields in gather(self.group(group)))
-            html.append(f'<details{" open" * (group != "left")}><summary>{title} ({len(self.group(group))})</summary><table>{rows}</table></details>')
+            rows = ''.join(
+                f'<tr><td style="text-align:left">{escape(fields)}</td><td'
+                f' style="text-align:left{";color:#b00" if loud else ""}">{escape(text)}</td></tr>'
+                for loud, text, fields in gather(self.group(group))
+            )
+            html.append(
+                f'<details{" open" * (group != "left")}><summary>{title}'
+                f' ({len(self.group(group))})</summary><table>{rows}</table></details>'
+            )
         return ''.join(html)
 
 # %% ../../nbs/9_tools/02_mindspeed_mm.config.ipynb #a3900ebf
 def settle(example: Example, task: str) -> tuple[list[tuple[Field, FieldMapping]], list[str]]:
     "The mapping of every field, the peer's defaults included, and what stands in the way."
     mappings, problems = [], []
-    defaults = [Field('', 'default', name, value) for name, value in DEFAULTS.items() if example.get(name) is None]
+    defaults = [
+        Field('', 'default', name, value) for name, value in DEFAULTS.items() if example.get(name) is None
+    ]
     for field in (*example.fields, *defaults):
-        try: mappings.append((field, mapping_of(field, example, task)))
+        try:
+            mappings.append((field, mapping_of(field, example, task)))
         except Unfit as error:
             mappings.append((field, FieldMapping('left', {}, 'it stands in the way, see below', True)))
             problems.append(str(error))
     told = {name for _, mapping in mappings for name in mapping.settings}
-    mappings += [(Field('', 'default', ABSENT[name], ''), FieldMapping('same', {name: value})) for name, value in BASE[task].items() if name in ABSENT and name not in told]
+    mappings += [
+        (Field('', 'default', ABSENT[name], ''), FieldMapping('same', {name: value}))
+        for name, value in BASE[task].items()
+        if name in ABSENT and name not in told
+    ]
     return mappings, problems
 
 
@@ -107,43 +166,89 @@ def explain(example: Example, problems: list[str]) -> list[str]:
     said = []
     for problem in dict.fromkeys(problems):
         name = problem.rpartition('give ')[2].removesuffix('=value')
-        if MARK.search(problem) or name not in example.unknown: said.append(problem)
-        elif name not in str(said): said.append(f'{problem} (the script: {example.unknown[name]:.60})')
+        if MARK.search(problem) or name not in example.unknown:
+            said.append(problem)
+        elif name not in str(said):
+            said.append(f'{problem} (the script: {example.unknown[name]:.60})')
     return said
 
 # %% ../../nbs/9_tools/02_mindspeed_mm.config.ipynb #bd5ab2c2
-NO_TRAINING = {'posttrain_sora_dpo.py': 'mmkit has no training by preference', 'get_wan_feature.py': 'it trains nothing; mmkit extract-features CLIPS --weights FOLDER --to FEATURES does the same',
-    **dict.fromkeys(('inference_vlm.py', 'evaluate_vlm.py'), 'it trains nothing; mmkit chat asks a model'), 'inference_sora.py': 'it trains nothing; mmkit generate asks a model'}
+NO_TRAINING = {
+    'posttrain_sora_dpo.py': 'mmkit has no training by preference',
+    'get_wan_feature.py': (
+        'it trains nothing; mmkit extract-features CLIPS --weights FOLDER --to FEATURES does the same'
+    ),
+    **dict.fromkeys(('inference_vlm.py', 'evaluate_vlm.py'), 'it trains nothing; mmkit chat asks a model'),
+    'inference_sora.py': 'it trains nothing; mmkit generate asks a model',
+}
 
 
 def begin(example: Example, task: str) -> dict[str, Any]:
-    "The settings before any field is asked: what the peer takes for granted, and weights from the model's folder where no --load names others."
+    """The settings before any field is asked: what the peer takes for granted, and weights from the model's
+    folder where no --load names others.
+    """
     folder = model_folder(example)
     return {**BASE[task], **({'weights': folder} if folder else {})}
 
 
-def whole_config(example: Example, settings: Mapping[str, Any], ranks: int | None, problems: list[str]) -> Config | None:
-    "The config of these settings; None and one more of `problems` when it is not whole or cannot run on so many ranks."
-    if '--train-iters' not in {field.name for field in example.fields}: problems.append(f'{example.script.name}: --train-iters is missing: add it')
-    if 'weights' not in settings: problems.append(f'{example.script.name}: --load is missing: mmkit begins with the weights of a model')
-    if problems: return None
+def whole_config(
+    example: Example, settings: Mapping[str, Any], ranks: int | None, problems: list[str]
+) -> Config | None:
+    """The config of these settings.
+
+    None and one more of `problems` when it is not whole or cannot run on so many ranks.
+    """
+    if '--train-iters' not in {field.name for field in example.fields}:
+        problems.append(f'{example.script.name}: --train-iters is missing: add it')
+    if 'weights' not in settings:
+        problems.append(f'{example.script.name}: --load is missing: mmkit begins with the weights of a model')
+    if problems:
+        return None
     try:
         config = read(Config, tree_of(settings))
-        if ranks: config.check(ranks)
+        if ranks:
+            config.check(ranks)
         return config
-    except ValueError as error: problems.append(f'{example.script.name}: {error}')
+    except ValueError as error:
+        problems.append(f'{example.script.name}: {error}')
 
 
-def from_mindspeed_mm(folder: str | Path, script: str | Path | None = None, given: Mapping[str, str] = {}) -> Carried:
-    "A training of MindSpeed-MM, told by the folder of its example, as a config and a report; `given` sets variables of the script. A ValueError names the file and field that is broken."
+def from_mindspeed_mm(
+    folder: str | Path, script: str | Path | None = None, given: Mapping[str, str] = {}
+) -> Carried:
+    """A training of MindSpeed-MM, told by the folder of its example, as a config and a report.
+
+    `given` sets variables of the script. A ValueError names the file and field that is broken.
+    """
     example = read_example(folder, script, given)
-    task, (model_id, model) = PROGRAMS.get(example.program), next(((name, value) for name in ('model_id', 'predictor.model_id') if (value := example.get(name))), ('model_id', None))
-    require(task is not None, f'{example.script} starts {example.program}: {NO_TRAINING.get(example.program, "mmkit carries over " + " and ".join(PROGRAMS))}')
+    task, (model_id, model) = (
+        PROGRAMS.get(example.program),
+        next(
+            ((name, value) for name in ('model_id', 'predictor.model_id') if (value := example.get(name))),
+            ('model_id', None),
+        ),
+    )
+    require(
+        task is not None,
+        f'{example.script} starts {example.program}:'
+        f' {NO_TRAINING.get(example.program, "mmkit carries over " + " and ".join(PROGRAMS))}',
+    )
     require(example.get('--mm-model') is not None, f'{example.script}: --mm-model is missing: add it')
-    require(model in ('qwen2_5vl', 'wandit'), f'{example.get("--mm-model")}: {model_id} is {model!r}; mmkit trains qwen2_5vl and wandit')
+    require(
+        model in ('qwen2_5vl', 'wandit'),
+        f'{example.get("--mm-model")}: {model_id} is {model!r}; mmkit trains qwen2_5vl and wandit',
+    )
     ranks = rank_count(example)
     mappings, problems = settle(example, task)
-    settings = {**begin(example, task), **{name: value for _, mapping in mappings for name, value in mapping.settings.items()}}
-    if ranks and '--global-batch-size' not in {field.name for field in example.fields}: settings['loop.global_batch'] = settings['loop.micro_batch'] * max(1, ranks // (settings.get('layout.tp', 1) * settings.get('layout.pp', 1) * settings.get('layout.cp', 1)))
+    settings = {
+        **begin(example, task),
+        **{name: value for _, mapping in mappings for name, value in mapping.settings.items()},
+    }
+    if ranks and '--global-batch-size' not in {field.name for field in example.fields}:
+        settings['loop.global_batch'] = settings['loop.micro_batch'] * max(
+            1,
+            ranks
+            // (settings.get('layout.tp', 1) * settings.get('layout.pp', 1) * settings.get('layout.cp', 1)),
+        )
     config = whole_config(example, settings, ranks, problems)
     return Carried(example, config, tuple(mappings), tuple(explain(example, problems)), ranks)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LAYERS', 'MAYBE_LAYERS', 'NEEDED', 'NEW', 'OVERWRITE', 'LORA', 'REMOTE', 'HF_TO_MM', 'MM_TO_HF', 'MERGE', 'RESPLIT',
            'COMMON', 'UNUSED', 'RESPLIT_UNUSED', 'TARGET', 'WAN', 'WAN_UNUSED', 'WAN_REFUSED', 'REFUSED_FIELDS',
-           'METHODS', 'CFG_FLAGS', 'SCRIPT_FLAGS', 'WANTED', 'CONVERT', 'Kind', 'stage_layers', 'optional_layers',
-           'layout_fields', 'unused_fields', 'refuse_unused', 'convert_parser', 'Lora', 'noted', 'qwen_config',
-           'qwen_towers', 'convert_qwen', 'config_of', 'resplit_qwen', 'merge_qwen', 'Flags', 'transformer_folder',
-           'mm_source', 'hf_source', 'wan_towers', 'convert_wan', 'convert_wan_fields', 'convert']
+           'METHODS', 'CFG_FLAGS', 'SCRIPT_FLAGS', 'WANTED', 'CUT', 'CONVERT', 'Kind', 'stage_layers',
+           'optional_layers', 'layout_fields', 'unused_fields', 'refuse_unused', 'convert_parser', 'Lora', 'noted',
+           'qwen_config', 'qwen_towers', 'convert_qwen', 'config_of', 'resplit_qwen', 'merge_qwen', 'Flags',
+           'transformer_folder', 'mm_source', 'hf_source', 'wan_towers', 'check_wan', 'convert_wan',
+           'convert_wan_fields', 'convert']
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #bb0f0861
 import json
@@ -22,25 +23,34 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.files import LATEST, load_json
 
-if TYPE_CHECKING: from mmkit.converters.convert import Written
+if TYPE_CHECKING:
+    from mmkit.converters.convert import Written
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #f26527ee
 @dataclass(frozen=True)
 class Kind:
     "A kind of value: how it is read, and what help calls it."
+
     words: str
     read: Callable[[Any], Any]
 
-    def __call__(self, value: Any) -> Any: return self.read(value)
+    def __call__(self, value: Any) -> Any:
+        return self.read(value)
 
-    def __repr__(self) -> str: return self.words
+    def __repr__(self) -> str:
+        return self.words
 
 
 def stage_layers(value: str | list) -> list:
     "[36] or [[36]], as text or parsed, as a list."
-    try: layers = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError: layers = None
-    numbers = lambda row: isinstance(row, list) and bool(row) and all(type(n) is int for n in row)
+    try:
+        layers = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        layers = None
+
+    def numbers(row):
+        return isinstance(row, list) and bool(row) and all(type(n) is int for n in row)
+
     if not numbers(layers) and not (isinstance(layers, list) and layers and all(map(numbers, layers))):
         raise ArgumentTypeError(f'{value} is not a list of whole numbers such as [18,18] or [[18,18]]')
     return layers
@@ -57,45 +67,136 @@ MAYBE_LAYERS = Kind('list of numbers, or of rows of numbers; [] for one stage', 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #02e2e8c9
 NEEDED = object()
 NEW = 'it must be new or empty, or see --overwrite'
-OVERWRITE = ('overwrite', bool, False, 'let the new folder take the place of an earlier checkpoint, which is removed when the new one is whole')
+OVERWRITE = (
+    'overwrite',
+    bool,
+    False,
+    'let the new folder take the place of an earlier checkpoint, which is removed when the new one is whole',
+)
 
 
 def layout_fields(config: str, whose: str = '') -> tuple:
     "The three fields that tell a layout of Qwen2.5-VL."
-    return ((f'cfg.{config}.llm_pp_layers', LAYERS, NEEDED, f'text layers of each pipeline stage{whose}: [36], or a row for each virtual chunk: [[36]]'),
-            (f'cfg.{config}.vit_pp_layers', LAYERS, NEEDED, f'vision layers of each pipeline stage{whose}: [32], or a row for each virtual chunk: [[32]]'),
-            (f'cfg.{config}.tp_size', int, 1, f'number of tensor-parallel ranks{whose}'))
+    return (
+        (
+            f'cfg.{config}.llm_pp_layers',
+            LAYERS,
+            NEEDED,
+            f'text layers of each pipeline stage{whose}: [36], or a row for each virtual chunk: [[36]]',
+        ),
+        (
+            f'cfg.{config}.vit_pp_layers',
+            LAYERS,
+            NEEDED,
+            f'vision layers of each pipeline stage{whose}: [32], or a row for each virtual chunk: [[32]]',
+        ),
+        (f'cfg.{config}.tp_size', int, 1, f'number of tensor-parallel ranks{whose}'),
+    )
 
 
-LORA = (('cfg.lora_path', str, None, 'MindSpeed-MM folder with LoRA weights to merge, trained in the layout of the folder that is read (by default those in that folder, if there are any)'),
-        ('lora_alpha', float, None, 'the --lora-alpha of the training, needed to merge LoRA weights: no file tells it'),
-        ('lora_rank', int, None, 'the --lora-r of the training; the files tell it, and another one is refused'))
+LORA = (
+    (
+        'cfg.lora_path',
+        str,
+        None,
+        (
+            'MindSpeed-MM folder with LoRA weights to merge, trained in the layout of the folder that is read'
+            ' (by default those in that folder, if there are any)'
+        ),
+    ),
+    (
+        'lora_alpha',
+        float,
+        None,
+        'the --lora-alpha of the training, needed to merge LoRA weights: no file tells it',
+    ),
+    ('lora_rank', int, None, 'the --lora-r of the training; the files tell it, and another one is refused'),
+)
 REMOTE = ('cfg.trust_remote_code', bool, False, 'accepted; no code of the folder is run either way')
 HF_TO_MM = (
     ('cfg.mm_dir', str, NEEDED, f'MindSpeed-MM folder to write; {NEW}'),
-    ('cfg.hf_config.hf_dir', str, NEEDED, 'Hugging Face folder with config.json and .safetensors files'), *layout_fields('parallel_config'), REMOTE, OVERWRITE)
+    ('cfg.hf_config.hf_dir', str, NEEDED, 'Hugging Face folder with config.json and .safetensors files'),
+    *layout_fields('parallel_config'),
+    REMOTE,
+    OVERWRITE,
+)
 MM_TO_HF = (
     ('cfg.save_hf_dir', str, NEEDED, f'Hugging Face folder to write; {NEW}'),
-    ('cfg.mm_dir', str, NEEDED, 'MindSpeed-MM folder to read: around release or iter_0000500, or this one itself'),
-    ('cfg.hf_config.hf_dir', str, NEEDED, 'Hugging Face folder whose file names, config and tokenizer the new one gets'), *layout_fields('parallel_config'), *LORA, REMOTE, OVERWRITE)
+    (
+        'cfg.mm_dir',
+        str,
+        NEEDED,
+        'MindSpeed-MM folder to read: around release or iter_0000500, or this one itself',
+    ),
+    (
+        'cfg.hf_config.hf_dir',
+        str,
+        NEEDED,
+        'Hugging Face folder whose file names, config and tokenizer the new one gets',
+    ),
+    *layout_fields('parallel_config'),
+    *LORA,
+    REMOTE,
+    OVERWRITE,
+)
 MERGE = (
-    ('cfg.source_dir', str, NEEDED, 'MindSpeed-MM folder with the weights that the adapters were trained on'), ('cfg.target_dir', str, NEEDED, f'MindSpeed-MM folder to write, in the same layout; {NEW}'),
-    *layout_fields('parallel_config', ' of both'), ('cfg.hf_config.hf_dir', str, None, 'Hugging Face folder with the config.json of the model; needed only when its text heads are not 128 numbers wide'), *LORA, REMOTE, OVERWRITE)
+    ('cfg.source_dir', str, NEEDED, 'MindSpeed-MM folder with the weights that the adapters were trained on'),
+    ('cfg.target_dir', str, NEEDED, f'MindSpeed-MM folder to write, in the same layout; {NEW}'),
+    *layout_fields('parallel_config', ' of both'),
+    (
+        'cfg.hf_config.hf_dir',
+        str,
+        None,
+        (
+            'Hugging Face folder with the config.json of the model; needed only when its text heads are not'
+            ' 128 numbers wide'
+        ),
+    ),
+    *LORA,
+    REMOTE,
+    OVERWRITE,
+)
 RESPLIT = (
-    ('cfg.source_dir', str, NEEDED, 'MindSpeed-MM folder to read: around release or iter_0000500, or this one itself'), ('cfg.target_dir', str, NEEDED, f'MindSpeed-MM folder to write; {NEW}'),
-    *layout_fields('source_parallel_config', ' of the source'), *layout_fields('target_parallel_config', ' of the target'),
-    ('cfg.hf_config.hf_dir', str, None, 'Hugging Face folder with the config.json of the model; needed only when its text heads are not 128 numbers wide'), REMOTE, OVERWRITE)
+    (
+        'cfg.source_dir',
+        str,
+        NEEDED,
+        'MindSpeed-MM folder to read: around release or iter_0000500, or this one itself',
+    ),
+    ('cfg.target_dir', str, NEEDED, f'MindSpeed-MM folder to write; {NEW}'),
+    *layout_fields('source_parallel_config', ' of the source'),
+    *layout_fields('target_parallel_config', ' of the target'),
+    (
+        'cfg.hf_config.hf_dir',
+        str,
+        None,
+        (
+            'Hugging Face folder with the config.json of the model; needed only when its text heads are not'
+            ' 128 numbers wide'
+        ),
+    ),
+    REMOTE,
+    OVERWRITE,
+)
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #c0d8033b
 def unused_fields(config: str) -> tuple:
     "The fields of a layout that stand for what Qwen2.5-VL has not."
-    return ((f'cfg.{config}.vit_tp_size', int, 0, 'one tp_size holds for both towers'), (f'cfg.{config}.ep_size', int, 1, 'the model has no experts'),
-            (f'cfg.{config}.audio_tp_size', int, 0, 'the model has no audio tower'), (f'cfg.{config}.audio_pp_layers', Any, None, 'the model has no audio tower'))
+    return (
+        (f'cfg.{config}.vit_tp_size', int, 0, 'one tp_size holds for both towers'),
+        (f'cfg.{config}.ep_size', int, 1, 'the model has no experts'),
+        (f'cfg.{config}.audio_tp_size', int, 0, 'the model has no audio tower'),
+        (f'cfg.{config}.audio_pp_layers', Any, None, 'the model has no audio tower'),
+    )
 
 
 COMMON = ('cfg.common_model_config', Any, None, 'everything is read from config.json or from the files')
-UNUSED = (*unused_fields('parallel_config'), ('cfg.save_vit_only', bool, False, 'the whole model is converted'),
-          ('cfg.llm_hf_config', Any, None, 'the language model comes from hf_config.hf_dir'), COMMON)
+UNUSED = (
+    *unused_fields('parallel_config'),
+    ('cfg.save_vit_only', bool, False, 'the whole model is converted'),
+    ('cfg.llm_hf_config', Any, None, 'the language model comes from hf_config.hf_dir'),
+    COMMON,
+)
 RESPLIT_UNUSED = (*unused_fields('source_parallel_config'), *unused_fields('target_parallel_config'), COMMON)
 
 
@@ -103,35 +204,89 @@ def refuse_unused(given: Any, unused: tuple) -> None:
     "Raises for the first field that has a value which could not be honoured."
     for name, _, default, reason in unused:
         value = given[name]
-        if value in (default, '') or name.endswith('vit_tp_size') and value == given[name.replace('vit_tp_size', 'tp_size')]: continue
+        if value in (default, '') or (
+            name.endswith('vit_tp_size') and value == given[name.replace('vit_tp_size', 'tp_size')]
+        ):
+            continue
         raise ValueError(f'--{name} {value} is not possible, {reason}: leave it out')
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #c1af754d
 TARGET = 'cfg.target_parallel_config.'
 WAN = (
-    ('cfg.source_path', str, NEEDED, 'folder to read: the transformer folder of a model or its pipeline folder, or the MindSpeed-MM folder'),
+    (
+        'cfg.source_path',
+        str,
+        NEEDED,
+        (
+            'folder to read: the transformer folder of a model or its pipeline folder, or the MindSpeed-MM'
+            ' folder'
+        ),
+    ),
     ('cfg.target_path', str, NEEDED, f'folder to write; {NEW}'),
-    ('cfg.hf_dir', str, None, 'transformer or pipeline folder with the sizes, file names and config of the model; mm_to_hf and resplit need it'),
-    (TARGET + 'pp_layers', MAYBE_LAYERS, None, 'layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk: [[7,8],[7,8]]'),
-    (TARGET + 'tp_size', int, 1, 'number of tensor-parallel ranks'), OVERWRITE)
-WAN_UNUSED = ((TARGET + 'ep_size', int, 1, 'the model has no experts'), ('cfg.lora_path', str, None, 'LoRA weights are merged by mm_to_hf and merge_lora_to_base'))
+    (
+        'cfg.hf_dir',
+        str,
+        None,
+        (
+            'transformer or pipeline folder with the sizes, file names and config of the model; mm_to_hf and'
+            ' resplit need it'
+        ),
+    ),
+    (
+        TARGET + 'pp_layers',
+        MAYBE_LAYERS,
+        None,
+        'layers of each pipeline stage: [7,8,8,7], or a row for each virtual chunk: [[7,8],[7,8]]',
+    ),
+    (TARGET + 'tp_size', int, 1, 'number of tensor-parallel ranks'),
+    OVERWRITE,
+)
+WAN_UNUSED = (
+    (TARGET + 'ep_size', int, 1, 'the model has no experts'),
+    ('cfg.lora_path', str, None, 'LoRA weights are merged by mm_to_hf and merge_lora_to_base'),
+)
 WAN_REFUSED = {
-    'layerzero_to_mm': 'the shards of a LayerZero training are pickled objects of MindSpeed: merge them with MindSpeed-MM, then mm_to_hf reads what it wrote (mmkit needs no such step: layout.data_parallel=fsdp saves Hugging Face folders)'}
-REFUSED_FIELDS = tuple((name, Any, None, 'understood, not used') for name in (*(name for name, *_ in WAN + WAN_UNUSED), 'iteration', 'prefix', 'ema_model'))
+    'layerzero_to_mm': (
+        'the shards of a LayerZero training are pickled objects of MindSpeed: merge them with MindSpeed-MM,'
+        ' then mm_to_hf reads what it wrote (mmkit needs no such step: layout.data_parallel=fsdp saves'
+        ' Hugging Face folders)'
+    )
+}
+REFUSED_FIELDS = tuple(
+    (name, Any, None, 'understood, not used')
+    for name in (*(name for name, *_ in WAN + WAN_UNUSED), 'iteration', 'prefix', 'ema_model')
+)
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #540df216
 METHODS = {
-    'Qwen2_5_VLConverter': ('Qwen2.5-VL, any size', {
-        'hf_to_mm': ('Hugging Face folder to MindSpeed-MM folder', HF_TO_MM, UNUSED),
-        'mm_to_hf': ('MindSpeed-MM folder to Hugging Face folder', MM_TO_HF, UNUSED),
-        'resplit': ('MindSpeed-MM folder to one with another layout', RESPLIT, RESPLIT_UNUSED),
-        'merge_lora_to_base': ('MindSpeed-MM folder and LoRA weights to one folder', MERGE, UNUSED)}),
-    'WanConverter': ('Wan2.1, any size, from text or from a picture', {
-        'hf_to_mm': ('Hugging Face folder to MindSpeed-MM folder', WAN, WAN_UNUSED),
-        'mm_to_hf': ('MindSpeed-MM folder, in whatever layout, to Hugging Face folder', (*WAN, *LORA), WAN_UNUSED[:1]),
-        'resplit': ('MindSpeed-MM folder to one with another layout', WAN, WAN_UNUSED),
-        'merge_lora_to_base': ('MindSpeed-MM folder and LoRA weights to one folder', (*WAN, *LORA, ('use_npu', bool, True, 'accepted; merging takes no device')), WAN_UNUSED[:1]),
-        **{name: (f'not possible, {reason}', REFUSED_FIELDS, ()) for name, reason in WAN_REFUSED.items()}})}
+    'Qwen2_5_VLConverter': (
+        'Qwen2.5-VL, any size',
+        {
+            'hf_to_mm': ('Hugging Face folder to MindSpeed-MM folder', HF_TO_MM, UNUSED),
+            'mm_to_hf': ('MindSpeed-MM folder to Hugging Face folder', MM_TO_HF, UNUSED),
+            'resplit': ('MindSpeed-MM folder to one with another layout', RESPLIT, RESPLIT_UNUSED),
+            'merge_lora_to_base': ('MindSpeed-MM folder and LoRA weights to one folder', MERGE, UNUSED),
+        },
+    ),
+    'WanConverter': (
+        'Wan2.1, any size, from text or from a picture',
+        {
+            'hf_to_mm': ('Hugging Face folder to MindSpeed-MM folder', WAN, WAN_UNUSED),
+            'mm_to_hf': (
+                'MindSpeed-MM folder, in whatever layout, to Hugging Face folder',
+                (*WAN, *LORA),
+                WAN_UNUSED[:1],
+            ),
+            'resplit': ('MindSpeed-MM folder to one with another layout', WAN, WAN_UNUSED),
+            'merge_lora_to_base': (
+                'MindSpeed-MM folder and LoRA weights to one folder',
+                (*WAN, *LORA, ('use_npu', bool, True, 'accepted; merging takes no device')),
+                WAN_UNUSED[:1],
+            ),
+            **{name: (f'not possible, {reason}', REFUSED_FIELDS, ()) for name, reason in WAN_REFUSED.items()},
+        },
+    ),
+}
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #7a3aa68a
 def convert_parser() -> Any:
@@ -140,10 +295,20 @@ def convert_parser() -> Any:
 
     class OneSentence(ArgumentParser):
         def error(self, message, ex=None):
-            if isinstance(ex, KeyError): message = f'{[frame.f_locals.get("key", message) for frame, _ in traceback.walk_tb(ex.__traceback__)][-1].split(".", 2)[-1]} is no field of this method'      # jsonargparse names the method here
+            # jsonargparse names the method here
+            if isinstance(ex, KeyError):
+                message = (
+                    f'{[frame.f_locals.get("key", message) for frame, _ in traceback.walk_tb(ex.__traceback__)][-1].split(".", 2)[-1]}'  # noqa: E501
+                    ' is no field of this method'
+                )
             self.exit(2, f'mm-convert: {" ".join(message.split())}: --help shows what is possible\n')
 
-    parser = OneSentence(prog='mm-convert', description='Converts weights between Hugging Face and MindSpeed-MM folders, with the memory of one tensor.')
+    parser = OneSentence(
+        prog='mm-convert',
+        description=(
+            'Converts weights between Hugging Face and MindSpeed-MM folders, with the memory of one tensor.'
+        ),
+    )
     converters = parser.add_subcommands(dest='converter')
     for converter, (title, methods) in METHODS.items():
         converters.add_subcommand(converter, one := OneSentence(description=title), help=title)
@@ -151,8 +316,15 @@ def convert_parser() -> Any:
         for name, (text, fields, unused) in methods.items():
             method = OneSentence(description=text)
             method.add_argument('--config', action='config', help='YAML file with these fields')
-            for field, kind, default, words in fields: method.add_argument(f'--{field}', type=kind, help=words, **(dict(required=True) if default is NEEDED else dict(default=default)))
-            for field, kind, default, reason in unused: method.add_argument(f'--{field}', type=kind, default=default, help=f'leave it out: {reason}')
+            for field, kind, default, words in fields:
+                method.add_argument(
+                    f'--{field}',
+                    type=kind,
+                    help=words,
+                    **(dict(required=True) if default is NEEDED else dict(default=default)),
+                )
+            for field, kind, default, reason in unused:
+                method.add_argument(f'--{field}', type=kind, default=default, help=f'leave it out: {reason}')
             commands.add_subcommand(name, method, help=text)
     return parser
 
@@ -160,17 +332,31 @@ def convert_parser() -> Any:
 @dataclass(frozen=True)
 class Lora:
     "LoRA weights to merge: their folder (None: that of the model), alpha and rank as they are told."
+
     path: str | None = None
     alpha: float | None = None
     rank: int | None = None
 
     def read(self, source: Path, towers: tuple, method: str, target: str | Path, overwrite: bool) -> Any:
-        "What a method reads: the MindSpeed-MM folder itself or, where LoRA weights are given or in it, the folder with them merged."
+        """What a method reads: the MindSpeed-MM folder itself or, where LoRA weights are given or in it, the
+        folder with them merged.
+        """
         from mmkit.converters.convert import may_write
         from mmkit.converters.lora import MergedFolder, holds_lora
-        if self.path: may_write(target, (self.path,), overwrite)
-        if method not in ('mm_to_hf', 'merge_lora_to_base') or method == 'mm_to_hf' and self == Lora() and not holds_lora(source): return source
-        return MergedFolder(source, towers, mm_source(Path(self.path), '--cfg.lora_path') if self.path else None, self.alpha, self.rank)
+
+        if self.path:
+            may_write(target, (self.path,), overwrite)
+        if method not in ('mm_to_hf', 'merge_lora_to_base') or (
+            method == 'mm_to_hf' and self == Lora() and not holds_lora(source)
+        ):
+            return source
+        return MergedFolder(
+            source,
+            towers,
+            mm_source(Path(self.path), '--cfg.lora_path') if self.path else None,
+            self.alpha,
+            self.rank,
+        )
 
 
 def noted(written: Any, source: Any) -> Any:
@@ -180,60 +366,105 @@ def noted(written: Any, source: Any) -> Any:
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #109841e3
 def qwen_config(hf_dir: str | Path) -> dict:
     "The parsed config.json of a Hugging Face folder; a ValueError names the flag."
-    if not Path(hf_dir).is_dir(): raise ValueError(f'--cfg.hf_config.hf_dir {hf_dir} is not a folder: give a Hugging Face folder')
+    if not Path(hf_dir).is_dir():
+        raise ValueError(f'--cfg.hf_config.hf_dir {hf_dir} is not a folder: give a Hugging Face folder')
     from mmkit.converters.folders import load_config_json
+
     return load_config_json(Path(hf_dir))
 
 
 def qwen_towers(config: dict, layout: Any, name: str) -> tuple:
     "The towers with the layout that the fields `name` tell; a ValueError speaks their words."
     from mmkit.converters.qwen2_5_vl import qwen2_5_vl_towers
-    if layout.tp_size < 1: raise ValueError(f'--cfg.{name}.tp_size must be at least 1, not {layout.tp_size}')
-    try: return qwen2_5_vl_towers(config, layout.vit_pp_layers, layout.llm_pp_layers)
-    except ValueError as error: raise ValueError(str(error).replace('vision_layers', 'vit_pp_layers').replace('text_layers', 'llm_pp_layers')) from None
+
+    if layout.tp_size < 1:
+        raise ValueError(f'--cfg.{name}.tp_size must be at least 1, not {layout.tp_size}')
+    try:
+        return qwen2_5_vl_towers(config, layout.vit_pp_layers, layout.llm_pp_layers)
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace('vision_layers', 'vit_pp_layers').replace('text_layers', 'llm_pp_layers')
+        ) from None
 
 
 def convert_qwen(method: str, cfg: Any, overwrite: bool = False, lora: Lora = Lora()) -> Any:
     "What a conversion of Qwen2.5-VL wrote; `cfg` has the fields of the method."
-    if method in ('resplit', 'merge_lora_to_base'): return (resplit_qwen if method == 'resplit' else merge_qwen)(cfg, overwrite, lora)
+    if method in ('resplit', 'merge_lora_to_base'):
+        return (resplit_qwen if method == 'resplit' else merge_qwen)(cfg, overwrite, lora)
     hf, tp = cfg.hf_config.hf_dir, cfg.parallel_config.tp_size
     towers = qwen_towers(qwen_config(hf), cfg.parallel_config, 'parallel_config')
     from mmkit.converters.convert import hf_to_mm, mm_to_hf
-    if method == 'hf_to_mm': return hf_to_mm(hf, cfg.mm_dir, towers, tp, overwrite)
-    source = lora.read(mm_source(Path(cfg.mm_dir), '--cfg.mm_dir'), towers, method, cfg.save_hf_dir, overwrite)
+
+    if method == 'hf_to_mm':
+        return hf_to_mm(hf, cfg.mm_dir, towers, tp, overwrite)
+    source = lora.read(
+        mm_source(Path(cfg.mm_dir), '--cfg.mm_dir'), towers, method, cfg.save_hf_dir, overwrite
+    )
     return noted(mm_to_hf(source, hf, cfg.save_hf_dir, towers, tp, overwrite), source)
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #a04dfb73
 def config_of(cfg: Any, source: Path, layout: Any) -> dict:
-    "The config.json of a Qwen2.5-VL in MindSpeed-MM's format: as given or, if its heads are those of a released one, as its files tell."
+    """The config.json of a Qwen2.5-VL in MindSpeed-MM's format: as given or, if its heads are those of a
+    released one, as its files tell.
+    """
     from mmkit.converters.qwen2_5_vl import sizes_in_files
-    depth = lambda layers: sum(map(sum, layers if isinstance(layers[0], list) else [layers]))
-    if cfg.hf_config.hf_dir: return qwen_config(cfg.hf_config.hf_dir)
-    try: return sizes_in_files(source, depth(layout.vit_pp_layers), depth(layout.llm_pp_layers))
-    except ValueError as error: raise ValueError(str(error).replace('give the config.json of the model', 'give --cfg.hf_config.hf_dir, the Hugging Face folder of the model')) from None
+
+    def depth(layers):
+        return sum(map(sum, layers if isinstance(layers[0], list) else [layers]))
+
+    if cfg.hf_config.hf_dir:
+        return qwen_config(cfg.hf_config.hf_dir)
+    try:
+        return sizes_in_files(source, depth(layout.vit_pp_layers), depth(layout.llm_pp_layers))
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace(
+                'give the config.json of the model',
+                'give --cfg.hf_config.hf_dir, the Hugging Face folder of the model',
+            )
+        ) from None
 
 
 def resplit_qwen(cfg: Any, overwrite: bool, lora: Lora) -> Any:
     "What was written: a MindSpeed-MM folder of Qwen2.5-VL in another layout."
     from mmkit.converters.convert import resplit
-    source, (old, new) = mm_source(Path(cfg.source_dir), '--cfg.source_dir'), (cfg.source_parallel_config, cfg.target_parallel_config)
+
+    source, (old, new) = (
+        mm_source(Path(cfg.source_dir), '--cfg.source_dir'),
+        (cfg.source_parallel_config, cfg.target_parallel_config),
+    )
     config = config_of(cfg, source, old)
-    towers, wanted = (qwen_towers(config, layout, name) for layout, name in ((old, 'source_parallel_config'), (new, 'target_parallel_config')))
+    towers, wanted = (
+        qwen_towers(config, layout, name)
+        for layout, name in ((old, 'source_parallel_config'), (new, 'target_parallel_config'))
+    )
     return resplit(source, cfg.target_dir, towers, old.tp_size, wanted, new.tp_size, overwrite)
 
 
 def merge_qwen(cfg: Any, overwrite: bool, lora: Lora) -> Any:
-    "What was written: a MindSpeed-MM folder of Qwen2.5-VL in the layout of the source, with LoRA weights merged."
+    """What was written: a MindSpeed-MM folder of Qwen2.5-VL in the layout of the source, with LoRA weights
+    merged.
+    """
     from mmkit.converters.convert import compare_layout, write_mm
+
     source, layout = mm_source(Path(cfg.source_dir), '--cfg.source_dir'), cfg.parallel_config
-    merged = lora.read(source, towers := qwen_towers(config_of(cfg, source, layout), layout, 'parallel_config'), 'merge_lora_to_base', cfg.target_dir, overwrite)
+    merged = lora.read(
+        source,
+        towers := qwen_towers(config_of(cfg, source, layout), layout, 'parallel_config'),
+        'merge_lora_to_base',
+        cfg.target_dir,
+        overwrite,
+    )
     compare_layout(merged, towers, layout.tp_size)
-    return noted(write_mm(merged, cfg.target_dir, towers, layout.tp_size, overwrite, 'merge_lora_to_base'), merged)
+    return noted(
+        write_mm(merged, cfg.target_dir, towers, layout.tp_size, overwrite, 'merge_lora_to_base'), merged
+    )
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #e3fee29d
 @dataclass(frozen=True)
 class Flags:
     "What a caller calls the arguments of `convert_wan`; by default, what Python calls them."
+
     source: str = 'source'
     target: str = 'target'
     hf_dir: str = 'hf_dir'
@@ -241,7 +472,9 @@ class Flags:
     tp: str = 'tp'
 
 
-CFG_FLAGS = Flags('--cfg.source_path', '--cfg.target_path', '--cfg.hf_dir', f'--{TARGET}pp_layers', f'--{TARGET}tp_size')
+CFG_FLAGS = Flags(
+    '--cfg.source_path', '--cfg.target_path', '--cfg.hf_dir', f'--{TARGET}pp_layers', f'--{TARGET}tp_size'
+)
 SCRIPT_FLAGS = Flags('--source_path', '--target_path', '--ckpt_path', '--pp_vpp_layers')
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #f2ed2cd1
@@ -251,78 +484,172 @@ WANTED = "give the transformer folder of a Wan2.1 model in diffusers' format"
 def transformer_folder(path: str | Path, flag: str) -> Path:
     "The transformer folder that `path` is or, as a pipeline, has; a ValueError says what is there instead."
     path = Path(path)
-    if not path.is_dir(): raise ValueError(f'{flag} {path} is not a folder: {WANTED}')
-    if (path / 'transformer_2').is_dir(): raise ValueError(f'{flag} {path} has two models, transformer and transformer_2: give one of these folders')
-    if (path / 'transformer').is_dir(): path = path / 'transformer'
-    if not (path / 'config.json').is_file(): raise ValueError(f'{flag} {path} has no config.json: {WANTED}')
+    if not path.is_dir():
+        raise ValueError(f'{flag} {path} is not a folder: {WANTED}')
+    if (path / 'transformer_2').is_dir():
+        raise ValueError(
+            f'{flag} {path} has two models, transformer and transformer_2: give one of these folders'
+        )
+    if (path / 'transformer').is_dir():
+        path = path / 'transformer'
+    if not (path / 'config.json').is_file():
+        raise ValueError(f'{flag} {path} has no config.json: {WANTED}')
     config = load_json(path / 'config.json')
-    if not isinstance(config, dict): raise ValueError(f'{path}/config.json holds a {type(config).__name__}: {WANTED}')
+    if not isinstance(config, dict):
+        raise ValueError(f'{path}/config.json holds a {type(config).__name__}: {WANTED}')
     kinds = config.get('architectures')
-    kind = config.get('_class_name') or next(iter(kinds if isinstance(kinds, list) else ()), config.get('model_type')) or 'WanTransformer3DModel'
-    if kind != 'WanTransformer3DModel': raise ValueError(f'{flag} {path} holds a {kind}: {WANTED}')
+    kind = (
+        config.get('_class_name')
+        or next(iter(kinds if isinstance(kinds, list) else ()), config.get('model_type'))
+        or 'WanTransformer3DModel'
+    )
+    if kind != 'WanTransformer3DModel':
+        raise ValueError(f'{flag} {path} holds a {kind}: {WANTED}')
     return path
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #d07570e8
 def mm_source(path: Path, flag: str) -> Path:
-    "The MindSpeed-MM folder that `path` is or, as its latest iteration, lies in; a ValueError says what is there instead."
-    if not path.is_dir(): raise ValueError(f'{flag} {path} is not a folder: give a folder that mm-convert or MindSpeed-MM wrote')
-    if (path / LATEST).is_file(): return path
-    if not any(path.glob('mp_rank_*')): raise ValueError(f'{flag} {path} has no {LATEST}: give a folder that mm-convert or MindSpeed-MM wrote')
+    """The MindSpeed-MM folder that `path` is or, as its latest iteration, lies in.
+
+    A ValueError says what is there instead.
+    """
+    if not path.is_dir():
+        raise ValueError(
+            f'{flag} {path} is not a folder: give a folder that mm-convert or MindSpeed-MM wrote'
+        )
+    if (path / LATEST).is_file():
+        return path
+    if not any(path.glob('mp_rank_*')):
+        raise ValueError(
+            f'{flag} {path} has no {LATEST}: give a folder that mm-convert or MindSpeed-MM wrote'
+        )
     whole, name = path.absolute().parent, path.absolute().name
-    if not re.fullmatch(r'release|iter_\d{7}', name): raise ValueError(f'{flag} {path} holds ranks but is not called release or iter_ and 7 digits: give the folder around it, as MindSpeed-MM wrote it')
+    if not re.fullmatch(r'release|iter_\d{7}', name):
+        raise ValueError(
+            f'{flag} {path} holds ranks but is not called release or iter_ and 7 digits: give the folder'
+            ' around it, as MindSpeed-MM wrote it'
+        )
     word = name.removeprefix('iter_').lstrip('0') or '0'
-    if (whole / LATEST).is_file() and (whole / LATEST).read_bytes()[:100].strip() == word.encode(): return whole
-    raise ValueError(f'{flag} {path} is a part of a MindSpeed-MM folder: give {whole}, with {word} in its {LATEST}')
+    if (whole / LATEST).is_file() and (whole / LATEST).read_bytes()[:100].strip() == word.encode():
+        return whole
+    raise ValueError(
+        f'{flag} {path} is a part of a MindSpeed-MM folder: give {whole}, with {word} in its {LATEST}'
+    )
 
 
 def hf_source(path: Path, flag: str) -> Path:
     "The transformer folder to read from; a ValueError when it is a MindSpeed-MM folder, too or instead."
     for folder in (path, path / 'transformer'):
         if (folder / LATEST).is_file() or any(folder.glob('mp_rank_*')):
-            raise ValueError(f'{flag} {folder} holds a MindSpeed-MM checkpoint: give a Hugging Face folder without {LATEST}, or use mm-convert WanConverter resplit')
+            raise ValueError(
+                f'{flag} {folder} holds a MindSpeed-MM checkpoint: give a Hugging Face folder without'
+                f' {LATEST}, or use mm-convert WanConverter resplit'
+            )
     return transformer_folder(path, flag)
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #7764aef5
 def wan_towers(folder: Path, layers: list | None, tp: int, flags: Flags) -> tuple:
-    "The towers of the model in a transformer folder with this layout; a ValueError names the flag or the file that is wrong."
+    """The towers of the model in a transformer folder with this layout.
+
+    A ValueError names the flag or the file that is wrong.
+    """
     from mmkit.converters.wan2_1 import wan2_1_towers
+
     table = layers if layers and isinstance(layers[0], list) else [layers or [1]]
-    if any(n < 1 for row in table for n in row): raise ValueError(f'{flags.layers} {layers} has a stage without layers: each needs at least 1')
-    if len(table) > 1 and len(table[0]) == 1: raise ValueError(f'{flags.layers} {layers} has {len(table)} virtual chunks on 1 stage: virtual chunks need at least 2 stages')
+    if any(n < 1 for row in table for n in row):
+        raise ValueError(f'{flags.layers} {layers} has a stage without layers: each needs at least 1')
+    if len(table) > 1 and len(table[0]) == 1:
+        raise ValueError(
+            f'{flags.layers} {layers} has {len(table)} virtual chunks on 1 stage: virtual chunks need at'
+            ' least 2 stages'
+        )
     config = load_json(folder / 'config.json')
-    try: towers = wan2_1_towers(config, layers)
+    try:
+        towers = wan2_1_towers(config, layers)
     except ValueError as error:
         subject, _, rest = str(error).partition(' ')
         names = {'pp_layers': flags.layers, 'config.json': folder / 'config.json'}
         raise ValueError(f'{names.get(subject, subject)} {rest}') from None
     heads = config['num_attention_heads']
-    if tp < 1 or heads % tp: raise ValueError(f'{flags.tp} {tp} does not divide the {heads} heads of the model: give a number that does, such as 1')
+    if tp < 1 or heads % tp:
+        raise ValueError(
+            f'{flags.tp} {tp} does not divide the {heads} heads of the model: give a number that does, such'
+            ' as 1'
+        )
     return towers
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #af073134
-def convert_wan(method: str, source: str | Path, target: str | Path, hf_dir: str | Path | None = None, layers: list | None = None, tp: int = 1, flags: Flags = Flags(), overwrite: bool = False, lora: Lora = Lora()) -> 'Written':
-    "What was written: hf_to_mm, resplit and merge_lora_to_base write a MindSpeed-MM folder with this layout, mm_to_hf a transformer folder like `hf_dir`."
+CUT = 'cut for tp={tp}, which mmkit reads and MindSpeed-MM does not: it has no tensor parallelism for Wan2.1'
+
+
+def check_wan(source: Path, target: Path, back: bool, layers: list | None, tp: int, flags: Flags) -> None:
+    "Raises ValueError with what to change where the arguments of a conversion do not go together."
+    if source.resolve() == target.resolve():
+        raise ValueError(
+            f'{flags.target} {target} is also the source, which is never changed: give a new folder, such as'
+            f' {target}_{"hf" if back else "mm"}'
+        )
+    if back and (layers or tp != 1):
+        raise ValueError(
+            f'{flags.layers if layers else flags.tp} {layers or tp} is not possible, the layout of the source'
+            ' is found by itself: leave it out'
+        )
+
+
+def convert_wan(
+    method: str,
+    source: str | Path,
+    target: str | Path,
+    hf_dir: str | Path | None = None,
+    layers: list | None = None,
+    tp: int = 1,
+    flags: Flags = Flags(),
+    overwrite: bool = False,
+    lora: Lora = Lora(),
+) -> 'Written':
+    """What was written: hf_to_mm, resplit and merge_lora_to_base write a MindSpeed-MM folder with this
+    layout, mm_to_hf a transformer folder like `hf_dir`.
+    """
     source, target, back = Path(source), Path(target), method == 'mm_to_hf'
-    if source.resolve() == target.resolve(): raise ValueError(f'{flags.target} {target} is also the source, which is never changed: give a new folder, such as {target}_{"hf" if back else "mm"}')
-    if back and (layers or tp != 1): raise ValueError(f'{flags.layers if layers else flags.tp} {layers or tp} is not possible, the layout of the source is found by itself: leave it out')
+    check_wan(source, target, back, layers, tp, flags)
     source = hf_source(source, flags.source) if method == 'hf_to_mm' else mm_source(source, flags.source)
-    if method != 'hf_to_mm' and not hf_dir: raise ValueError(f'{flags.hf_dir} is missing: give the transformer folder of the model, since a MindSpeed-MM folder does not tell its sizes')
+    if method != 'hf_to_mm' and not hf_dir:
+        raise ValueError(
+            f'{flags.hf_dir} is missing: give the transformer folder of the model, since a MindSpeed-MM'
+            ' folder does not tell its sizes'
+        )
     pattern = transformer_folder(hf_dir, flags.hf_dir) if hf_dir else source
     towers = wan_towers(pattern, layers, tp, flags)
     from mmkit.converters.convert import mm_to_hf, write_mm
     from mmkit.converters.folders import MMFolder, open_weights
+
     held = lora.read(source, towers, method, target, overwrite)
     if not back:
-        written = noted(write_mm(open_weights(source, towers) if held is source else held, target, towers, tp, overwrite, method), held)
-        return written if tp == 1 else replace(written, notes=(*written.notes, f'cut for tp={tp}, which mmkit reads and MindSpeed-MM does not: it has no tensor parallelism for Wan2.1'))
+        weights = open_weights(source, towers) if held is source else held
+        written = noted(write_mm(weights, target, towers, tp, overwrite, method), held)
+        return written if tp == 1 else replace(written, notes=(*written.notes, CUT.format(tp=tp)))
     held = MMFolder(source, towers) if held is source else held
-    return noted(mm_to_hf(held, pattern, target, held.found.towers, held.found.tp, overwrite), source if type(held) is MMFolder else held)
+    return noted(
+        mm_to_hf(held, pattern, target, held.found.towers, held.found.tp, overwrite),
+        source if type(held) is MMFolder else held,
+    )
 
 # %% ../../nbs/9_tools/03_mindspeed_mm.convert.ipynb #6bc60c1c
 def convert_wan_fields(method: str, cfg: Any, overwrite: bool = False, lora: Lora = Lora()) -> Any:
     "What a conversion of Wan2.1 wrote; `cfg` has the fields of the method."
-    if method in WAN_REFUSED: raise ValueError(f'{method} is not possible, {WAN_REFUSED[method]}')
-    return convert_wan(method, cfg.source_path, cfg.target_path, cfg.hf_dir, cfg.target_parallel_config.pp_layers, cfg.target_parallel_config.tp_size, CFG_FLAGS, overwrite, lora)
+    if method in WAN_REFUSED:
+        raise ValueError(f'{method} is not possible, {WAN_REFUSED[method]}')
+    return convert_wan(
+        method,
+        cfg.source_path,
+        cfg.target_path,
+        cfg.hf_dir,
+        cfg.target_parallel_config.pp_layers,
+        cfg.target_parallel_config.tp_size,
+        CFG_FLAGS,
+        overwrite,
+        lora,
+    )
 
 
 CONVERT = {'Qwen2_5_VLConverter': convert_qwen, 'WanConverter': convert_wan_fields}
@@ -333,4 +660,9 @@ def convert(chosen: Any) -> Any:
     method = chosen[chosen.converter].method
     given = chosen[chosen.converter][method]
     refuse_unused(given, METHODS[chosen.converter][1][method][2])
-    return CONVERT[chosen.converter](method, given.cfg, given.get('overwrite', False), Lora(given.cfg.get('lora_path') or None, given.get('lora_alpha'), given.get('lora_rank')))
+    return CONVERT[chosen.converter](
+        method,
+        given.cfg,
+        given.get('overwrite', False),
+        Lora(given.cfg.get('lora_path') or None, given.get('lora_alpha'), given.get('lora_rank')),
+    )

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.files import load_json
-from .script import MARK, Example, Field
 from ..core.values import require
+from .script import MARK, Example, Field
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #33a92484
 class Unfit(ValueError):
@@ -29,6 +29,7 @@ class Unfit(ValueError):
 @dataclass(frozen=True)
 class FieldMapping:
     "What becomes of a field: its group, the settings it becomes by their dotted names, and words about it."
+
     group: Literal['same', 'other', 'left']
     settings: Mapping[str, Any] = field(default_factory=dict)
     words: str = ''
@@ -41,15 +42,19 @@ Row = Callable[[Field, Example], FieldMapping]
 def word(field: Field) -> Any:
     "The value of a field, as it is; Unfit when only a shell knows it."
     if found := isinstance(field.value, str) and MARK.search(field.value):
-        raise Unfit(f'{field.file}: {field.name} needs {found[1]}, which only a shell knows: give {found[1]}=value')
+        raise Unfit(
+            f'{field.file}: {field.name} needs {found[1]}, which only a shell knows: give {found[1]}=value'
+        )
     return field.value
 
 
 def number(field: Field) -> float:
     "The value of a field as a number. Raises ValueError with file and field."
-    try: return float(word(field)) if not isinstance(field.value, bool) else float('no')
+    try:
+        return float(word(field)) if not isinstance(field.value, bool) else float('no')
     except (TypeError, ValueError) as error:
-        if isinstance(error, Unfit): raise
+        if isinstance(error, Unfit):
+            raise
         raise ValueError(f'{field.file}: {field.name} is {field.value!r}, not a number') from None
 
 
@@ -62,7 +67,9 @@ def whole(field: Field) -> int:
 
 def truth(field: Field) -> bool:
     "The value of a field as yes or no; a flag without a value is yes. Raises ValueError with file and field."
-    require(field.value in (True, False, ''), f'{field.file}: {field.name} is {field.value!r}, not true or false')
+    require(
+        field.value in (True, False, ''), f'{field.file}: {field.name} is {field.value!r}, not true or false'
+    )
     return field.value is not False
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #140e2c1c
@@ -72,8 +79,12 @@ def same(ours: str, read: Callable[[Field], Any] = word, words: str = '') -> Row
 
 
 def other(ours: str, words: str, read: Callable[[Field], Any] | None = None) -> Row:
-    "The row of a field that means something else here: with `read` the setting `ours`, without it a thing that `ours` names."
-    return lambda field, example: FieldMapping('other', {ours: read(field)} if read else {}, words if read else f'{ours}: {words}')
+    """The row of a field that means something else here: with `read` the setting `ours`, without it a thing
+    that `ours` names.
+    """
+    return lambda field, example: FieldMapping(
+        'other', {ours: read(field)} if read else {}, words if read else f'{ours}: {words}'
+    )
 
 
 def left(words: str, loud: bool = False) -> Row:
@@ -82,90 +93,152 @@ def left(words: str, loud: bool = False) -> Row:
 
 
 def only(values: Any, words: str) -> Row:
-    "The row of a field of which mmkit does one value (or these, in a tuple), which it needs no word for; another one is loud."
+    """The row of a field of which mmkit does one value (or these, in a tuple), which it needs no word for.
+
+    Another one is loud.
+    """
     known = values if isinstance(values, tuple) else (values,)
     return lambda field, example: FieldMapping('left', {}, words, field.value not in known)
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #f7640255
 def choice(ours: str, names: Mapping[str, Any], words: str = '') -> Row:
     "The row of a field whose words have other names here; Unfit for one that mmkit has not."
+
     def row(field: Field, example: Example) -> FieldMapping:
-        if (told := str(word(field))) not in names: raise Unfit(f'{field.file}: {field.name} {told} is not possible, mmkit has {", ".join(names)}')
+        if (told := str(word(field))) not in names:
+            raise Unfit(f'{field.file}: {field.name} {told} is not possible, mmkit has {", ".join(names)}')
         return FieldMapping('same', {ours: names[told]}, words)
+
     return row
 
 
 def model_folder(example: Example) -> str | None:
     "The Hugging Face or diffusers folder that the files of the peer name."
-    qwen, wan = (example.get(f'dataset_param.{name}') for name in ('preprocess_parameters.model_name_or_path', 'tokenizer_config.0.from_pretrained'))
+    qwen, wan = (
+        example.get(f'dataset_param.{name}')
+        for name in ('preprocess_parameters.model_name_or_path', 'tokenizer_config.0.from_pretrained')
+    )
     wan = wan or example.get('dataset_param.tokenizer_config.from_pretrained')
-    if qwen or not wan: return qwen
+    if qwen or not wan:
+        return qwen
     return str(Path(wan).parent) if Path(wan).name == 'tokenizer' else wan
 
 
 def size(path: str) -> Row:
     "The row of a size that the config.json of the weights tells, there at `path`; Unfit when the two differ."
+
     def row(field: Field, example: Example) -> FieldMapping:
         folder = example.root / (model_folder(example) or '')
         files = [f for f in (folder / 'transformer' / 'config.json', folder / 'config.json') if f.is_file()]
         found: Any = load_json(files[0]) if files else {}
         text = found.get('text_config') or {}
         *outer, name = path.split('.')
-        for part in outer: found = found.get(part) or {}
+        for part in outer:
+            found = found.get(part) or {}
         there = found.get(name, text.get(name) if not outer else None)
-        if there is not None and there != field.value: raise Unfit(f'{field.file}: {field.name} is {field.value!r} and {files[0]} says {path}={there!r}: give files of one model')
+        if there is not None and there != field.value:
+            raise Unfit(
+                f'{field.file}: {field.name} is {field.value!r} and {files[0]} says {path}={there!r}: give'
+                ' files of one model'
+            )
         return FieldMapping('other', {}, f'weights: their config.json tells it ({path})')
+
     return row
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #929c85c4
 def copies(field: Field, example: Example) -> FieldMapping:
     "The row of the flags that share optimizer or weights among data-parallel replicas."
     sharded = any(example.get(flag) is not None for flag in ('--layerzero', '--use-torch-fsdp2'))
-    if field.name != '--use-distributed-optimizer': return FieldMapping('other', {'layout.data_parallel': 'fsdp'}, 'the same shards, saved as a Hugging Face folder: layerzero_to_mm is not needed')
-    return FieldMapping('left', {}, 'layout.data_parallel=fsdp shards the optimizer too') if sharded else FieldMapping('same', {'layout.data_parallel': 'zero1'})
+    if field.name != '--use-distributed-optimizer':
+        return FieldMapping(
+            'other',
+            {'layout.data_parallel': 'fsdp'},
+            'the same shards, saved as a Hugging Face folder: layerzero_to_mm is not needed',
+        )
+    return (
+        FieldMapping('left', {}, 'layout.data_parallel=fsdp shards the optimizer too')
+        if sharded
+        else FieldMapping('same', {'layout.data_parallel': 'zero1'})
+    )
 
 
 def ulysses(field: Field, example: Example) -> FieldMapping:
     "The row of the ranks that hybrid context parallelism gives to Ulysses."
-    if example.get('--context-parallel-algo') == 'hybrid_cp_algo': return FieldMapping('same', {'layout.cp_ulysses': whole(field)})
+    if example.get('--context-parallel-algo') == 'hybrid_cp_algo':
+        return FieldMapping('same', {'layout.cp_ulysses': whole(field)})
     return FieldMapping('left', {}, 'used with hybrid_cp_algo only')
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #8a040f09
 def sequence_parallel(field: Field, example: Example) -> FieldMapping:
     "The row of sequence parallelism, which one tensor rank does not have."
-    if str(example.get('--tensor-model-parallel-size', '1')) == '1': return FieldMapping('left', {}, 'does nothing with one tensor-parallel rank')
+    if str(example.get('--tensor-model-parallel-size', '1')) == '1':
+        return FieldMapping('left', {}, 'does nothing with one tensor-parallel rank')
     return FieldMapping('same', {'layout.sequence_parallel': True})
 
 
 def recompute_method(field: Field, example: Example) -> FieldMapping:
     "The row of how many layers of a stage are run again."
     count = example.get('--recompute-num-layers')
-    if example.get('--recompute-granularity') != 'full' or count is None: return FieldMapping('left', {}, 'says nothing without --recompute-granularity full and --recompute-num-layers')
-    if word(field) == 'block': return FieldMapping('same', {'layout.recompute_layers': whole(Field(field.file, field.kind, '--recompute-num-layers', count))}, 'the first layers of every stage')
-    return FieldMapping('other', {'layout.recompute': 'full'}, f'every layer is run again by itself, not in groups of {count}')
+    if example.get('--recompute-granularity') != 'full' or count is None:
+        return FieldMapping(
+            'left', {}, 'says nothing without --recompute-granularity full and --recompute-num-layers'
+        )
+    if word(field) == 'block':
+        return FieldMapping(
+            'same',
+            {
+                'layout.recompute_layers': whole(
+                    Field(field.file, field.kind, '--recompute-num-layers', count)
+                )
+            },
+            'the first layers of every stage',
+        )
+    return FieldMapping(
+        'other', {'layout.recompute': 'full'}, f'every layer is run again by itself, not in groups of {count}'
+    )
 
 
 def recompute_layers(field: Field, example: Example) -> FieldMapping:
     "The row of the number that goes with it."
-    mapping = recompute_method(Field(field.file, field.kind, '--recompute-method', example.get('--recompute-method', '')), example)
-    return mapping if mapping.settings or example.get('--recompute-method') else FieldMapping('left', {}, 'says nothing without --recompute-method')
+    mapping = recompute_method(
+        Field(field.file, field.kind, '--recompute-method', example.get('--recompute-method', '')), example
+    )
+    return (
+        mapping
+        if mapping.settings or example.get('--recompute-method')
+        else FieldMapping('left', {}, 'says nothing without --recompute-method')
+    )
 
 
 def warm_share(field: Field, example: Example) -> FieldMapping:
     "The row of a warm-up that is told as a share of the steps."
     steps = next((f for f in example.fields if f.name in ('--lr-decay-iters', '--train-iters')), None)
-    if steps is None: raise Unfit(f'{field.file}: {field.name} is a share of --train-iters, which is missing: add it')
+    if steps is None:
+        raise Unfit(f'{field.file}: {field.name} is a share of --train-iters, which is missing: add it')
     return FieldMapping('other', {'optim.warmup': int(number(field) * whole(steps))}, WARM)
 
 
 def decay_steps(field: Field, example: Example) -> FieldMapping:
     "The row of the length of the schedule, which is that of the training here."
-    return FieldMapping('left', {}, 'the schedule ends with the training', str(field.value) != str(example.get('--train-iters')))
+    return FieldMapping(
+        'left',
+        {},
+        'the schedule ends with the training',
+        str(field.value) != str(example.get('--train-iters')),
+    )
 
 
 def betas(field: Field, example: Example) -> FieldMapping:
     "The row of either of Adam's two betas."
-    return FieldMapping('same', {'optim.betas': tuple(number(Field(field.file, field.kind, name, example.get(name, default))) for name, default in (('--adam-beta1', 0.9), ('--adam-beta2', 0.999)))})
+    return FieldMapping(
+        'same',
+        {
+            'optim.betas': tuple(
+                number(Field(field.file, field.kind, name, example.get(name, default)))
+                for name, default in (('--adam-beta1', 0.9), ('--adam-beta2', 0.999))
+            )
+        },
+    )
 
 
 WARM = 'steps; the first step has the rate lr / warmup, where the peer has 0'
@@ -174,83 +247,244 @@ WARM = 'steps; the first step has the rate lr / warmup, where the peer has 0'
 FAST = 'the model does this by itself, fused where the device has a fused operation'
 WEIGHTS_SAY = 'read by nobody, there or here: model.json and the weights say it'
 LAYOUT: dict[str, Row] = {
-    '--tensor-model-parallel-size': same('layout.tp', whole), '--pipeline-model-parallel-size': same('layout.pp', whole),
-    '--virtual-pipeline-model-parallel-size': same('layout.vpp', whole), '--context-parallel-size': same('layout.cp', whole),
-    '--context-parallel-algo': choice('layout.cp_kind', {'ulysses_cp_algo': 'ulysses', 'megatron_cp_algo': 'ring', 'hybrid_cp_algo': 'usp'}),
-    '--ulysses-degree-in-cp': ulysses, '--sequence-parallel': sequence_parallel,
-    '--use-distributed-optimizer': copies, '--layerzero': copies, '--use-torch-fsdp2': copies,
-    '--layerzero-config': left('its file is listed below'), '--fsdp2-config-path': left('its file is listed below'),
-    '--overlap-grad-reduce': same('layout.overlap', truth), '--overlap-param-gather': other('layout.overlap', 'one setting for gradients and weights', truth),
-    '--recompute-granularity': choice('layout.recompute', {'full': 'full', 'selective': 'selective'}, 'selective runs the activations inside the mlps again'),
-    '--recompute-method': recompute_method, '--recompute-num-layers': recompute_layers,
-    '--recompute-skip-core-attention': left('a layer is run again whole, or its mlp alone (layout.recompute=selective)'),
-    '--recompute-num-layers-skip-core-attention': left('a layer is run again whole, or its mlp alone (layout.recompute=selective)'),
-    '--swap-attention': left('activations are recomputed, not moved to the host'), '--optimization-level': left(FAST),
-    '--use-multiparameter-pipeline-model-parallel': left('one packed tensor passes between stages'), '--variable-seq-lengths': left('always: lengths vary freely'),
-    '--cp-window-size': only('1', 'one ring over all its ranks'), '--attention-mask-type': left('the mask of each model is its own'),
-    **dict.fromkeys(('--use-cp-send-recv-overlap', '--megatron-cp-in-bnsd', '--use-flash-attn', '--use-fused-*', '--no-masked-softmax-fusion', '--no-gradient-accumulation-fusion', '--use-mcore-models'), left(FAST)),
-    **dict.fromkeys(('--unaligned-linear', '--hetero-parallel', '--encoder-dp-balance', '--use-data-balance'), left('mmkit divides the towers and deals out pictures in its own way', True))}
+    '--tensor-model-parallel-size': same('layout.tp', whole),
+    '--pipeline-model-parallel-size': same('layout.pp', whole),
+    '--virtual-pipeline-model-parallel-size': same('layout.vpp', whole),
+    '--context-parallel-size': same('layout.cp', whole),
+    '--context-parallel-algo': choice(
+        'layout.cp_kind', {'ulysses_cp_algo': 'ulysses', 'megatron_cp_algo': 'ring', 'hybrid_cp_algo': 'usp'}
+    ),
+    '--ulysses-degree-in-cp': ulysses,
+    '--sequence-parallel': sequence_parallel,
+    '--use-distributed-optimizer': copies,
+    '--layerzero': copies,
+    '--use-torch-fsdp2': copies,
+    '--layerzero-config': left('its file is listed below'),
+    '--fsdp2-config-path': left('its file is listed below'),
+    '--overlap-grad-reduce': same('layout.overlap', truth),
+    '--overlap-param-gather': other('layout.overlap', 'one setting for gradients and weights', truth),
+    '--recompute-granularity': choice(
+        'layout.recompute',
+        {'full': 'full', 'selective': 'selective'},
+        'selective runs the activations inside the mlps again',
+    ),
+    '--recompute-method': recompute_method,
+    '--recompute-num-layers': recompute_layers,
+    '--recompute-skip-core-attention': left(
+        'a layer is run again whole, or its mlp alone (layout.recompute=selective)'
+    ),
+    '--recompute-num-layers-skip-core-attention': left(
+        'a layer is run again whole, or its mlp alone (layout.recompute=selective)'
+    ),
+    '--swap-attention': left('activations are recomputed, not moved to the host'),
+    '--optimization-level': left(FAST),
+    '--use-multiparameter-pipeline-model-parallel': left('one packed tensor passes between stages'),
+    '--variable-seq-lengths': left('always: lengths vary freely'),
+    '--cp-window-size': only('1', 'one ring over all its ranks'),
+    '--attention-mask-type': left('the mask of each model is its own'),
+    **dict.fromkeys(
+        (
+            '--use-cp-send-recv-overlap',
+            '--megatron-cp-in-bnsd',
+            '--use-flash-attn',
+            '--use-fused-*',
+            '--no-masked-softmax-fusion',
+            '--no-gradient-accumulation-fusion',
+            '--use-mcore-models',
+        ),
+        left(FAST),
+    ),
+    **dict.fromkeys(
+        ('--unaligned-linear', '--hetero-parallel', '--encoder-dp-balance', '--use-data-balance'),
+        left('mmkit divides the towers and deals out pictures in its own way', True),
+    ),
+}
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #54fcedaa
 TRAINING: dict[str, Row] = {
-    '--micro-batch-size': same('loop.micro_batch', whole), '--global-batch-size': same('loop.global_batch', whole), '--train-iters': same('loop.steps', whole),
-    '--lr': same('optim.lr', number), '--min-lr': same('optim.min_lr', number), '--lr-decay-style': choice('optim.schedule', {name: name for name in ('cosine', 'linear', 'constant')}),
-    '--lr-warmup-fraction': warm_share, '--lr-warmup-iters': other('optim.warmup', WARM, whole), '--lr-decay-iters': decay_steps,
-    '--lr-warmup-init': only(('0', '0.0'), 'the warm-up begins at 0'), '--weight-decay': same('optim.weight_decay', number),
-    '--adam-beta1': betas, '--adam-beta2': betas, '--adam-eps': same('optim.eps', number), '--clip-grad': same('optim.clip', number, '0 is off'),
-    '--optimizer-selection': only('fused_torch_adamw', 'the optimizer is AdamW'), '--seed': same('seed', whole),
-    '--bf16': choice('dtype', {'': 'bfloat16'}), '--fp16': choice('dtype', {'--bf16 or no flag, which is float32': None}),
-    '--calculate-per-token-loss': choice('loop.loss_reduction', {'': 'token'}), '--calculate-per-sample-loss': choice('loop.loss_reduction', {'': 'sample'}),
-    '--load': other('weights', 'a Hugging Face folder does as well, no conversion is needed', word), '--save': other('mmkit train --run FOLDER', 'checkpoints lie in the folder of the run'),
-    '--save-interval': same('loop.save_every', whole, 'and after the last step'), '--no-load-optim': other('resume', 'says what a run begins with that is started again', lambda field: 'weights-only'),
-    '--no-load-rng': left('resume=weights-only leaves it out, and noise and order depend on the seed and the step alone'),
-    '--no-save-optim': same('loop.save_optimizer', lambda field: False), '--no-save-rng': left('a few numbers, always saved'),
-    '--log-interval': left('every step is recorded'), '--log-tps': left('tokens of every step are recorded'), '--log-throughput': left('mmkit plan and the records tell it'),
-    '--eval-interval': left('mmkit asks for samples instead: loop.sample_every'), '--eval-iters': left('mmkit asks for samples instead: loop.sample_every'), '--ckpt-format': left('a checkpoint is a Hugging Face folder'),
-    **dict.fromkeys(('--load-base-model', '--lora-*'), left('mmkit trains all weights, no LoRA; mm-convert merges adapters', True)),
-    **dict.fromkeys(('--tokenizer-type', '--vocab-size', '--padded-vocab-size', '--make-vocab-size-divisible-by', '--normalization', '--swiglu', '--untie-embeddings-and-output-weights'), left(WEIGHTS_SAY)),
-    '--mm-data': left('its file is listed below'), '--mm-model': left('its file is listed below'), '--mm-tool': left('its file is listed below, if it is there'),
-    '--distributed-*': left('the device decides'), '--trust-remote-code': left('no code of a folder is run'), '--enable-dummy-optimizer': left('a stage with nothing to train needs no word'),
-    **dict.fromkeys(('--init-model-with-meta-device', '--use-cpu-initialization', '--jit-compile', '--allow-tf32', '--allow-internal-format', '--use-deter-comp'), left('how a device computes is the device\'s')),
+    '--micro-batch-size': same('loop.micro_batch', whole),
+    '--global-batch-size': same('loop.global_batch', whole),
+    '--train-iters': same('loop.steps', whole),
+    '--lr': same('optim.lr', number),
+    '--min-lr': same('optim.min_lr', number),
+    '--lr-decay-style': choice('optim.schedule', {name: name for name in ('cosine', 'linear', 'constant')}),
+    '--lr-warmup-fraction': warm_share,
+    '--lr-warmup-iters': other('optim.warmup', WARM, whole),
+    '--lr-decay-iters': decay_steps,
+    '--lr-warmup-init': only(('0', '0.0'), 'the warm-up begins at 0'),
+    '--weight-decay': same('optim.weight_decay', number),
+    '--adam-beta1': betas,
+    '--adam-beta2': betas,
+    '--adam-eps': same('optim.eps', number),
+    '--clip-grad': same('optim.clip', number, '0 is off'),
+    '--optimizer-selection': only('fused_torch_adamw', 'the optimizer is AdamW'),
+    '--seed': same('seed', whole),
+    '--bf16': choice('dtype', {'': 'bfloat16'}),
+    '--fp16': choice('dtype', {'--bf16 or no flag, which is float32': None}),
+    '--calculate-per-token-loss': choice('loop.loss_reduction', {'': 'token'}),
+    '--calculate-per-sample-loss': choice('loop.loss_reduction', {'': 'sample'}),
+    '--load': other('weights', 'a Hugging Face folder does as well, no conversion is needed', word),
+    '--save': other('mmkit train --run FOLDER', 'checkpoints lie in the folder of the run'),
+    '--save-interval': same('loop.save_every', whole, 'and after the last step'),
+    '--no-load-optim': other(
+        'resume', 'says what a run begins with that is started again', lambda field: 'weights-only'
+    ),
+    '--no-load-rng': left(
+        'resume=weights-only leaves it out, and noise and order depend on the seed and the step alone'
+    ),
+    '--no-save-optim': same('loop.save_optimizer', lambda field: False),
+    '--no-save-rng': left('a few numbers, always saved'),
+    '--log-interval': left('every step is recorded'),
+    '--log-tps': left('tokens of every step are recorded'),
+    '--log-throughput': left('mmkit plan and the records tell it'),
+    '--eval-interval': left('mmkit asks for samples instead: loop.sample_every'),
+    '--eval-iters': left('mmkit asks for samples instead: loop.sample_every'),
+    '--ckpt-format': left('a checkpoint is a Hugging Face folder'),
+    **dict.fromkeys(
+        ('--load-base-model', '--lora-*'),
+        left('mmkit trains all weights, no LoRA; mm-convert merges adapters', True),
+    ),
+    **dict.fromkeys(
+        (
+            '--tokenizer-type',
+            '--vocab-size',
+            '--padded-vocab-size',
+            '--make-vocab-size-divisible-by',
+            '--normalization',
+            '--swiglu',
+            '--untie-embeddings-and-output-weights',
+        ),
+        left(WEIGHTS_SAY),
+    ),
+    '--mm-data': left('its file is listed below'),
+    '--mm-model': left('its file is listed below'),
+    '--mm-tool': left('its file is listed below, if it is there'),
+    '--distributed-*': left('the device decides'),
+    '--trust-remote-code': left('no code of a folder is run'),
+    '--enable-dummy-optimizer': left('a stage with nothing to train needs no word'),
+    **dict.fromkeys(
+        (
+            '--init-model-with-meta-device',
+            '--use-cpu-initialization',
+            '--jit-compile',
+            '--allow-tf32',
+            '--allow-internal-format',
+            '--use-deter-comp',
+        ),
+        left("how a device computes is the device's"),
+    ),
 }
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #c1df607e
 def stage_layers(tower: str) -> Row:
     "The row of the layers that each stage holds."
+
     def row(field: Field, example: Example) -> FieldMapping:
-        if str(example.get('--pipeline-model-parallel-size', '1')) == '1': return FieldMapping('other', {}, f'layout.layers: one stage holds every layer of {tower}')
-        rows = field.value if isinstance(field.value, list) and field.value and isinstance(field.value[0], list) else [field.value]
-        require(all(isinstance(r, list) and r and all(type(n) is int for n in r) for r in rows), f'{field.file}: {field.name} is {field.value!r}, not a list of whole numbers')
-        return FieldMapping('same', {f'layout.layers.{tower}': rows} | ({'layout.vpp': len(rows)} if len(rows) > 1 else {}))
+        if str(example.get('--pipeline-model-parallel-size', '1')) == '1':
+            return FieldMapping('other', {}, f'layout.layers: one stage holds every layer of {tower}')
+        rows = (
+            field.value
+            if isinstance(field.value, list) and field.value and isinstance(field.value[0], list)
+            else [field.value]
+        )
+        require(
+            all(isinstance(r, list) and r and all(type(n) is int for n in r) for r in rows),
+            f'{field.file}: {field.name} is {field.value!r}, not a list of whole numbers',
+        )
+        return FieldMapping(
+            'same', {f'layout.layers.{tower}': rows} | ({'layout.vpp': len(rows)} if len(rows) > 1 else {})
+        )
+
     return row
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #0369f316
 def frozen(field: Field, example: Example) -> FieldMapping:
     "The row of either of the two switches that keep a part of Qwen2.5-VL as it is."
     truth(field)
-    parts = {'vision': example.get('image_encoder.vision_encoder.freeze', True), 'merger': example.get('image_encoder.vision_projector.freeze', False)}
+    parts = {
+        'vision': example.get('image_encoder.vision_encoder.freeze', True),
+        'merger': example.get('image_encoder.vision_projector.freeze', False),
+    }
     return FieldMapping('same', {'freeze': tuple(part for part, still in parts.items() if still)})
 
 
-IN_DTYPE, VIT, MERGER, TEXT = other('dtype', '--bf16 says it for the whole model'), 'image_encoder.vision_encoder.', 'image_encoder.vision_projector.', 'text_decoder.'
+IN_DTYPE = other('dtype', '--bf16 says it for the whole model')
+VIT = 'image_encoder.vision_encoder.'
+MERGER = 'image_encoder.vision_projector.'
+TEXT = 'text_decoder.'
 NO_DROPOUT = only((0, None), 'mmkit has no dropout')
-ARCHITECTURE = ('model_id', 'num_layers', 'gated_linear_unit', 'in_channels', 'normalization', 'activation_func', 'post_layer_norm', 'llm_hidden_size', 'layernorm_epsilon', 'attention_mask_type',
-    'bias_activation_fusion', 'use_fused_rotary_pos_emb', 'add_bias_linear', 'input_size', 'ffn_hidden_size', 'disable_bias_linear', 'max_position_embeddings', 'position_embedding_type',
-    'attention_softmax_in_fp32', 'parallel_output', 'group_query_attention', 'mrope_section', 'rope_scaling', 'add_qkv_bias', 'use_remove_padding')
+ARCHITECTURE = (
+    'model_id',
+    'num_layers',
+    'gated_linear_unit',
+    'in_channels',
+    'normalization',
+    'activation_func',
+    'post_layer_norm',
+    'llm_hidden_size',
+    'layernorm_epsilon',
+    'attention_mask_type',
+    'bias_activation_fusion',
+    'use_fused_rotary_pos_emb',
+    'add_bias_linear',
+    'input_size',
+    'ffn_hidden_size',
+    'disable_bias_linear',
+    'max_position_embeddings',
+    'position_embedding_type',
+    'attention_softmax_in_fp32',
+    'parallel_output',
+    'group_query_attention',
+    'mrope_section',
+    'rope_scaling',
+    'add_qkv_bias',
+    'use_remove_padding',
+)
 QWEN_MODEL: dict[str, Row] = {
-    VIT + 'pipeline_num_layers': stage_layers('vision'), TEXT + 'pipeline_num_layers': stage_layers('text'), VIT + 'freeze': frozen, MERGER + 'freeze': frozen,
-    VIT + 'num_layers': size('vision_config.depth'), VIT + 'hidden_size': size('vision_config.hidden_size'), VIT + 'ffn_hidden_size': size('vision_config.intermediate_size'),
-    VIT + 'intermediate_size': size('vision_config.intermediate_size'), VIT + 'num_attention_heads': size('vision_config.num_heads'), VIT + 'patch_size': size('vision_config.patch_size'),
-    VIT + 'spatial_merge_size': size('vision_config.spatial_merge_size'), VIT + 'temporal_patch_size': size('vision_config.temporal_patch_size'), VIT + 'tokens_per_second': size('vision_config.tokens_per_second'),
-    VIT + 'window_attn_size': size('vision_config.window_size'), VIT + 'fullatt_block_indexes': size('vision_config.fullatt_block_indexes'), MERGER + 'hidden_size': size('vision_config.out_hidden_size'),
-    TEXT + 'num_layers': size('num_hidden_layers'), TEXT + 'hidden_size': size('hidden_size'), TEXT + 'ffn_hidden_size': size('intermediate_size'), TEXT + 'num_attention_heads': size('num_attention_heads'),
-    TEXT + 'num_query_groups': size('num_key_value_heads'), TEXT + 'vocab_size': size('vocab_size'), TEXT + 'rope_theta': size('rope_theta'), TEXT + 'layernorm_epsilon': size('rms_norm_eps'),
-    TEXT + 'untie_embeddings_and_output_weights': other('weights', 'their config.json tells it (tie_word_embeddings)'), TEXT + 'seq_length': left('--seq-length is the one that counts'),
-    'model_id': only('qwen2_5vl', 'task=qwen2_5_vl'), '*.context_parallel_size': left('layout.cp holds for the whole model'), '*.recompute_granularity': other('layout.recompute', 'one setting for both towers', word),
-    '*.recompute_*': left('layout.recompute says it for both towers', True), '*.lora_*': left('mmkit trains all weights, no LoRA', True), 'text_encoder': only(None, 'Qwen2.5-VL has none'), 'video_encoder': only(None, 'Qwen2.5-VL has none'),
-    **dict.fromkeys(('*.bf16', '*.fp16', '*.params_dtype'), IN_DTYPE), **dict.fromkeys(('*.hidden_dropout', '*.attention_dropout'), NO_DROPOUT),
-    TEXT + 'init_method_std': left('weights are read, not drawn'), '*_token_id': other('weights', 'their config.json tells it; pictures and videos may share a batch'),
-    **dict.fromkeys((f'*.{name}' for name in ARCHITECTURE), left('the architecture of Qwen2.5-VL, which mmkit builds from the config.json of the weights'))}
+    VIT + 'pipeline_num_layers': stage_layers('vision'),
+    TEXT + 'pipeline_num_layers': stage_layers('text'),
+    VIT + 'freeze': frozen,
+    MERGER + 'freeze': frozen,
+    VIT + 'num_layers': size('vision_config.depth'),
+    VIT + 'hidden_size': size('vision_config.hidden_size'),
+    VIT + 'ffn_hidden_size': size('vision_config.intermediate_size'),
+    VIT + 'intermediate_size': size('vision_config.intermediate_size'),
+    VIT + 'num_attention_heads': size('vision_config.num_heads'),
+    VIT + 'patch_size': size('vision_config.patch_size'),
+    VIT + 'spatial_merge_size': size('vision_config.spatial_merge_size'),
+    VIT + 'temporal_patch_size': size('vision_config.temporal_patch_size'),
+    VIT + 'tokens_per_second': size('vision_config.tokens_per_second'),
+    VIT + 'window_attn_size': size('vision_config.window_size'),
+    VIT + 'fullatt_block_indexes': size('vision_config.fullatt_block_indexes'),
+    MERGER + 'hidden_size': size('vision_config.out_hidden_size'),
+    TEXT + 'num_layers': size('num_hidden_layers'),
+    TEXT + 'hidden_size': size('hidden_size'),
+    TEXT + 'ffn_hidden_size': size('intermediate_size'),
+    TEXT + 'num_attention_heads': size('num_attention_heads'),
+    TEXT + 'num_query_groups': size('num_key_value_heads'),
+    TEXT + 'vocab_size': size('vocab_size'),
+    TEXT + 'rope_theta': size('rope_theta'),
+    TEXT + 'layernorm_epsilon': size('rms_norm_eps'),
+    TEXT + 'untie_embeddings_and_output_weights': other(
+        'weights', 'their config.json tells it (tie_word_embeddings)'
+    ),
+    TEXT + 'seq_length': left('--seq-length is the one that counts'),
+    'model_id': only('qwen2_5vl', 'task=qwen2_5_vl'),
+    '*.context_parallel_size': left('layout.cp holds for the whole model'),
+    '*.recompute_granularity': other('layout.recompute', 'one setting for both towers', word),
+    '*.recompute_*': left('layout.recompute says it for both towers', True),
+    '*.lora_*': left('mmkit trains all weights, no LoRA', True),
+    'text_encoder': only(None, 'Qwen2.5-VL has none'),
+    'video_encoder': only(None, 'Qwen2.5-VL has none'),
+    **dict.fromkeys(('*.bf16', '*.fp16', '*.params_dtype'), IN_DTYPE),
+    **dict.fromkeys(('*.hidden_dropout', '*.attention_dropout'), NO_DROPOUT),
+    TEXT + 'init_method_std': left('weights are read, not drawn'),
+    '*_token_id': other('weights', 'their config.json tells it; pictures and videos may share a batch'),
+    **dict.fromkeys(
+        (f'*.{name}' for name in ARCHITECTURE),
+        left('the architecture of Qwen2.5-VL, which mmkit builds from the config.json of the weights'),
+    ),
+}
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #8b9daa23
 PARAM, CLIP = 'dataset_param.', 'dataset_param.preprocess_parameters.'
@@ -263,77 +497,239 @@ def named(ours: str, names: tuple[str, ...], read: Callable[[Field], Any] = word
 
 def column(ours: str) -> Row:
     "The row of a column's name; null keeps ours."
-    return lambda field, example: FieldMapping('same', {f'data.columns.{ours}': word(field)}) if field.value else FieldMapping('other', {}, f'data.columns.{ours}: null is the name {ours}, read where a record has it')
+    return lambda field, example: (
+        FieldMapping('same', {f'data.columns.{ours}': word(field)})
+        if field.value
+        else FieldMapping(
+            'other', {}, f'data.columns.{ours}: null is the name {ours}, read where a record has it'
+        )
+    )
 
 
 LOADER: dict[str, Row] = {
-    'dataloader_param.drop_last': left('batches are always whole; an epoch ends where its samples do'), 'dataloader_param.sampler_type': left('a batch holds what the seed and the step say, on every layout'),
-    'dataloader_param.*': left('how records are read ahead, which changes no sample')}
+    'dataloader_param.drop_last': left('batches are always whole; an epoch ends where its samples do'),
+    'dataloader_param.sampler_type': left('a batch holds what the seed and the step say, on every layout'),
+    'dataloader_param.*': left('how records are read ahead, which changes no sample'),
+}
 QWEN_DATA: dict[str, Row] = {
-    **named('data.', ('image_max_pixels', 'image_min_pixels', 'video_max_pixels', 'video_min_pixels', 'video_maxlen'), whole), **named('data.', ('video_fps',), number),
-    CLIP + 'model_name_or_path': other('processor', 'tokenizer, processor and config.json', word), CLIP + 'use_fast_tokenizer': left('always'), CLIP + 'split_special_tokens': only(False, 'special tokens stay whole'),
-    PARAM + 'basic_parameters.dataset_dir': same('data.media_dir', word), PARAM + 'basic_parameters.dataset': same('data.files', lambda field: tuple(str(word(field)).split(','))),
-    **{PARAM + f'basic_parameters.{name}': same(f'data.{name}', truth) for name in ('train_on_prompt', 'mask_history')},
-    PARAM + 'basic_parameters.max_samples': lambda field, example: FieldMapping('same', {'data.max_samples': None if field.value is None else whole(field)}),
-    PARAM + 'basic_parameters.template': only(('qwen2vl', 'qwen2_5vl'), 'the template of Qwen2.5-VL'), PARAM + 'basic_parameters.cache_dir': left('nothing is cached: records become tokens when they are needed'),
-    **dict.fromkeys((PARAM + 'basic_parameters.preprocessing_*', PARAM + 'basic_parameters.overwrite_cache'), left('nothing is cached: records become tokens when they are needed')),
-    **dict.fromkeys((PARAM + 'basic_parameters.packing', PARAM + 'basic_parameters.neat_packing'), left('a micro-batch is always one packed row, each sample sees itself alone')),
-    **dict.fromkeys((PARAM + 'basic_parameters.streaming', PARAM + 'basic_parameters.tool_format'), only((None, False), 'mmkit has none')), PARAM + 'basic_parameters.val_*': left('mmkit asks for samples instead: loop.sample_prompts'),
-    **{PARAM + f'attr.{name}': column(name) for name in ('messages', 'images', 'videos', 'system')}, **{PARAM + f'attr.{name}_tag': column(name) for name in ('role', 'content', 'user', 'assistant')},
-    PARAM + 'attr.*': only((None, 'sharegpt'), 'a record has no such column here'), PARAM + 'dataset_type': only('huggingface', 'JSON files of conversations'),
-    'dataloader_param.shuffle': same('data.shuffle', truth), **LOADER, '--seq-length': same('data.max_length', whole, 'tokens of a sample; rows are packed, not padded'), '--num-workers': same('data.workers', whole)}
+    **named(
+        'data.',
+        ('image_max_pixels', 'image_min_pixels', 'video_max_pixels', 'video_min_pixels', 'video_maxlen'),
+        whole,
+    ),
+    **named('data.', ('video_fps',), number),
+    CLIP + 'model_name_or_path': other('processor', 'tokenizer, processor and config.json', word),
+    CLIP + 'use_fast_tokenizer': left('always'),
+    CLIP + 'split_special_tokens': only(False, 'special tokens stay whole'),
+    PARAM + 'basic_parameters.dataset_dir': same('data.media_dir', word),
+    PARAM + 'basic_parameters.dataset': same('data.files', lambda field: tuple(str(word(field)).split(','))),
+    **{
+        PARAM + f'basic_parameters.{name}': same(f'data.{name}', truth)
+        for name in ('train_on_prompt', 'mask_history')
+    },
+    PARAM + 'basic_parameters.max_samples': lambda field, example: FieldMapping(
+        'same', {'data.max_samples': None if field.value is None else whole(field)}
+    ),
+    PARAM + 'basic_parameters.template': only(('qwen2vl', 'qwen2_5vl'), 'the template of Qwen2.5-VL'),
+    PARAM + 'basic_parameters.cache_dir': left(
+        'nothing is cached: records become tokens when they are needed'
+    ),
+    **dict.fromkeys(
+        (PARAM + 'basic_parameters.preprocessing_*', PARAM + 'basic_parameters.overwrite_cache'),
+        left('nothing is cached: records become tokens when they are needed'),
+    ),
+    **dict.fromkeys(
+        (PARAM + 'basic_parameters.packing', PARAM + 'basic_parameters.neat_packing'),
+        left('a micro-batch is always one packed row, each sample sees itself alone'),
+    ),
+    **dict.fromkeys(
+        (PARAM + 'basic_parameters.streaming', PARAM + 'basic_parameters.tool_format'),
+        only((None, False), 'mmkit has none'),
+    ),
+    PARAM + 'basic_parameters.val_*': left('mmkit asks for samples instead: loop.sample_prompts'),
+    **{PARAM + f'attr.{name}': column(name) for name in ('messages', 'images', 'videos', 'system')},
+    **{PARAM + f'attr.{name}_tag': column(name) for name in ('role', 'content', 'user', 'assistant')},
+    PARAM + 'attr.*': only((None, 'sharegpt'), 'a record has no such column here'),
+    PARAM + 'dataset_type': only('huggingface', 'JSON files of conversations'),
+    'dataloader_param.shuffle': same('data.shuffle', truth),
+    **LOADER,
+    '--seq-length': same('data.max_length', whole, 'tokens of a sample; rows are packed, not padded'),
+    '--num-workers': same('data.workers', whole),
+}
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #681df4b9
 def clips(field: Field, example: Example) -> FieldMapping:
     "The row of where the clips are."
     encoded, path = example.get('load_video_features', False), word(field)
-    if not encoded: return FieldMapping('same', {'video.source': path})
+    if not encoded:
+        return FieldMapping('same', {'video.source': path})
     folder = example.get(PARAM + 'basic_parameters.data_folder')
-    return FieldMapping('same', {'video.features': folder if folder and Path(path) == Path(folder) / 'data.jsonl' else path})
+    return FieldMapping(
+        'same', {'video.features': folder if folder and Path(path) == Path(folder) / 'data.jsonl' else path}
+    )
 
 
 def unused(ours: str, read: Callable[[Field], Any]) -> Row:
     "The row of a rule that cuts clips; with encoded ones it has had its say."
-    return lambda field, example: FieldMapping('other' if example.get('load_video_features') else 'same', {ours: read(field)}, 'features are cut already; it counts when video.source takes their place' if example.get('load_video_features') else '')
+    return lambda field, example: FieldMapping(
+        'other' if example.get('load_video_features') else 'same',
+        {ours: read(field)},
+        (
+            'features are cut already; it counts when video.source takes their place'
+            if example.get('load_video_features')
+            else ''
+        ),
+    )
 
 
 WAN_MODEL: dict[str, Row] = {
-    'predictor.pipeline_num_layers': stage_layers('wan'), **{f'diffusion.{theirs}': same(f'video.flow.{ours}', read) for theirs, ours, read in
-        (('num_train_timesteps', 'steps', whole), ('shift', 'shift', number), ('sigma_min', 'sigma_min', number), ('extra_one_step', 'extra_one_step', truth))},
-    'diffusion.model_id': choice('video.flow.draw', {'wan_flow_match_scheduler': 'table'}), 'predictor.model_id': only('wandit', 'task=wan2_1'),
-    **{f'predictor.{theirs}': size(ours) for theirs, ours in dict(patch_size='patch_size', in_dim='in_channels', out_dim='out_channels', ffn_dim='ffn_dim', freq_dim='freq_dim', text_dim='text_dim',
-        num_heads='num_attention_heads', num_layers='num_layers', eps='eps').items()}, 'predictor.dtype': IN_DTYPE,
-    **dict.fromkeys(('task', 'predictor.model_type', 'predictor.hidden_size', 'predictor.img_dim', 'predictor.clip_token_len', 'predictor.max_seq_len', 'predictor.text_len', 'predictor.*norm*'), other('weights', 'their config.json tells it')),
-    'load_video_features': other('video', 'true reads video.features, false encodes video.source on the way'), 'load_text_features': other('video', 'captions are encoded with the clips'),
-    'predictor.attention_async_offload': only(False, 'activations are recomputed, not moved to the host'), 'predictor.FPDT*': left('attention runs in tiles, on the device'), 'predictor.use_fused_*': left(FAST), 'patch.*': left(FAST),
-    **dict.fromkeys(('ae.*', 'text_encoder.*'), other('processor', 'the encoders of the pipeline folder')), 'dpo.*': left('mmkit has no training by preference', True)}
-NUMBERS, WHOLES = ('hw_aspect_thr', 'train_fps', 'speed_factor', 'drop_short_ratio', 'cfg'), ('num_frames', 'min_num_frames', 'max_height', 'max_width', 'max_hxw', 'min_hxw', 'hw_stride')
+    'predictor.pipeline_num_layers': stage_layers('wan'),
+    **{
+        f'diffusion.{theirs}': same(f'video.flow.{ours}', read)
+        for theirs, ours, read in (
+            ('num_train_timesteps', 'steps', whole),
+            ('shift', 'shift', number),
+            ('sigma_min', 'sigma_min', number),
+            ('extra_one_step', 'extra_one_step', truth),
+        )
+    },
+    'diffusion.model_id': choice('video.flow.draw', {'wan_flow_match_scheduler': 'table'}),
+    'predictor.model_id': only('wandit', 'task=wan2_1'),
+    **{
+        f'predictor.{theirs}': size(ours)
+        for theirs, ours in dict(
+            patch_size='patch_size',
+            in_dim='in_channels',
+            out_dim='out_channels',
+            ffn_dim='ffn_dim',
+            freq_dim='freq_dim',
+            text_dim='text_dim',
+            num_heads='num_attention_heads',
+            num_layers='num_layers',
+            eps='eps',
+        ).items()
+    },
+    'predictor.dtype': IN_DTYPE,
+    **dict.fromkeys(
+        (
+            'task',
+            'predictor.model_type',
+            'predictor.hidden_size',
+            'predictor.img_dim',
+            'predictor.clip_token_len',
+            'predictor.max_seq_len',
+            'predictor.text_len',
+            'predictor.*norm*',
+        ),
+        other('weights', 'their config.json tells it'),
+    ),
+    'load_video_features': other('video', 'true reads video.features, false encodes video.source on the way'),
+    'load_text_features': other('video', 'captions are encoded with the clips'),
+    'predictor.attention_async_offload': only(False, 'activations are recomputed, not moved to the host'),
+    'predictor.FPDT*': left('attention runs in tiles, on the device'),
+    'predictor.use_fused_*': left(FAST),
+    'patch.*': left(FAST),
+    **dict.fromkeys(('ae.*', 'text_encoder.*'), other('processor', 'the encoders of the pipeline folder')),
+    'dpo.*': left('mmkit has no training by preference', True),
+}
+NUMBERS = ('hw_aspect_thr', 'train_fps', 'speed_factor', 'drop_short_ratio', 'cfg')
+WHOLES = ('num_frames', 'min_num_frames', 'max_height', 'max_width', 'max_hxw', 'min_hxw', 'hw_stride')
 WAN_DATA: dict[str, Row] = {
-    PARAM + 'basic_parameters.data_path': clips, PARAM + 'basic_parameters.data_folder': other('video.features', 'data.jsonl names the files from its own folder'), PARAM + 'basic_parameters.data_storage_mode': left('one list of clips'),
-    **{CLIP + name: unused(f'video.clips.{name}', number) for name in NUMBERS}, **{CLIP + name: unused(f'video.clips.{name}', whole) for name in WHOLES},
-    **{CLIP + name: unused(f'video.clips.{name}', truth) for name in ('force_resolution', 'auto_interval')}, CLIP + 'frame_interval': only(1, 'every frame is taken, see auto_interval and speed_factor'),
-    **dict.fromkeys((f'{CLIP}{name}' for name in ('video_processor_type', 'video_reader_type', 'image_reader_type', 'train_pipeline.*')), left('clips are read, resized and normalised as Wan wants them')), PARAM + 'dataset_type': only(('feature', 't2v', 'i2v'), 'features or clips, as video says'),
-    **{PARAM + f'tokenizer_config{place}.from_pretrained': lambda field, example: FieldMapping('other', {'processor': model_folder(example)}, 'the pipeline folder, whose config.json files and encoders are used') for place in ('', '.0')},
-    **dict.fromkeys((f'{PARAM}{name}' for name in ('use_text_processer', 'enable_text_preprocessing', 'text_preprocess_methods.*', 'tokenizer_config.*')), left('captions are cleaned and cut as Wan wants them')), 'dataloader_param.shuffle': same('video.shuffle', truth), **LOADER,
-    '--num-workers': same('video.workers', whole), '--seq-length': left('read by nobody: clips have the length they have')}
+    PARAM + 'basic_parameters.data_path': clips,
+    PARAM + 'basic_parameters.data_folder': other(
+        'video.features', 'data.jsonl names the files from its own folder'
+    ),
+    PARAM + 'basic_parameters.data_storage_mode': left('one list of clips'),
+    **{CLIP + name: unused(f'video.clips.{name}', number) for name in NUMBERS},
+    **{CLIP + name: unused(f'video.clips.{name}', whole) for name in WHOLES},
+    **{CLIP + name: unused(f'video.clips.{name}', truth) for name in ('force_resolution', 'auto_interval')},
+    CLIP + 'frame_interval': only(1, 'every frame is taken, see auto_interval and speed_factor'),
+    **dict.fromkeys(
+        (
+            f'{CLIP}{name}'
+            for name in ('video_processor_type', 'video_reader_type', 'image_reader_type', 'train_pipeline.*')
+        ),
+        left('clips are read, resized and normalised as Wan wants them'),
+    ),
+    PARAM + 'dataset_type': only(('feature', 't2v', 'i2v'), 'features or clips, as video says'),
+    **{
+        PARAM + f'tokenizer_config{place}.from_pretrained': lambda field, example: FieldMapping(
+            'other',
+            {'processor': model_folder(example)},
+            'the pipeline folder, whose config.json files and encoders are used',
+        )
+        for place in ('', '.0')
+    },
+    **dict.fromkeys(
+        (
+            f'{PARAM}{name}'
+            for name in (
+                'use_text_processer',
+                'enable_text_preprocessing',
+                'text_preprocess_methods.*',
+                'tokenizer_config.*',
+            )
+        ),
+        left('captions are cleaned and cut as Wan wants them'),
+    ),
+    'dataloader_param.shuffle': same('video.shuffle', truth),
+    **LOADER,
+    '--num-workers': same('video.workers', whole),
+    '--seq-length': left('read by nobody: clips have the length they have'),
+}
 
 # %% ../../nbs/9_tools/01_mindspeed_mm.fields.ipynb #ef8277f2
 HOSTS = left('where hosts meet: torchrun takes the same words before mmkit.trainer.loop')
 ELSEWHERE: dict[str, dict[str, Row]] = {
-    'launcher': {'--nproc_per_node': other('mmkit train --ranks', 'devices of a host times hosts'), '--nnodes': other('mmkit train --ranks', 'devices of a host times hosts'), '*': HOSTS},
-    'environment': {'VP_SIZE': left('--virtual-pipeline-model-parallel-size and the rows of pipeline_num_layers say it'), '*': left('of the device\'s software: export it before mmkit train, which passes it on')},
-    'variable': {'*': left('no word of the command uses it')}, 'repeated': {'*': left('given again behind it, which counts')},
-    'shards': {'*': left('layout.data_parallel=fsdp divides every layer among all copies, sums in float32 and fetches ahead')},
-    'tool': {'sorafeature.save_path': left('where features are written, mmkit extract-features --to'), 'profile.*': left('the profiler of MindSpeed-MM'), 'memory_profile.*': left('peak_memory of every record tells it')}}
+    'launcher': {
+        '--nproc_per_node': other('mmkit train --ranks', 'devices of a host times hosts'),
+        '--nnodes': other('mmkit train --ranks', 'devices of a host times hosts'),
+        '*': HOSTS,
+    },
+    'environment': {
+        'VP_SIZE': left('--virtual-pipeline-model-parallel-size and the rows of pipeline_num_layers say it'),
+        '*': left("of the device's software: export it before mmkit train, which passes it on"),
+    },
+    'variable': {'*': left('no word of the command uses it')},
+    'repeated': {'*': left('given again behind it, which counts')},
+    'shards': {
+        '*': left(
+            'layout.data_parallel=fsdp divides every layer among all copies, sums in float32 and fetches'
+            ' ahead'
+        )
+    },
+    'tool': {
+        'sorafeature.save_path': left('where features are written, mmkit extract-features --to'),
+        'profile.*': left('the profiler of MindSpeed-MM'),
+        'memory_profile.*': left('peak_memory of every record tells it'),
+    },
+}
 TABLES: dict[str, dict[str, dict[str, Row]]] = {
-    'qwen2_5_vl': {**ELSEWHERE, 'flag': {**QWEN_DATA, **LAYOUT, **TRAINING}, 'model': QWEN_MODEL, 'data': QWEN_DATA},
-    'wan2_1': {**ELSEWHERE, 'flag': {**WAN_DATA, **LAYOUT, **TRAINING}, 'model': WAN_MODEL, 'data': WAN_DATA}}
-DEFAULTS = {'--weight-decay': '0.01', '--clip-grad': '1.0', '--seed': '1234', '--lr-decay-style': 'linear', '--num-workers': '2', '--micro-batch-size': '1', '--min-lr': '0', '--adam-eps': '1e-8'}
+    'qwen2_5_vl': {
+        **ELSEWHERE,
+        'flag': {**QWEN_DATA, **LAYOUT, **TRAINING},
+        'model': QWEN_MODEL,
+        'data': QWEN_DATA,
+    },
+    'wan2_1': {**ELSEWHERE, 'flag': {**WAN_DATA, **LAYOUT, **TRAINING}, 'model': WAN_MODEL, 'data': WAN_DATA},
+}
+DEFAULTS = {
+    '--weight-decay': '0.01',
+    '--clip-grad': '1.0',
+    '--seed': '1234',
+    '--lr-decay-style': 'linear',
+    '--num-workers': '2',
+    '--micro-batch-size': '1',
+    '--min-lr': '0',
+    '--adam-eps': '1e-8',
+}
 PROGRAMS = {'pretrain_vlm.py': 'qwen2_5_vl', 'pretrain_sora.py': 'wan2_1'}
 
 
 def mapping_of(field: Field, example: Example, task: str) -> FieldMapping:
     "What becomes of a field; a loud nothing when no row knows it."
     table = TABLES[task].get('flag' if field.kind == 'default' else field.kind, {})
-    row = table.get(field.name) or next((row for pattern, row in table.items() if '*' in pattern and fnmatchcase(field.name, pattern)), None)
+    row = table.get(field.name) or next(
+        (row for pattern, row in table.items() if '*' in pattern and fnmatchcase(field.name, pattern)), None
+    )
     return row(field, example) if row else FieldMapping('left', {}, 'mmkit does not know it', True)

@@ -14,7 +14,7 @@ import re
 import shlex
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,47 @@ from ..core.values import require
 
 # %% ../../nbs/9_tools/00_mindspeed_mm.script.ipynb #f5d7bf43
 MARK = re.compile('\0([^\0]*)\0')
-ASSIGNMENT = re.compile(r'''^[ \t]*(?P<export>export[ \t]+)?(?P<name>[A-Za-z_]\w*)=(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|\((?P<array>[^()]*(?:\$\(\([^()]*\)\)[^()]*)*)\)|\$\(\([^\n]*?\)\)(?=\s|;|$)|\$\([^\n]*?\)(?=\s|$)|`[^`]*`|[^\s;]*)''', re.M | re.S)
+ASSIGNMENT = re.compile(
+    r"""^[ \t]*(?P<export>export[ \t]+)?(?P<name>[A-Za-z_]\w*)=(?P<value>"(?:[^"\\]|\\.)*"|'[^']*'|\((?P<array>[^()]*(?:\$\(\([^()]*\)\)[^()]*)*)\)|\$\(\([^\n]*?\)\)(?=\s|;|$)|\$\([^\n]*?\)(?=\s|$)|`[^`]*`|[^\s;]*)""",  # noqa: E501
+    re.M | re.S,
+)
 VARIABLE = re.compile(r'\$\{(\w+)(?:\[@\])?\}|\$(\w+)|\$\{[^}]*\}')
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.floordiv, ast.Mod: operator.mod}
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 
 
 def arithmetic(text: str) -> str:
-    "The value of what stands in $((...)), whole numbers and + - * / %; a mark in it comes back instead. Raises ValueError for anything else."
-    if unknown := MARK.search(text): return unknown[0]
+    """The value of what stands in $((...)), whole numbers and + - * / %; a mark in it comes back instead.
+
+    Raises ValueError for anything else.
+    """
+    if unknown := MARK.search(text):
+        return unknown[0]
+
     def value(node: ast.AST) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int: return node.value
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS: return OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+            return OPERATIONS[type(node.op)](value(node.left), value(node.right))
         raise ValueError
-    try: return str(value(ast.parse(text.strip()[:200], mode='eval').body))
-    except (ValueError, SyntaxError, ZeroDivisionError): raise ValueError(f'$(({text:.60})) is no sum of whole numbers') from None
+
+    try:
+        return str(value(ast.parse(text.strip()[:200], mode='eval').body))
+    except (ValueError, SyntaxError, ZeroDivisionError):
+        raise ValueError(f'$(({text:.60})) is no sum of whole numbers') from None
 
 # %% ../../nbs/9_tools/00_mindspeed_mm.script.ipynb #bada2602
 @dataclass
 class Script:
-    "The variables of a shell script while it is read: their values, which are exported, which were asked for, and what only a shell would know."
+    """The variables of a shell script while it is read: their values, which are exported, which were asked
+    for, and what only a shell would know.
+    """
+
     variables: dict[str, str]
     exported: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
@@ -49,22 +71,32 @@ class Script:
     room: int = 1_000_000
 
     def ask(self, name: str) -> str:
-        "The value of a variable; a mark for one that is not there. Raises ValueError when variables have grown without end."
+        """The value of a variable; a mark for one that is not there.
+
+        Raises ValueError when variables have grown without end.
+        """
         self.used.add(name)
         self.room -= len(self.variables.get(name, name))
         require(self.room > 0, f'its variables grow without end at {name}')
-        if name not in self.variables: self.unknown.setdefault(name, 'set outside the script')
+        if name not in self.variables:
+            self.unknown.setdefault(name, 'set outside the script')
         return self.variables.get(name, f'\0{name}\0')
 
     def expand(self, text: str, name: str = '') -> str:
         "The text with its variables and sums put in; a mark with `name` where a command would run."
+
         def sums(found: re.Match) -> str:
             inner = VARIABLE.sub(value, found[1])
-            return arithmetic(re.sub(r'(?<![\w\0])[A-Za-z_]\w*(?![\w\0])', lambda word: self.ask(word[0]), inner))
+            return arithmetic(
+                re.sub(r'(?<![\w\0])[A-Za-z_]\w*(?![\w\0])', lambda word: self.ask(word[0]), inner)
+            )
+
         def value(found: re.Match) -> str:
-            if known := found[1] or found[2]: return self.ask(known)
+            if known := found[1] or found[2]:
+                return self.ask(known)
             self.unknown[found[0]] = found[0]
             return f'\0{found[0]}\0'
+
         text = re.sub(r'\$\(\((.*?)\)\)(?!\))', sums, text, flags=re.S)
         if '$(' in text or '`' in text:
             self.used |= {a or b for a, b in VARIABLE.findall(text)}
@@ -73,51 +105,76 @@ class Script:
         return VARIABLE.sub(value, text)
 
 # %% ../../nbs/9_tools/00_mindspeed_mm.script.ipynb #7d9ed9ec
-BRANCH, END = re.compile(r'^[ \t]*(?:if|for|while|until|case)\b', re.M), re.compile(r'^[ \t]*(?:fi|done|esac)\b|;[ \t]*(?:fi|done|esac)\b', re.M)
+BRANCH = re.compile(r'^[ \t]*(?:if|for|while|until|case)\b', re.M)
+END = re.compile(r'^[ \t]*(?:fi|done|esac)\b|;[ \t]*(?:fi|done|esac)\b', re.M)
 COMMAND = re.compile(r'^.*\b(?:torchrun|python[\d.]*|torch\.distributed\.\w+)[ \t].*$', re.M)
 
 
 def assign(script: Script, text: str, given: Mapping[str, str]) -> None:
-    "Reads the assignments of a script, whose lines are joined, into `script`; `given` values win over those of the text."
+    """Reads the assignments of a script, whose lines are joined, into `script`.
+
+    `given` values win over those of the text.
+    """
     opened, closed = ([found.start() for found in pattern.finditer(text)] for pattern in (BRANCH, END))
     for found in ASSIGNMENT.finditer(text):
         name, raw = found['name'], found['value']
         inside = bisect_left(opened, found.start()) > bisect_left(closed, found.start())
-        if name in given: value = given[name]
+        if name in given:
+            value = given[name]
         elif inside:
             script.unknown[name] = 'set in a branch, which only a shell takes'
             value = f'\0{name}\0'
-        elif raw.startswith("'"): value = raw[1:-1]
-        elif found['array'] is not None: value = script.expand(' '.join(found['array'].split()).replace('"', ''), name)
-        else: value = script.expand(raw if raw.startswith(('$', '`')) else raw.replace('"', '').replace("'", ''), name)
+        elif raw.startswith("'"):
+            value = raw[1:-1]
+        elif found['array'] is not None:
+            value = script.expand(' '.join(found['array'].split()).replace('"', ''), name)
+        else:
+            value = script.expand(
+                raw if raw.startswith(('$', '`')) else raw.replace('"', '').replace("'", ''), name
+            )
         script.variables[name] = value
-        if found['export']: script.exported[name] = value
+        if found['export']:
+            script.exported[name] = value
 
 
 def command_words(text: str, path: Path, given: Mapping[str, str]) -> tuple[Script, list[str]]:
-    "The variables of a script and the words of the command that trains. Raises ValueError when there is none."
+    """The variables of a script and the words of the command that trains.
+
+    Raises ValueError when there is none.
+    """
     text = re.sub(r'(?m)(?:^|(?<=\s))#.*$', '', text.replace('\r', ''))
     text = re.sub(r'[ \t]*\\[ \t]*\n', ' ', text)
     command = next((line for line in COMMAND.finditer(text) if '.py' in line[0]), None)
     require(command is not None, f'{path} starts no Python program: give the script that starts a training')
     script = Script(dict(given))
-    assign(script, text[:command.start()], given)
+    assign(script, text[: command.start()], given)
     line = script.expand(re.split(r'\s(?:\d?>|\|)', command[0].replace('"', ''))[0], 'command')
     script.used |= {a or b for a, b in VARIABLE.findall(command[0])}
-    try: return script, shlex.split(line)
-    except ValueError as error: raise ValueError(f'{path}: its last command cannot be read: {error}') from None
+    try:
+        return script, shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f'{path}: its last command cannot be read: {error}') from None
 
 # %% ../../nbs/9_tools/00_mindspeed_mm.script.ipynb #c24e2ba9
 @dataclass(frozen=True)
 class Field:
-    "One thing that a training is told: in which file, what kind of thing (flag, launcher, variable, environment, model, data, tool, shards, default), its name and its value."
+    """One thing that a training is told: in which file, what kind of thing (flag, launcher, variable,
+    environment, model, data, tool, shards, default), its name and its value.
+    """
+
     file: str
     kind: str
     name: str
     value: Any
 
     def __str__(self) -> str:
-        shown = '' if self.value == '' else f' {self.value!r}' if self.kind in ('model', 'data', 'tool', 'shards') else f' {self.value}'
+        shown = (
+            ''
+            if self.value == ''
+            else f' {self.value!r}'
+            if self.kind in ('model', 'data', 'tool', 'shards')
+            else f' {self.value}'
+        )
         return MARK.sub(r'$\1', f'{self.name}{shown}')
 
 
@@ -126,27 +183,48 @@ def flags(words: list[str], file: str, kind: str) -> Iterator[Field]:
     found: list[tuple[str, list[str]]] = []
     for word in words:
         name, equals, value = word.partition('=')
-        if word.startswith('--'): found.append((name, [value] if equals else []))
-        elif found: found[-1][1].append(word)
-        else: found.append((word, []))
+        if word.startswith('--'):
+            found.append((name, [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+        else:
+            found.append((word, []))
     last = {name: place for place, (name, _) in enumerate(found)}
-    for place, (name, values) in enumerate(found): yield Field(file, kind if last[name] == place else 'repeated', name, ' '.join(values))
+    for place, (name, values) in enumerate(found):
+        yield Field(file, kind if last[name] == place else 'repeated', name, ' '.join(values))
 
 
 def leaves(value: Any, name: str = '') -> Iterator[tuple[str, Any]]:
     "The dotted name and the value of every leaf of parsed JSON; lists of numbers or words are leaves."
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) and any(isinstance(x, dict) for x in value) else ()
-    for key, inner in parts: yield from leaves(inner, f'{name}.{key}'.strip('.'))
-    if not parts: yield name, value
+    parts = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list) and any(isinstance(x, dict) for x in value)
+        else ()
+    )
+    for key, inner in parts:
+        yield from leaves(inner, f'{name}.{key}'.strip('.'))
+    if not parts:
+        yield name, value
 
 # %% ../../nbs/9_tools/00_mindspeed_mm.script.ipynb #2c062a5f
 TRAINS = re.compile(r'\b(?:pre|post)train_\w+\.py\b')
-FILES = {'--mm-model': 'model', '--mm-data': 'data', '--mm-tool': 'tool', '--layerzero-config': 'shards', '--fsdp2-config-path': 'shards'}
+FILES = {
+    '--mm-model': 'model',
+    '--mm-data': 'data',
+    '--mm-tool': 'tool',
+    '--layerzero-config': 'shards',
+    '--fsdp2-config-path': 'shards',
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    "A training of the peer: its script, the Python program, every field, and what only a shell would know, by name."
+    """A training of the peer: its script, the Python program, every field, and what only a shell would know,
+    by name.
+    """
+
     script: Path
     program: str
     fields: tuple[Field, ...]
@@ -159,54 +237,111 @@ class Example:
 
 
 def find_script(folder: str | Path, script: str | Path | None = None) -> Path:
-    "The script that trains: the one given, or the only one in the folder; a ValueError lists those that are there."
+    """The script that trains: the one given, or the only one in the folder.
+
+    A ValueError lists those that are there.
+    """
     folder = Path(folder)
     if script is not None:
         found = next((p for p in (Path(script), folder / script) if p.is_file()), None)
-        require(found is not None, f'{script} is not there, neither as given nor in {folder}: give a script of {folder}')
+        require(
+            found is not None,
+            f'{script} is not there, neither as given nor in {folder}: give a script of {folder}',
+        )
         return found
-    if folder.is_file(): return folder
+    if folder.is_file():
+        return folder
     require(folder.is_dir(), f'{folder} is not there: give a folder of examples of MindSpeed-MM')
-    found = sorted(p for p in folder.glob('*.sh') if TRAINS.search(p.read_text(encoding='utf-8', errors='replace')))
+    found = sorted(
+        p for p in folder.glob('*.sh') if TRAINS.search(p.read_text(encoding='utf-8', errors='replace'))
+    )
     require(found, f'{folder} holds no script that trains: give one such as examples/qwen2.5vl')
-    require(len(found) == 1, f'{folder} holds several scripts that train, {", ".join(p.name for p in found)}: choose one with --script')
+    require(
+        len(found) == 1,
+        f'{folder} holds several scripts that train, {", ".join(p.name for p in found)}: choose one with'
+        ' --script',
+    )
     return found[0]
 
 # %% ../../nbs/9_tools/00_mindspeed_mm.script.ipynb #9868b30f
 def locate(path: str, script: Path) -> Path | None:
     "The file that a script names, looked for from the script's folder upwards, then beside it."
-    return next((p for p in (*(above / path for above in script.resolve().parents), script.resolve().parent / Path(path).name, Path(path)) if p.is_file()), None)
+    return next(
+        (
+            p
+            for p in (
+                *(above / path for above in script.resolve().parents),
+                script.resolve().parent / Path(path).name,
+                Path(path),
+            )
+            if p.is_file()
+        ),
+        None,
+    )
 
 
 def file_fields(told: Field, script: Path) -> Iterator[Field]:
-    "The fields of the file that a flag names. Raises ValueError when it is missing or broken; only a missing tools.json or list of shards passes."
+    """The fields of the file that a flag names.
+
+    Raises ValueError when it is missing or broken; only a missing tools.json or list of shards passes.
+    """
     kind, path = FILES[told.name], locate(told.value, script)
-    if path is None and kind in ('tool', 'shards'): return
-    require(path is not None, f'{script} {told.name}: {MARK.sub(r"$", told.value)} is not there, neither above nor beside the script')
+    if path is None and kind in ('tool', 'shards'):
+        return
+    require(
+        path is not None,
+        f'{script} {told.name}: {MARK.sub(r"$", told.value)} is not there, neither above nor beside the'
+        ' script',
+    )
     if kind == 'shards':
         import yaml
-        try: content = yaml.safe_load(path.read_text(encoding='utf-8')[:100_000])
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error: raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
-    else: content = load_json(path, limit=10_000_000)
-    require(isinstance(content, dict), f'{path} holds a {type(content).__name__}, not an object: give the file of an example')
+
+        try:
+            content = yaml.safe_load(path.read_text(encoding='utf-8')[:100_000])
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
+    else:
+        content = load_json(path, limit=10_000_000)
+    require(
+        isinstance(content, dict),
+        f'{path} holds a {type(content).__name__}, not an object: give the file of an example',
+    )
     for count, (name, value) in enumerate(leaves(content)):
         require(count < 10_000, f'{path} has more than 10000 fields: give the file of an example')
         yield Field(path.name, kind, name, value)
 
 # %% ../../nbs/9_tools/00_mindspeed_mm.script.ipynb #59a612c6
-def read_example(folder: str | Path, script: str | Path | None = None, given: Mapping[str, str] = {}) -> Example:
-    "Everything that a training of the peer is told; `given` sets variables of the script, such as NNODES. A ValueError names file and field."
+def read_example(
+    folder: str | Path, script: str | Path | None = None, given: Mapping[str, str] = {}
+) -> Example:
+    """Everything that a training of the peer is told; `given` sets variables of the script, such as NNODES.
+
+    A ValueError names file and field.
+    """
     path = find_script(folder, script)
-    require(path.stat().st_size <= 100_000, f'{path} has {path.stat().st_size} bytes, which no script that starts a training has: give one of at most 100000')
+    require(
+        path.stat().st_size <= 100_000,
+        f'{path} has {path.stat().st_size} bytes, which no script that starts a training has: give one of at'
+        ' most 100000',
+    )
     text = path.read_bytes().decode('utf-8', errors='replace')
-    try: shell, words = command_words(text, path, given)
-    except ValueError as error: raise ValueError(f'{path}: {error}' if str(path) not in str(error) else str(error)) from None
+    try:
+        shell, words = command_words(text, path, given)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}' if str(path) not in str(error) else str(error)) from None
     at = next((k for k, word in enumerate(words) if word.endswith('.py')), None)
     require(at is not None, f'{path} starts no Python program: give the script that starts a training')
-    told = [*flags(words[1:at], path.name, 'launcher'), *flags(words[at + 1:], path.name, 'flag')]
+    told = [*flags(words[1:at], path.name, 'launcher'), *flags(words[at + 1 :], path.name, 'flag')]
     told += [Field(path.name, 'environment', name, value) for name, value in shell.exported.items()]
-    told += [Field(path.name, 'variable', name, value) for name, value in shell.variables.items() if name not in shell.used and name not in shell.exported]
-    for flag in [f for f in told if f.kind == 'flag' and f.name in FILES]: told += file_fields(flag, path)
+    told += [
+        Field(path.name, 'variable', name, value)
+        for name, value in shell.variables.items()
+        if name not in shell.used and name not in shell.exported
+    ]
+    for flag in [f for f in told if f.kind == 'flag' and f.name in FILES]:
+        told += file_fields(flag, path)
     first = next((f.value for f in told if f.name == '--mm-model'), '')
-    root = next((above for above in path.resolve().parents if (above / first).is_file()), path.resolve().parent)
+    root = next(
+        (above for above in path.resolve().parents if (above / first).is_file()), path.resolve().parent
+    )
     return Example(path, Path(words[at]).name, tuple(told), shell.unknown, root)

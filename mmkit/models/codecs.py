@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..core.values import require
 from ..core.files import load_json
+from ..core.values import require
 from .shapes import text_room
 from ..toy.vae import LinearCodec
 
@@ -35,6 +35,7 @@ from ..toy.vae import LinearCodec
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     "Pieces of a frame for the VAE: their height and width, and the steps from one to the next, in pixels."
+
     height: int = 272
     width: int = 272
     step_height: int = 144
@@ -43,47 +44,81 @@ class Tiles:
     def __post_init__(self):
         for side in ('height', 'width'):
             size, step = getattr(self, side), getattr(self, f'step_{side}')
-            require(0 < step <= size, f'tiles.step_{side}={step} must lie between 1 and tiles.{side}={size}, or parts of a frame are never seen')
+            require(
+                0 < step <= size,
+                f'tiles.step_{side}={step} must lie between 1 and tiles.{side}={size}, or parts of a frame'
+                ' are never seen',
+            )
 
 
 def find_part(folder: str | Path, part: str) -> Path:
     "The folder of one part of a pipeline; raises ValueError when it is not there."
     path = Path(folder) / part
-    require((path / 'config.json').is_file(), f'{folder} has no {part}/config.json: give a diffusers folder of Wan2.1')
+    require(
+        (path / 'config.json').is_file(),
+        f'{folder} has no {part}/config.json: give a diffusers folder of Wan2.1',
+    )
     return path
 
 # %% ../../nbs/3_models/07_codecs.ipynb #e7844238
 @contextmanager
 def read_whole(path: Path) -> Iterator[None]:
-    "Has files of a folder that are cut short, which the libraries do not name, raise a ValueError with the folder."
-    try: yield
-    except (SafetensorError, OSError) as error: raise ValueError(f'{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:160]}): copy the folder again') from error
+    """Has files of a folder that are cut short, which the libraries do not name, raise a ValueError with the
+    folder.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f'{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:160]}): copy'
+            ' the folder again'
+        ) from error
 
 
 def load_whole(kind: type, path: Path, **options: Any) -> nn.Module:
-    "The frozen model of a folder. Raises ValueError when a weight is missing, which the libraries would replace by a random one."
-    with read_whole(path): model, told = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
+    """The frozen model of a folder.
+
+    Raises ValueError when a weight is missing, which the libraries would replace by a random one.
+    """
+    with read_whole(path):
+        model, told = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
     lost = sorted(told['missing_keys'])
-    require(not lost, f'{path} lacks {len(lost)} weights of {kind.__name__}, the first is {lost[0] if lost else None}: copy the folder again, or use the version of the library that wrote it')
+    require(
+        not lost,
+        f'{path} lacks {len(lost)} weights of {kind.__name__}, the first is {lost[0] if lost else None}: copy'
+        ' the folder again, or use the version of the library that wrote it',
+    )
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/3_models/07_codecs.ipynb #b4412309
-def open_vae(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = 'cpu', tiles: Tiles | None = None) -> nn.Module:
+def open_vae(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = 'cpu',
+    tiles: Tiles | None = None,
+) -> nn.Module:
     "The frozen VAE or LinearCodec in `vae/` of a pipeline folder."
     path = find_part(folder, 'vae')
     kind = load_json(path / 'config.json').get('_class_name')
-    if kind == 'LinearCodec':                                  # its blocks do not see each other: nothing to tile
-        with read_whole(path): return LinearCodec.from_pretrained(path).to(device, dtype)
+    # its blocks do not see each other: nothing to tile
+    if kind == 'LinearCodec':
+        with read_whole(path):
+            return LinearCodec.from_pretrained(path).to(device, dtype)
     require(kind == 'AutoencoderKLWan', f'{path} holds a {kind}; known are AutoencoderKLWan and LinearCodec')
     from diffusers import AutoencoderKLWan
+
     vae = load_whole(AutoencoderKLWan, path, torch_dtype=dtype).to(device)
-    if tiles: vae.enable_tiling(tiles.height, tiles.width, tiles.step_height, tiles.step_width)
+    if tiles:
+        vae.enable_tiling(tiles.height, tiles.width, tiles.step_height, tiles.step_width)
     return vae
 
 # %% ../../nbs/3_models/07_codecs.ipynb #2e9f771d
 def statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
     "Mean and 1 / spread of the latents, float32 (c 1 1 1)."
-    column = lambda values: torch.tensor(values, dtype=torch.float32, device=vae.device).view(-1, 1, 1, 1)
+
+    def column(values):
+        return torch.tensor(values, dtype=torch.float32, device=vae.device).view(-1, 1, 1, 1)
+
     return column(vae.config.latents_mean), 1 / column(vae.config.latents_std)
 
 
@@ -102,7 +137,10 @@ def encode_pixels(vae: nn.Module, video: Tensor) -> Tensor:
 
 def encode_video(vae: nn.Module, frames: np.ndarray | Tensor) -> Tensor:
     "Normalised latents (c f h w) of uint8 frames (1+4k H W 3)."
-    require((len(frames) - 1) % vae.config.scale_factor_temporal == 0, f'{len(frames)} frames: the VAE takes 1 + {vae.config.scale_factor_temporal}k of them')
+    require(
+        (len(frames) - 1) % vae.config.scale_factor_temporal == 0,
+        f'{len(frames)} frames: the VAE takes 1 + {vae.config.scale_factor_temporal}k of them',
+    )
     return encode_pixels(vae, to_range(frames))
 
 
@@ -116,18 +154,30 @@ def decode_video(vae: nn.Module, latents: Tensor) -> np.ndarray:
 
 # %% ../../nbs/3_models/07_codecs.ipynb #ea6296a3
 def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, crf: int = 18) -> Path:
-    "Writes uint8 frames (t h w 3) as an mp4 that browsers play; a higher `crf` is a smaller file. Returns the path."
+    """Writes uint8 frames (t h w 3) as an mp4 that browsers play; a higher `crf` is a smaller file.
+
+    Returns the path.
+    """
     import av
-    require(frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and frames.size > 0, f'frames of {frames.dtype} {frames.shape}: a video is uint8 (t, h, w, 3)')
+
+    require(
+        frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and frames.size > 0,
+        f'frames of {frames.dtype} {frames.shape}: a video is uint8 (t, h, w, 3)',
+    )
     even = np.pad(frames, [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)], mode='edge')
     with av.open(str(path), 'w', format='mp4', options={'movflags': '+faststart'}) as file:
-        stream = file.add_stream('libx264', rate=Fraction(fps).limit_denominator(1001), options={'crf': str(crf)})
+        stream = file.add_stream(
+            'libx264', rate=Fraction(fps).limit_denominator(1001), options={'crf': str(crf)}
+        )
         stream.height, stream.width, stream.pix_fmt = *even.shape[1:3], 'yuv420p'
         context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1              # BT.709, 16 to 235
+        # BT.709, 16 to 235
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         for frame in even:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')
-            file.mux(stream.encode(picture.reformat(format='yuv420p', dst_colorspace='ITU709', dst_color_range=1)))
+            file.mux(
+                stream.encode(picture.reformat(format='yuv420p', dst_colorspace='ITU709', dst_color_range=1))
+            )
         file.mux(stream.encode())
     return Path(path)
 
@@ -135,28 +185,37 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, crf: int 
 @dataclass(frozen=True)
 class TextEncoder:
     "UMT5 with its tokenizer."
+
     tokenizer: Any
     model: nn.Module
 
 
-def open_text_encoder(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = 'cpu') -> TextEncoder:
+def open_text_encoder(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = 'cpu'
+) -> TextEncoder:
     "The frozen encoder in `text_encoder/` and `tokenizer/` of a pipeline folder."
     from transformers import AutoTokenizer, UMT5EncoderModel
+
     path = find_part(folder, 'text_encoder')
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / 'tokenizer', local_files_only=True)
     return TextEncoder(tokenizer, load_whole(UMT5EncoderModel, path, dtype=dtype).to(device, dtype))
 
 
 def clean_caption(caption: str) -> str:
-    "The caption with broken letters mended, HTML's names of characters replaced and single spaces, as Wan and diffusers clean it."
+    """The caption with broken letters mended, HTML's names of characters replaced and single spaces, as Wan
+    and diffusers clean it.
+    """
     import ftfy
+
     return re.sub(r'\s+', ' ', html.unescape(html.unescape(ftfy.fix_text(caption)))).strip()
 
 
 @torch.no_grad()
 def encode_text(encoder: TextEncoder, caption: str, room: int = 512) -> Tensor:
     "The vectors (L d) of a caption with its end token, at most `room` of them, without padding."
-    ids = encoder.tokenizer(clean_caption(caption), max_length=room, truncation=True, add_special_tokens=True, return_tensors='pt').input_ids
+    ids = encoder.tokenizer(
+        clean_caption(caption), max_length=room, truncation=True, add_special_tokens=True, return_tensors='pt'
+    ).input_ids
     ids = ids.to(encoder.model.device)
     return encoder.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
 
@@ -164,13 +223,17 @@ def encode_text(encoder: TextEncoder, caption: str, room: int = 512) -> Tensor:
 @dataclass(frozen=True)
 class ImageEncoder:
     "CLIP's vision model with its processor."
+
     processor: Any
     model: nn.Module
 
 
-def open_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = 'cpu') -> ImageEncoder:
+def open_image_encoder(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = 'cpu'
+) -> ImageEncoder:
     "The frozen encoder in `image_encoder/` and `image_processor/` of a pipeline folder."
     import transformers
+
     path = find_part(folder, 'image_encoder')
     kind = getattr(transformers, 'CLIPImageProcessorPil', None) or transformers.CLIPImageProcessor
     processor = kind.from_pretrained(Path(folder) / 'image_processor', local_files_only=True)
@@ -181,12 +244,19 @@ def open_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32, d
 def encode_image(encoder: ImageEncoder, frame: np.ndarray) -> Tensor:
     "The vectors (n d) of a uint8 frame (h w 3)."
     from PIL import Image
-    pixels = torch.as_tensor(np.asarray(encoder.processor(images=[Image.fromarray(frame)], return_tensors='np')['pixel_values']))
-    return encoder.model(pixel_values=pixels.to(encoder.model.device, encoder.model.dtype), output_hidden_states=True).hidden_states[-2][0]
+
+    pixels = torch.as_tensor(
+        np.asarray(encoder.processor(images=[Image.fromarray(frame)], return_tensors='np')['pixel_values'])
+    )
+    return encoder.model(
+        pixel_values=pixels.to(encoder.model.device, encoder.model.dtype), output_hidden_states=True
+    ).hidden_states[-2][0]
 
 
 def encode_first_frame(vae: nn.Module, frame: np.ndarray, frames: int) -> Tensor:
-    "Mask and latents (4+c f h w) of a clip of `frames` frames of which only the first, uint8 (H W 3), is given."
+    """Mask and latents (4+c f h w) of a clip of `frames` frames of which only the first, uint8 (H W 3), is
+    given.
+    """
     first = to_range(frame[None])
     latents = encode_pixels(vae, torch.cat([first, first.new_zeros(3, frames - 1, *first.shape[2:])], 1))
     mask = latents.new_zeros(vae.config.scale_factor_temporal, *latents.shape[1:])
@@ -198,7 +268,8 @@ def read_pieces(path: Path, pieces: int = 64, length: int = 1 << 20) -> bytes:
     "A file whole, or `pieces` evenly spaced parts of it when it is longer than them."
     size = path.stat().st_size
     with open(path, 'rb') as file:
-        if size <= pieces * length: return file.read()
+        if size <= pieces * length:
+            return file.read()
         starts = [number * (size - length) // (pieces - 1) for number in range(pieces)]
         return b''.join(file.read(length) for start in starts if file.seek(start) is not None)
 
@@ -214,9 +285,13 @@ def fingerprint(folder: str | Path) -> str:
 # %% ../../nbs/3_models/07_codecs.ipynb #a71fb107
 @dataclass(frozen=True)
 class Codecs:
-    "The encoders of a folder, each opened when it is first needed; the names under which their results may be kept, and how many tokens of a caption the model sees."
+    """The encoders of a folder, each opened when it is first needed.
+
+    The names under which their results may be kept, and how many tokens of a caption the model sees.
+    """
+
     folder: Path
-    continues: bool          # i2v: the first frame is encoded, too
+    continues: bool  # i2v: the first frame is encoded, too
     dtype: torch.dtype
     device: str | torch.device
     tiles: Tiles | None
@@ -225,18 +300,28 @@ class Codecs:
     room: int = 512
 
     @cached_property
-    def vae(self) -> nn.Module: return open_vae(self.folder, self.dtype, self.device, self.tiles)
+    def vae(self) -> nn.Module:
+        return open_vae(self.folder, self.dtype, self.device, self.tiles)
 
     @cached_property
-    def text(self) -> TextEncoder: return open_text_encoder(self.folder, self.dtype, self.device)
+    def text(self) -> TextEncoder:
+        return open_text_encoder(self.folder, self.dtype, self.device)
 
     @cached_property
-    def image(self) -> ImageEncoder: return open_image_encoder(self.folder, self.dtype, self.device)
+    def image(self) -> ImageEncoder:
+        return open_image_encoder(self.folder, self.dtype, self.device)
 
     def clip(self, frames: np.ndarray) -> dict[str, Tensor]:
-        "latents (c f h w) of uint8 frames (t H W 3); for a model that continues pictures also first (4+c f h w) and image (n d)."
+        """latents (c f h w) of uint8 frames (t H W 3).
+
+        For a model that continues pictures also first (4+c f h w) and image (n d).
+        """
         found = dict(latents=encode_video(self.vae, frames))
-        if self.continues: found |= dict(first=encode_first_frame(self.vae, frames[0], len(frames)), image=encode_image(self.image, frames[0]))
+        if self.continues:
+            found |= dict(
+                first=encode_first_frame(self.vae, frames[0], len(frames)),
+                image=encode_image(self.image, frames[0]),
+            )
         return {name: value.cpu() for name, value in found.items()}
 
     def caption(self, caption: str) -> Tensor:
@@ -246,13 +331,34 @@ class Codecs:
 # %% ../../nbs/3_models/07_codecs.ipynb #a9e2b13c
 def check_encoders(folder: str | Path, image: bool) -> None:
     "Raises ValueError when something that encodes is not in a pipeline folder; `image` for i2v."
-    for part in ('vae', 'text_encoder', *['image_encoder'] * image): find_part(folder, part)
-    for part in ('tokenizer', *['image_processor'] * image): require((Path(folder) / part).is_dir(), f'{folder} has no {part}/: give a diffusers folder of Wan2.1')
+    for part in ('vae', 'text_encoder', *['image_encoder'] * image):
+        find_part(folder, part)
+    for part in ('tokenizer', *['image_processor'] * image):
+        require((Path(folder) / part).is_dir(), f'{folder} has no {part}/: give a diffusers folder of Wan2.1')
 
 
-def open_codecs(folder: str | Path, *, image: bool = False, dtype: str = 'float32', device: str | torch.device = 'cpu', tiles: Tiles | None = None) -> Codecs:
+def open_codecs(
+    folder: str | Path,
+    *,
+    image: bool = False,
+    dtype: str = 'float32',
+    device: str | torch.device = 'cpu',
+    tiles: Tiles | None = None,
+) -> Codecs:
     "The Codecs of a pipeline folder; `image` for i2v. Raises ValueError when a part is not there."
     check_encoders(folder, image)
     parts = ['vae', *(['image_encoder', 'image_processor'] if image else [])]
-    name = lambda *names: json.dumps([dtype, *(fingerprint(Path(folder) / part) for part in names)])
-    return Codecs(Path(folder), image, getattr(torch, dtype), device, tiles, name(*parts) + str(tiles or ''), name('text_encoder', 'tokenizer'), text_room(folder))
+
+    def name(*names):
+        return json.dumps([dtype, *(fingerprint(Path(folder) / part) for part in names)])
+
+    return Codecs(
+        Path(folder),
+        image,
+        getattr(torch, dtype),
+        device,
+        tiles,
+        name(*parts) + str(tiles or ''),
+        name('text_encoder', 'tokenizer'),
+        text_room(folder),
+    )

@@ -21,29 +21,34 @@ from .shapes import QwenShape, TextShape, VisionShape, WanShape, dealt
 @dataclass(frozen=True)
 class Cost:
     "One rank's part of a piece of a model, for one micro-batch."
-    weights: float = 0          # parameters in the number format of the run
-    exact: float = 0            # parameters that stay in float32
-    widest: float = 0           # parameters of the largest weight
-    linear: float = 0           # operations of products with weights, forward
-    entry: float = 0            # those of them whose input needs no gradient
-    mixing: float = 0           # operations of attention among tokens, forward
-    scores: float = 0           # those of them that a ring does again in the backward pass
-    kept: float = 0             # bytes kept for the backward pass
-    spared: float = 0           # bytes of them that recompute=selective does not keep
-    enters: float = 0           # bytes that come in: all that recompute=full keeps
-    sent: float = 0             # bytes sent in the forward pass
-    returned: float = 0         # bytes sent in the backward pass
-    tied: float = 0             # parameters that are one weight with those at the other end of the tower
-    tokenwise: float = 0        # parameters of which every rank of sequence parallel makes a part of the gradient
+
+    weights: float = 0  # parameters in the number format of the run
+    exact: float = 0  # parameters that stay in float32
+    widest: float = 0  # parameters of the largest weight
+    linear: float = 0  # operations of products with weights, forward
+    entry: float = 0  # those of them whose input needs no gradient
+    mixing: float = 0  # operations of attention among tokens, forward
+    scores: float = 0  # those of them that a ring does again in the backward pass
+    kept: float = 0  # bytes kept for the backward pass
+    spared: float = 0  # bytes of them that recompute=selective does not keep
+    enters: float = 0  # bytes that come in: all that recompute=full keeps
+    sent: float = 0  # bytes sent in the forward pass
+    returned: float = 0  # bytes sent in the backward pass
+    tied: float = 0  # parameters that are one weight with those at the other end of the tower
+    # parameters of which every rank of sequence parallel makes a part of the gradient
+    tokenwise: float = 0
 
     def __add__(self, other: 'Cost') -> 'Cost':
         mine, theirs = asdict(self), asdict(other)
-        return Cost(**{name: mine[name] + theirs[name] for name in mine} | dict(widest=max(self.widest, other.widest)))
+        return Cost(
+            **{name: mine[name] + theirs[name] for name in mine} | dict(widest=max(self.widest, other.widest))
+        )
 
 # %% ../../nbs/3_models/10_costs.ipynb #01bcb097
 def gathers(size: float, ranks: int) -> float:
     "Bytes that each of some ranks sends to gather, scatter or exchange `size` bytes."
     return size * (ranks - 1) / ranks
+
 
 def reduces(size: float, ranks: int) -> float:
     "Bytes that each of some ranks sends to sum `size` bytes on all of them."
@@ -52,7 +57,10 @@ def reduces(size: float, ranks: int) -> float:
 # %% ../../nbs/3_models/10_costs.ipynb #50cb0517
 @dataclass(frozen=True)
 class Talks:
-    "A micro-batch of conversations: tokens of each sample, (steps, rows, columns) in patches of each picture or video, number of labels."
+    """A micro-batch of conversations: tokens of each sample, (steps, rows, columns) in patches of each
+    picture or video, number of labels.
+    """
+
     lengths: tuple[int, ...]
     grids: tuple[tuple[int, int, int], ...]
     labels: int
@@ -69,9 +77,13 @@ class Talks:
         "Bytes of the micro-batch itself: patches in float32, six whole numbers for every token."
         return sum(map(math.prod, self.grids)) * shape.vision.patch_size * 4 + sum(self.lengths) * 6 * 8
 
+
 @dataclass(frozen=True)
 class Videos:
-    "A micro-batch of clips: their number, (frames, rows, columns) of their latents, tokens of a caption and of a picture (0: none)."
+    """A micro-batch of clips: their number, (frames, rows, columns) of their latents, tokens of a caption and
+    of a picture (0: none).
+    """
+
     clips: int
     latents: tuple[int, int, int]
     words: int
@@ -79,84 +91,171 @@ class Videos:
 
     def size(self, shape: WanShape) -> float:
         "Bytes of the micro-batch itself, in float32: clips, noise and noisy clips, captions and pictures."
-        return self.clips * 4 * (math.prod(self.latents) * (2 * shape.out_channels + shape.in_channels) + self.words * shape.text_width + self.picture * (shape.image_width or 0))
+        return (
+            self.clips
+            * 4
+            * (
+                math.prod(self.latents) * (2 * shape.out_channels + shape.in_channels)
+                + self.words * shape.text_width
+                + self.picture * (shape.image_width or 0)
+            )
+        )
 
 # %% ../../nbs/3_models/10_costs.ipynb #71d8511b
-def busiest(grids: Sequence[tuple[int, int, int]], layout: Layout, shape: VisionShape) -> list[tuple[int, int, int]]:
+def busiest(
+    grids: Sequence[tuple[int, int, int]], layout: Layout, shape: VisionShape
+) -> list[tuple[int, int, int]]:
     "The pictures and videos of the rank of cp that has the most patches."
     owners = dealt([math.prod(grid) for grid in grids], layout.cp)
     shares = [[grid for grid, owner in zip(grids, owners) if owner == rank] for rank in range(layout.cp)]
     return max(shares, key=lambda own: sum(map(math.prod, own))) or [(1, shape.merge, shape.merge)]
 
+
 def window_pairs(grid: tuple[int, int, int], shape: VisionShape) -> tuple[int, int]:
     "Pairs of patches that see each other in a picture or video: within windows, and within whole frames."
     steps, rows, columns = grid
     side, unit = shape.window // (shape.patch * shape.merge), shape.merge**2
-    squares = lambda cells: (cells // side) * side**2 + (cells % side)**2
-    return steps * unit**2 * squares(rows // shape.merge) * squares(columns // shape.merge), steps * (rows * columns)**2
+
+    def squares(cells):
+        return (cells // side) * side**2 + (cells % side) ** 2
+
+    return (
+        steps * unit**2 * squares(rows // shape.merge) * squares(columns // shape.merge),
+        steps * (rows * columns) ** 2,
+    )
 
 # %% ../../nbs/3_models/10_costs.ipynb #5b7f20d3
 def pairs(lengths: Sequence[int], causal: bool, ring: int) -> int:
-    "Pairs of tokens of a row of segments that only see themselves, for which the busiest place on a ring computes scores."
-    if ring == 1: return sum(n * n for n in lengths)
+    """Pairs of tokens of a row of segments that only see themselves, for which the busiest place on a ring
+    computes scores.
+    """
+    if ring == 1:
+        return sum(n * n for n in lengths)
     half, ends = sum(lengths) // (2 * ring), list(accumulate(lengths))
-    held = [(bisect_right(ends, k * half), bisect_right(ends, k * half + half - 1)) for k in range(2 * ring)]            # first and last segment in a chunk
-    meet = lambda k, other: held[k][0] <= held[other][1] and held[other][0] <= held[k][1] and (other <= k or not causal)
-    tiles = [sum(meet(k, other) for k in (place, 2 * ring - 1 - place) for other in range(2 * ring)) for place in range(ring)]
+    # first and last segment in a chunk
+    held = [(bisect_right(ends, k * half), bisect_right(ends, k * half + half - 1)) for k in range(2 * ring)]
+
+    def meet(k, other):
+        return held[k][0] <= held[other][1] and held[other][0] <= held[k][1] and (other <= k or not causal)
+
+    tiles = [
+        sum(meet(k, other) for k in (place, 2 * ring - 1 - place) for other in range(2 * ring))
+        for place in range(ring)
+    ]
     return max(tiles) * half**2
 
+
 def attention(lengths: Sequence[int], causal: bool, width: float, layout: Layout) -> tuple[float, float]:
-    "Operations of attention within consecutive segments of a row, forward, and of the scores that are made again in the backward pass."
+    """Operations of attention within consecutive segments of a row, forward, and of the scores that are made
+    again in the backward pass.
+    """
     found = pairs(lengths, causal, layout.ring) * width / layout.tp / layout.ulysses
     return 4 * found, 2 * found if layout.ring > 1 else 0
 
 # %% ../../nbs/3_models/10_costs.ipynb #dbee098d
 def kept_by_norm(tokens: float, width: float, size: int) -> float:
-    "Bytes that a norm and the linear behind it keep: what came in, what went out with and without the weight, and a float32 for every token."
+    """Bytes that a norm and the linear behind it keep: what came in, what went out with and without the
+    weight, and a float32 for every token.
+    """
     return tokens * (3 * width * size + 4)
 
-def vision_layer_cost(shape: VisionShape, grids: Sequence[tuple[int, int, int]], layout: Layout, size: int, number: int) -> Cost:
+
+def vision_layer_cost(
+    shape: VisionShape, grids: Sequence[tuple[int, int, int]], layout: Layout, size: int, number: int
+) -> Cost:
     "Layer `number` of the tower, for the pictures that a rank sees."
     w, h, tp, patches = shape.width, shape.hidden, layout.tp, sum(map(math.prod, grids))
     pairs = sum(window_pairs(grid, shape)[number in shape.full_layers] for grid in grids)
-    attended = 7 * w / tp * size + 4 * shape.heads / tp             # q, k and v, turned q and k, the answer in parts and as a whole, a logarithm for every head
+    # q, k and v, turned q and k, the answer in parts and as a whole, a logarithm for every head
+    attended = 7 * w / tp * size + 4 * shape.heads / tp
     mlp = 2 * patches * h / tp * size
-    return Cost(weights=(4 * w * w + 3 * w * h + 3 * w + 2 * h) / tp + 4 * w, widest=max(3 * w * w, 2 * w * h) / tp, linear=2 * patches * (4 * w * w + 3 * w * h) / tp,
-        mixing=4 * pairs * w / tp, kept=2 * kept_by_norm(patches, w, size) + patches * attended + 2 * mlp, spared=mlp, enters=patches * w * size,
-        sent=2 * reduces(patches * w * size, tp), returned=2 * reduces(patches * w * size, tp))
+    return Cost(
+        weights=(4 * w * w + 3 * w * h + 3 * w + 2 * h) / tp + 4 * w,
+        widest=max(3 * w * w, 2 * w * h) / tp,
+        linear=2 * patches * (4 * w * w + 3 * w * h) / tp,
+        mixing=4 * pairs * w / tp,
+        kept=2 * kept_by_norm(patches, w, size) + patches * attended + 2 * mlp,
+        spared=mlp,
+        enters=patches * w * size,
+        sent=2 * reduces(patches * w * size, tp),
+        returned=2 * reduces(patches * w * size, tp),
+    )
 
 # %% ../../nbs/3_models/10_costs.ipynb #c420f780
-def vision_ends(shape: VisionShape, grids: Sequence[tuple[int, int, int]], layout: Layout, size: int) -> tuple[Cost, Cost]:
+def vision_ends(
+    shape: VisionShape, grids: Sequence[tuple[int, int, int]], layout: Layout, size: int
+) -> tuple[Cost, Cost]:
     "What comes before the layers, the patches, and what behind them, the merger."
-    w, wide, out, tp, patches = shape.width, shape.width * shape.merge**2, shape.out_width, layout.tp, sum(map(math.prod, grids))
+    w = shape.width
+    wide = shape.width * shape.merge**2
+    out = shape.out_width
+    tp = layout.tp
+    patches = sum(map(math.prod, grids))
     tokens = patches / shape.merge**2
-    first = Cost(weights=w * shape.patch_size, widest=w * shape.patch_size, linear=2 * patches * w * shape.patch_size, entry=2 * patches * w * shape.patch_size)
-    last = Cost(weights=w + (wide * wide + wide + wide * out) / tp + out, widest=wide * wide / tp, linear=2 * tokens * (wide * wide + wide * out) / tp, entry=2 * tokens * wide * wide / tp,
-        kept=kept_by_norm(patches, w, size) + 2 * tokens * wide / tp * size, sent=reduces(tokens * out * size, tp), returned=reduces(patches * w * size, tp))
+    first = Cost(
+        weights=w * shape.patch_size,
+        widest=w * shape.patch_size,
+        linear=2 * patches * w * shape.patch_size,
+        entry=2 * patches * w * shape.patch_size,
+    )
+    last = Cost(
+        weights=w + (wide * wide + wide + wide * out) / tp + out,
+        widest=wide * wide / tp,
+        linear=2 * tokens * (wide * wide + wide * out) / tp,
+        entry=2 * tokens * wide * wide / tp,
+        kept=kept_by_norm(patches, w, size) + 2 * tokens * wide / tp * size,
+        sent=reduces(tokens * out * size, tp),
+        returned=reduces(patches * w * size, tp),
+    )
     return first, last
 
 # %% ../../nbs/3_models/10_costs.ipynb #948cb65d
 def text_exchange(shape: TextShape, tokens: float, layout: Layout, size: int) -> tuple[float, float, float]:
-    "Bytes that the attention of a layer sends over the ranks of cp in the forward and in the backward pass, and keeps."
-    u, r, q, kv = layout.ulysses, layout.ring, shape.width / layout.tp, shape.groups * shape.head_width / layout.tp
+    """Bytes that the attention of a layer sends over the ranks of cp in the forward and in the backward pass,
+    and keeps.
+    """
+    u = layout.ulysses
+    r = layout.ring
+    q = shape.width / layout.tp
+    kv = shape.groups * shape.head_width / layout.tp
     groups = shape.groups // layout.tp
-    repeated = kv * math.lcm(groups, u) / groups                                         # so that every rank has keys and values
+    # so that every rank has keys and values
+    repeated = kv * math.lcm(groups, u) / groups
     exchanged = gathers(tokens * (2 * q + 2 * repeated) * size, u)
-    kept = 4 * q * size if u == r == 1 else 3 * q * size if r == 1 else q * (size + 4)   # turned q and the answers
-    own = (3 * kv * size if u == 1 else 2 * repeated * size) + (q * size if u == 1 else 0)     # turned k; q, k and v as they come from one product
-    return exchanged + (r - 1) * tokens * 2 * repeated * size, exchanged + (r if r > 1 else 0) * tokens * 4 * repeated * 4, tokens * (kept + own + 4 * shape.heads / layout.tp)
+    # turned q and the answers
+    kept = 4 * q * size if u == r == 1 else 3 * q * size if r == 1 else q * (size + 4)
+    # turned k; q, k and v as they come from one product
+    own = (3 * kv * size if u == 1 else 2 * repeated * size) + (q * size if u == 1 else 0)
+    return (
+        exchanged + (r - 1) * tokens * 2 * repeated * size,
+        exchanged + (r if r > 1 else 0) * tokens * 4 * repeated * 4,
+        tokens * (kept + own + 4 * shape.heads / layout.tp),
+    )
+
 
 def text_layer_cost(shape: TextShape, talks: Talks, layout: Layout, size: int) -> Cost:
     "A layer of the tower."
     w, h, tp, tokens = shape.width, shape.hidden, layout.tp, talks.row(layout) / layout.cp
-    kv, row, part = shape.groups * shape.head_width, tokens * shape.width * size, tokens / (layout.tp if layout.sequence_parallel else 1)
+    kv = shape.groups * shape.head_width
+    row = tokens * shape.width * size
+    part = tokens / (layout.tp if layout.sequence_parallel else 1)
     to, back, attended = text_exchange(shape, tokens, layout, size)
     mlp, (mixing, scores) = 2 * tokens * h / tp * size, attention(talks.segments(layout), True, w, layout)
-    sent = 4 * gathers(row, tp)                               # two sums, or two times gather and scatter
+    sent = 4 * gathers(row, tp)  # two sums, or two times gather and scatter
     returned = (6 if layout.sequence_parallel else 4) * gathers(row, tp)
-    return Cost(weights=(2 * w * w + 2 * w * kv + w + 2 * kv + 3 * w * h) / tp + 2 * w, widest=2 * w * h / tp, linear=2 * tokens * (2 * w * w + 2 * w * kv + 3 * w * h) / tp,
-        mixing=mixing, scores=scores, kept=2 * kept_by_norm(part, w, size) + attended + 2 * mlp, spared=mlp, enters=part * w * size,
-        sent=sent + to, returned=returned + back, tokenwise=2 * w)
+    return Cost(
+        weights=(2 * w * w + 2 * w * kv + w + 2 * kv + 3 * w * h) / tp + 2 * w,
+        widest=2 * w * h / tp,
+        linear=2 * tokens * (2 * w * w + 2 * w * kv + 3 * w * h) / tp,
+        mixing=mixing,
+        scores=scores,
+        kept=2 * kept_by_norm(part, w, size) + attended + 2 * mlp,
+        spared=mlp,
+        enters=part * w * size,
+        sent=sent + to,
+        returned=returned + back,
+        tokenwise=2 * w,
+    )
 
 # %% ../../nbs/3_models/10_costs.ipynb #1844d8d3
 def text_ends(shape: TextShape, talks: Talks, layout: Layout, size: int) -> tuple[Cost, Cost]:
@@ -165,9 +264,23 @@ def text_ends(shape: TextShape, talks: Talks, layout: Layout, size: int) -> tupl
     vocabulary, pictures = shape.vocabulary / tp, sum(map(math.prod, talks.grids)) / 4
     row, part = tokens * w * size, tokens / (tp if layout.sequence_parallel else 1)
     together, tied = reduces(pictures * w * size, layout.cp), vocabulary * w if shape.tied else 0
-    first = Cost(weights=vocabulary * w, widest=vocabulary * w, sent=reduces(row, tp) + together, returned=together + (gathers(row, tp) if layout.sequence_parallel else 0), tied=tied)
-    last = Cost(weights=vocabulary * w + w, widest=vocabulary * w, linear=2 * labels * vocabulary * w, kept=kept_by_norm(part, w, size) + labels * (vocabulary * 4 + w * size),
-        sent=gathers(row, tp) if layout.sequence_parallel else 0, returned=(1 if layout.sequence_parallel else 2) * gathers(row, tp), tied=tied, tokenwise=w)
+    first = Cost(
+        weights=vocabulary * w,
+        widest=vocabulary * w,
+        sent=reduces(row, tp) + together,
+        returned=together + (gathers(row, tp) if layout.sequence_parallel else 0),
+        tied=tied,
+    )
+    last = Cost(
+        weights=vocabulary * w + w,
+        widest=vocabulary * w,
+        linear=2 * labels * vocabulary * w,
+        kept=kept_by_norm(part, w, size) + labels * (vocabulary * 4 + w * size),
+        sent=gathers(row, tp) if layout.sequence_parallel else 0,
+        returned=(1 if layout.sequence_parallel else 2) * gathers(row, tp),
+        tied=tied,
+        tokenwise=w,
+    )
     return first, last
 
 # %% ../../nbs/3_models/10_costs.ipynb #2a635a0d
@@ -177,8 +290,11 @@ def video_tokens(shape: WanShape, videos: Videos, layout: Layout) -> tuple[int, 
     row = -(-tokens // layout.sequence_multiple) * layout.sequence_multiple
     return tokens, row, videos.clips * row / layout.cp
 
+
 def wan_exchange(shape: WanShape, tokens: float, layout: Layout, size: int) -> tuple[float, float]:
-    "Bytes that the self-attention of a block sends over the ranks of cp in the forward and in the backward pass."
+    """Bytes that the self-attention of a block sends over the ranks of cp in the forward and in the backward
+    pass.
+    """
     u, r, q = layout.ulysses, layout.ring, tokens * shape.width / layout.tp
     exchanged = gathers(4 * q * size, u)
     return exchanged + (r - 1) * 2 * q * size, exchanged + (r if r > 1 else 0) * 4 * q * 4
@@ -191,47 +307,112 @@ def wan_block_cost(shape: WanShape, videos: Videos, layout: Layout, size: int) -
     told, pictures = videos.clips * (videos.words + videos.picture), 1 if shape.image_width else 0
     part, held, cut = own / (tp if layout.sequence_parallel else 1), own * w * size, 9 * own * w / tp
     mlp, (to, back) = own * f / tp * size, wan_exchange(shape, own, layout, size)
-    kept = part * w * (7 * 4 + size) + own * w * 2 * size + (cut + pictures * own * w / tp) * size + 2 * mlp + own * (36 + 8 * shape.heads / tp) + told * w * (1 + 3 / tp) * size
-    whole, sums = 2 * videos.clips * videos.words + videos.clips * videos.picture * 2 * pictures, 4 * (own * 3 + told)
-    return Cost(weights=((8 + 2 * pictures) * w * w + (10 + 3 * pictures) * w + 2 * w * f + f) / tp + 3 * w, exact=8 * w, widest=max(w * f, w * w) / tp,
-        linear=(2 * own * (6 * w * w + 2 * w * f) + 2 * whole * w * w) / tp, mixing=videos.clips * among + 4 * own * (videos.words + videos.picture) * w / tp, scores=videos.clips * scores,
-        kept=kept, spared=mlp, enters=part * w * size, sent=6 * gathers(held, tp) + reduces(sums, tp) + to,
-        returned=(7 if layout.sequence_parallel else 6) * gathers(held, tp) + reduces(sums, tp) + back, tokenwise=11 * w)
+    kept = (
+        part * w * (7 * 4 + size)
+        + own * w * 2 * size
+        + (cut + pictures * own * w / tp) * size
+        + 2 * mlp
+        + own * (36 + 8 * shape.heads / tp)
+        + told * w * (1 + 3 / tp) * size
+    )
+    whole = 2 * videos.clips * videos.words + videos.clips * videos.picture * 2 * pictures
+    sums = 4 * (own * 3 + told)
+    return Cost(
+        weights=((8 + 2 * pictures) * w * w + (10 + 3 * pictures) * w + 2 * w * f + f) / tp + 3 * w,
+        exact=8 * w,
+        widest=max(w * f, w * w) / tp,
+        linear=(2 * own * (6 * w * w + 2 * w * f) + 2 * whole * w * w) / tp,
+        mixing=videos.clips * among + 4 * own * (videos.words + videos.picture) * w / tp,
+        scores=videos.clips * scores,
+        kept=kept,
+        spared=mlp,
+        enters=part * w * size,
+        sent=6 * gathers(held, tp) + reduces(sums, tp) + to,
+        returned=(7 if layout.sequence_parallel else 6) * gathers(held, tp) + reduces(sums, tp) + back,
+        tokenwise=11 * w,
+    )
 
 # %% ../../nbs/3_models/10_costs.ipynb #1f50c16b
 def wan_ends(shape: WanShape, videos: Videos, layout: Layout, size: int) -> tuple[Cost, Cost]:
-    "What comes before the blocks, the embeddings of patches, text, time and picture, and what behind them, the head."
+    """What comes before the blocks, the embeddings of patches, text, time and picture, and what behind them,
+    the head.
+    """
     w, tp, clips, (_, row, own) = shape.width, layout.tp, videos.clips, video_tokens(shape, videos, layout)
-    n, out, part, words, picture = shape.in_channels * math.prod(shape.patch), shape.out_channels * math.prod(shape.patch), own / (tp if layout.sequence_parallel else 1), clips * videos.words, clips * videos.picture
+    n = shape.in_channels * math.prod(shape.patch)
+    out = shape.out_channels * math.prod(shape.patch)
+    part = own / (tp if layout.sequence_parallel else 1)
+    words = clips * videos.words
+    picture = clips * videos.picture
     image, positions = shape.image_width or 0, shape.image_positions or 0
     seen = image * image + image * w
     patches, text, time = n * w, shape.text_width * w, shape.time_width * w
-    first = Cost(weights=patches + w + text + w * w + 2 * w + 6 * w * w + 6 * w + (seen + image + w + positions * image if image else 0), exact=time + w * w + 2 * w + (2 * image + 2 * w if image else 0),
-        widest=6 * w * w, linear=2 * (part * patches + words * (text + w * w) + clips * (time + w * w + 6 * w * w) + picture * seen), entry=2 * (part * patches + words * text + clips * time),
-        kept=words * 2 * w * size + picture * (2 * image * 4 + 3 * image * size + 2 * w * 4), returned=reduces((words + picture) * w * size, tp) + (reduces(7 * clips * w * size, tp) if layout.sequence_parallel else 0), tokenwise=patches + w)
-    last = Cost(weights=w * out + out, exact=2 * w, widest=w * out, linear=2 * part * w * out, kept=part * (3 * w * 4 + 8) + part * w * (size if size < 4 else 0),
-        sent=(gathers(own * out * size, tp) if layout.sequence_parallel else 0) + gathers(clips * row * out * size, layout.cp), tokenwise=w * out + out + 2 * w)
+    first = Cost(
+        weights=patches
+        + w
+        + text
+        + w * w
+        + 2 * w
+        + 6 * w * w
+        + 6 * w
+        + (seen + image + w + positions * image if image else 0),
+        exact=time + w * w + 2 * w + (2 * image + 2 * w if image else 0),
+        widest=6 * w * w,
+        linear=2
+        * (part * patches + words * (text + w * w) + clips * (time + w * w + 6 * w * w) + picture * seen),
+        entry=2 * (part * patches + words * text + clips * time),
+        kept=words * 2 * w * size + picture * (2 * image * 4 + 3 * image * size + 2 * w * 4),
+        returned=reduces((words + picture) * w * size, tp)
+        + (reduces(7 * clips * w * size, tp) if layout.sequence_parallel else 0),
+        tokenwise=patches + w,
+    )
+    last = Cost(
+        weights=w * out + out,
+        exact=2 * w,
+        widest=w * out,
+        linear=2 * part * w * out,
+        kept=part * (3 * w * 4 + 8) + part * w * (size if size < 4 else 0),
+        sent=(gathers(own * out * size, tp) if layout.sequence_parallel else 0)
+        + gathers(clips * row * out * size, layout.cp),
+        tokenwise=w * out + out + 2 * w,
+    )
     return first, last
 
 # %% ../../nbs/3_models/10_costs.ipynb #584c55b4
 @dataclass(frozen=True)
 class Tower:
-    "The costs of a tower, and the bytes that a stage hands to the next behind one of its layers, and behind the whole tower."
+    """The costs of a tower, and the bytes that a stage hands to the next behind one of its layers, and behind
+    the whole tower.
+    """
+
     first: Cost
     layers: tuple[Cost, ...]
     last: Cost
     leaves: float
     emerges: float = 0
 
+
 def qwen_costs(shape: QwenShape, talks: Talks, layout: Layout, size: int) -> dict[str, Tower]:
     "The costs of Qwen2.5-VL on one rank of a layout, for micro-batches of numbers of `size` bytes."
-    grids, part = busiest(talks.grids, layout, shape.vision), layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    seen = tuple(vision_layer_cost(shape.vision, grids, layout, size, number) for number in range(shape.vision.layers))
+    grids = busiest(talks.grids, layout, shape.vision)
+    part = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    seen = tuple(
+        vision_layer_cost(shape.vision, grids, layout, size, number) for number in range(shape.vision.layers)
+    )
     read = (text_layer_cost(shape.text, talks, layout, size),) * shape.text.layers
     first, last = vision_ends(shape.vision, grids, layout, size)
     before, behind = text_ends(shape.text, talks, layout, size)
     patches = sum(map(math.prod, grids))
-    return {'vision': Tower(first, seen, last, patches * shape.vision.width * size, patches / shape.vision.merge**2 * shape.vision.out_width * size), 'text': Tower(before, read, behind, talks.row(layout) / part * shape.text.width * size)}
+    return {
+        'vision': Tower(
+            first,
+            seen,
+            last,
+            patches * shape.vision.width * size,
+            patches / shape.vision.merge**2 * shape.vision.out_width * size,
+        ),
+        'text': Tower(before, read, behind, talks.row(layout) / part * shape.text.width * size),
+    }
+
 
 def wan_costs(shape: WanShape, videos: Videos, layout: Layout, size: int) -> dict[str, Tower]:
     "The costs of Wan2.1 on one rank of a layout, for micro-batches of numbers of `size` bytes."

@@ -20,46 +20,87 @@ from ..parallel.pipeline import forward_through_stages
 
 # %% ../../nbs/3_models/09_denoise.ipynb #dd076a5f
 def as_one(chunks: Sequence[Wan2_1], mesh: Mesh) -> Callable[..., Tensor]:
-    "This rank's stages as the model they are a part of: called with what the model takes, its velocity comes out on every rank."
+    """This rank's stages as the model they are a part of: called with what the model takes, its velocity
+    comes out on every rank.
+    """
     return lambda *inputs: forward_through_stages(chunks, mesh, lambda chunk, x: chunk(*inputs, received=x))
 
-def guided(model: Callable[..., Tensor], words: Tensor, nothing: Tensor, guidance: float, first: Tensor | None = None, image: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    "Velocity of clips (b c f h w) at times (b): away from `nothing` (b s d) towards `words` (b s d), `guidance` times as far."
+
+def guided(
+    model: Callable[..., Tensor],
+    words: Tensor,
+    nothing: Tensor,
+    guidance: float,
+    first: Tensor | None = None,
+    image: Tensor | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Velocity of clips (b c f h w) at times (b): away from `nothing` (b s d) towards `words` (b s d),
+    `guidance` times as far.
+    """
+
     def velocity(x, time):
         noisy = x if first is None else torch.cat([x, first.to(x.dtype)], 1)
         towards = model(noisy, time, words, image)
-        if guidance == 1: return towards
+        if guidance == 1:
+            return towards
         away = model(noisy, time, nothing, image)
         return away + guidance * (towards - away)
+
     return velocity
 
 # %% ../../nbs/3_models/09_denoise.ipynb #b665871b
 def open_scheduler(kind: str = 'unipc', shift: float = 5.0) -> Any:
     "A scheduler of diffusers: `unipc` or `euler` with its shift."
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
     require(kind in ('unipc', 'euler'), f'scheduler {kind!r} is not one of unipc, euler')
-    if kind == 'euler': return FlowMatchEulerDiscreteScheduler(shift=shift)
-    return UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000)
+    if kind == 'euler':
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    return UniPCMultistepScheduler(
+        prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
+    )
+
 
 @torch.no_grad()
-def denoise(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, scheduler: Any, steps: int, watch: Callable[[int], None] = lambda step: None) -> Tensor:
+def denoise(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    scheduler: Any,
+    steps: int,
+    watch: Callable[[int], None] = lambda step: None,
+) -> Tensor:
     "The clips (b c f h w) that `steps` steps make of noise; `watch` is told every step."
     scheduler.set_timesteps(steps, device=noise.device)
-    scheduler.set_begin_index(0)                    # many steps with a large shift start with two equal times: looked up by time, the first would be skipped
+    # many steps with a large shift start with two equal times: looked up by time, the first would be skipped
+    scheduler.set_begin_index(0)
     x = noise
     for step, time in enumerate(scheduler.timesteps):
-        direction = velocity(x, time.expand(len(x))).to(x.dtype)                # or Euler rounds the clip to a half-precision model's dtype after every step
+        # or Euler rounds the clip to a half-precision model's dtype after every step
+        direction = velocity(x, time.expand(len(x))).to(x.dtype)
         x = scheduler.step(direction, time, x, return_dict=False)[0]
         watch(step)
     return x
 
 # %% ../../nbs/3_models/09_denoise.ipynb #1b8e2aa9
 def starting_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    "Normal noise (n *shape) in float32, a generator of its own for each seed, drawn on the CPU so that every device starts from the same."
-    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    """Normal noise (n *shape) in float32, a generator of its own for each seed, drawn on the CPU so that
+    every device starts from the same.
+    """
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
-def make_latents(model: Callable[..., Tensor], words: Tensor, nothing: Tensor, noise: Tensor, sampling: Sampling, first: Tensor | None = None, image: Tensor | None = None,
-                 watch: Callable[[int], None] = lambda step: None) -> Tensor:
+
+def make_latents(
+    model: Callable[..., Tensor],
+    words: Tensor,
+    nothing: Tensor,
+    noise: Tensor,
+    sampling: Sampling,
+    first: Tensor | None = None,
+    image: Tensor | None = None,
+    watch: Callable[[int], None] = lambda step: None,
+) -> Tensor:
     "The clips (b c f h w) that `sampling` makes of noise for captions (b s d), away from `nothing` (b s d)."
     velocity = guided(model, words, nothing, sampling.guidance, first, image)
     return denoise(velocity, noise, open_scheduler(sampling.scheduler, sampling.shift), sampling.steps, watch)

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..config import Flow
 
 # %% ../../nbs/3_models/06_flow.ipynb #856b125a
-TIMES = 1000                # the model's time is TIMES * sigma
+TIMES = 1000  # the model's time is TIMES * sigma
+
 
 def shifted(u: Tensor, shift: float) -> Tensor:
     "shift * u / (1 + (shift - 1) * u): 0 and 1 stay, what is between moves towards 1."
@@ -24,9 +25,11 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 
 # %% ../../nbs/3_models/06_flow.ipynb #a38cdb67
 def flow_table(flow: Flow) -> tuple[Tensor, Tensor]:
-    "Sigmas (steps) from noise towards the clip, and the weights (steps) of their losses, 1 on average, both in float64."
+    """Sigmas (steps) from noise towards the clip, and the weights (steps) of their losses, 1 on average, both
+    in float64.
+    """
     count = flow.steps + flow.extra_one_step
-    sigmas = shifted(torch.linspace(1, flow.sigma_min, count, dtype=torch.float64)[:flow.steps], flow.shift)
+    sigmas = shifted(torch.linspace(1, flow.sigma_min, count, dtype=torch.float64)[: flow.steps], flow.shift)
     bump = torch.exp(-2 * (sigmas - 0.5) ** 2)
     bump = bump - bump.min()
     return sigmas, bump * (flow.steps / bump.sum()) if flow.weighted else torch.ones_like(sigmas)
@@ -36,28 +39,36 @@ def dice(seed: int, step: int, samples: Sequence[int]) -> list[np.random.Generat
     "A random generator for each sample of a step."
     return [np.random.default_rng((seed, step, sample)) for sample in samples]
 
+
 def flow_times(flow: Flow, generators: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
     "Sigma (b) and the weight of the loss (b) in float32, one draw from each generator."
     if flow.draw == 'table':
         rows = torch.tensor([int(g.integers(flow.steps)) for g in generators])
         sigmas, weights = flow_table(flow)
         return sigmas[rows].float(), weights[rows].float()
-    if flow.draw == 'uniform': u = torch.tensor([g.random() for g in generators], dtype=torch.float64)
-    else: u = torch.tensor([g.standard_normal() for g in generators], dtype=torch.float64).sigmoid()
+    if flow.draw == 'uniform':
+        u = torch.tensor([g.random() for g in generators], dtype=torch.float64)
+    else:
+        u = torch.tensor([g.standard_normal() for g in generators], dtype=torch.float64).sigmoid()
     return shifted(u, flow.shift).float(), torch.ones(len(u))
+
 
 def flow_noise(shape: Sequence[int], generators: Sequence[np.random.Generator]) -> Tensor:
     "Normal noise (b *shape) in float32, one draw from each generator."
-    return torch.stack([torch.from_numpy(g.standard_normal(tuple(shape), dtype=np.float32)) for g in generators])
+    return torch.stack(
+        [torch.from_numpy(g.standard_normal(tuple(shape), dtype=np.float32)) for g in generators]
+    )
 
 # %% ../../nbs/3_models/06_flow.ipynb #8be4fe8e
 def each(sigma: Tensor, like: Tensor) -> Tensor:
     "Numbers (b) as (b 1 1 ...) on the device of `like`, for a product with it."
     return sigma.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
+
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     "(1 - sigma) * clean + sigma * noise for clips (b ...) and sigma (b)."
     return clean + each(sigma, clean) * (noise - clean)
+
 
 def velocity_losses(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
     "Mean square (b) of velocity - (noise - clean) of each clip (b ...), in float32."
@@ -68,7 +79,10 @@ def euler_sigmas(steps: int, shift: float) -> Tensor:
     "`steps` + 1 values of sigma in float32, from 1 (noise) to 0 (a clip)."
     return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
-def euler_steps(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+
+def euler_steps(
+    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Tensor
+) -> Iterator[Tensor]:
     "The clips (b ...) after each step from noise; `velocity` gets clips (b ...) and times (b)."
     x = noise
     for here, there in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):

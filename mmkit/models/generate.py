@@ -17,25 +17,37 @@ from ..parallel.attention import Attend, Cache, segments
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import forward_through_stages
 
-Pick = Callable[[Tensor], Tensor]           # logits (n, vocabulary) -> ids (n,)
+Pick = Callable[[Tensor], Tensor]  # logits (n, vocabulary) -> ids (n,)
 
 # %% ../../nbs/3_models/08_generate.ipynb #32cbb022
 def likeliest(logits: Tensor) -> Tensor:
     "The id with the largest logit in each row."
     return logits.argmax(-1)
 
+
 def drawn(temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Pick:
     "A pick by chance; temperature 0 is the likeliest."
-    if temperature == 0: return likeliest
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    if temperature == 0:
+        return likeliest
+    from transformers.generation.logits_process import (
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
     filters = [TemperatureLogitsWarper(temperature)]
-    if top_k: filters.append(TopKLogitsWarper(top_k))
-    if top_p < 1: filters.append(TopPLogitsWarper(top_p))
+    if top_k:
+        filters.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        filters.append(TopPLogitsWarper(top_p))
     generator = torch.Generator().manual_seed(seed)
+
     def pick(logits):
         scores = logits.float().cpu()
-        for narrow in filters: scores = narrow(None, scores)
+        for narrow in filters:
+            scores = narrow(None, scores)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0].to(logits.device)
+
     return pick
 
 # %% ../../nbs/3_models/08_generate.ipynb #1fe5d1c0
@@ -46,38 +58,88 @@ def whole_logits(model: Qwen2_5_VL, x: Tensor, mesh: Mesh) -> Tensor:
     dist.all_gather(parts, mine.contiguous(), group=mesh.tp.group)
     return torch.cat(parts, -1)
 
-def further(chunk: Qwen2_5_VL, x: Tensor | None, ids: Tensor, place: Tensor, attends: Sequence[Attend]) -> Tensor | None:
-    "What a stage makes of one more token (n) at a place (n) in each row: vectors for the next stage, or normed ones (n, width)."
+
+def further(
+    chunk: Qwen2_5_VL, x: Tensor | None, ids: Tensor, place: Tensor, attends: Sequence[Attend]
+) -> Tensor | None:
+    """What a stage makes of one more token (n) at a place (n) in each row: vectors for the next stage, or
+    normed ones (n, width).
+    """
     text = chunk.stage.layers['text']
-    if not text: return x
-    return chunk.text_decoder(chunk.text_decoder.embed(ids) if text.start == 0 else x, place.expand(3, -1), attends)
+    if not text:
+        return x
+    return chunk.text_decoder(
+        chunk.text_decoder.embed(ids) if text.start == 0 else x, place.expand(3, -1), attends
+    )
+
 
 @torch.no_grad()
-def tokens(chunks: Sequence[Qwen2_5_VL], batch: dict, prompts: int, room: int, mesh: Mesh, pick: Pick = likeliest) -> Iterator[Tensor]:
-    "Ids (prompts,) of up to `room` new tokens after the first `prompts` segments of a packed batch; the caller stops. Under sequence parallel, tp divides `prompts`."
+def tokens(
+    chunks: Sequence[Qwen2_5_VL], batch: dict, prompts: int, room: int, mesh: Mesh, pick: Pick = likeliest
+) -> Iterator[Tensor]:
+    """Ids (prompts,) of up to `room` new tokens after the first `prompts` segments of a packed batch.
+
+    The caller stops. Under sequence parallel, tp divides `prompts`.
+    """
     lengths = batch['lengths'][:prompts]
     device = batch['input_ids'].device
     last, filled = (lengths.cumsum(0) - 1).to(device), lengths.to(device)
-    caches = {chunk.stage.index: [Cache(lengths.tolist(), room) for _ in chunk.stage.layers['text']] for chunk in chunks}
+    caches = {
+        chunk.stage.index: [Cache(lengths.tolist(), room) for _ in chunk.stage.layers['text']]
+        for chunk in chunks
+    }
     within = segments(batch['lengths'].tolist(), causal=True, device=device)
-    choose = lambda chunk, x, rows: pick(whole_logits(chunk, x[rows], mesh)) if chunk.stage.last else x
-    ids = forward_through_stages(chunks, mesh, lambda chunk, x: choose(chunk, chunk.hidden(batch, x, [cache.fill(within) for cache in caches[chunk.stage.index]]), last))
-    place = torch.stack([part.max() for part in batch['positions'][:, :int(lengths.sum())].split(lengths.tolist(), 1)])
+
+    def choose(chunk, x, rows):
+        return pick(whole_logits(chunk, x[rows], mesh)) if chunk.stage.last else x
+
+    ids = forward_through_stages(
+        chunks,
+        mesh,
+        lambda chunk, x: choose(
+            chunk, chunk.hidden(batch, x, [cache.fill(within) for cache in caches[chunk.stage.index]]), last
+        ),
+    )
+    place = torch.stack(
+        [part.max() for part in batch['positions'][:, : int(lengths.sum())].split(lengths.tolist(), 1)]
+    )
     for left in reversed(range(room)):
         yield ids
-        if not left: return
+        if not left:
+            return
         place = place + 1
-        ids = forward_through_stages(chunks, mesh, lambda chunk, x: choose(chunk, further(chunk, x, ids, place, [cache.step(filled) for cache in caches[chunk.stage.index]]), slice(None)))
+        ids = forward_through_stages(
+            chunks,
+            mesh,
+            lambda chunk, x: choose(
+                chunk,
+                further(chunk, x, ids, place, [cache.step(filled) for cache in caches[chunk.stage.index]]),
+                slice(None),
+            ),
+        )
         filled = filled + 1
 
 # %% ../../nbs/3_models/08_generate.ipynb #8e9e455a
-def generate(chunks: Sequence[Qwen2_5_VL], batch: dict, prompts: int, stop: Sequence[int], mesh: Mesh, room: int = 128, pick: Pick = likeliest) -> list[list[int]]:
-    "The new ids of each of the first `prompts` samples of a packed batch, without the stop token; at most `room` each."
+def generate(
+    chunks: Sequence[Qwen2_5_VL],
+    batch: dict,
+    prompts: int,
+    stop: Sequence[int],
+    mesh: Mesh,
+    room: int = 128,
+    pick: Pick = likeliest,
+) -> list[list[int]]:
+    """The new ids of each of the first `prompts` samples of a packed batch, without the stop token.
+
+    At most `room` each.
+    """
     answers: list[list[int]] = [[] for _ in range(prompts)]
     going = [True] * prompts
     for ids in tokens(chunks, batch, prompts, room, mesh, pick):
         for row, token in enumerate(ids.tolist()):
             going[row] = going[row] and token not in stop
-            if going[row]: answers[row].append(token)
-        if not any(going): break
+            if going[row]:
+                answers[row].append(token)
+        if not any(going):
+            break
     return answers

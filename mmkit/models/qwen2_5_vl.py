@@ -23,8 +23,12 @@ from ..parallel.mesh import Axis, Mesh
 from ..parallel.stages import Stage, stages
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #8346ad33
-def position_ids(shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    "Positions (3, s) of time, row and column for ids (s) with items of grid (items, 3) and `seconds` (items) per step."
+def position_ids(
+    shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seconds: np.ndarray
+) -> np.ndarray:
+    """Positions (3, s) of time, row and column for ids (s) with items of grid (items, 3) and `seconds`
+    (items) per step.
+    """
     visual = np.isin(input_ids, (shape.image_token, shape.video_token))
     found, start, token = [], 0, 0
     for (steps, rows, columns), step_seconds in zip(grid, seconds):
@@ -33,7 +37,8 @@ def position_ids(shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seco
         start += begin - token
         size = int(steps), int(rows) // shape.vision.merge, int(columns) // shape.vision.merge
         cells = np.indices(size).reshape(3, -1)
-        cells[0] = cells[0].astype(np.float32) * np.float32(float(step_seconds) * shape.positions_per_second)      # in float32, as in transformers
+        # in float32, as in transformers
+        cells[0] = cells[0].astype(np.float32) * np.float32(float(step_seconds) * shape.positions_per_second)
         found.append(cells + start)
         start, token = start + int(cells.max()) + 1, begin + cells.shape[1]
     found.append(np.tile(np.arange(len(input_ids) - token) + start, (3, 1)))
@@ -41,49 +46,83 @@ def position_ids(shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seco
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #d78f57da
 def shared_items(grid: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    "The rows of grid (items, 3) that come before this rank's share on an axis, its share, and those behind; shares have about equally many patches."
+    """The rows of grid (items, 3) that come before this rank's share on an axis, its share, and those behind.
+
+    Shares have about equally many patches.
+    """
     owner = torch.tensor(dealt(grid.prod(1).tolist(), axis.size))
     return tuple(grid[mine] for mine in (owner < axis.rank, owner == axis.rank, owner > axis.rank))
 
+
 def own_items(pixels: Tensor, grid: Tensor, shape: VisionShape, axis: Axis) -> tuple[Tensor, Tensor]:
-    "The patches and grids of this rank's share of a row's pictures and videos; a blank picture where it has none."
+    """The patches and grids of this rank's share of a row's pictures and videos.
+
+    A blank picture where it has none.
+    """
     before, here, _ = shared_items(grid, axis)
     start, count = int(before.prod(1).sum()), int(here.prod(1).sum())
-    if not count: return pixels.new_zeros(shape.merge**2, shape.patch_size), grid.new_tensor([[1, shape.merge, shape.merge]])
-    return pixels[start:start + count], here
+    if not count:
+        return pixels.new_zeros(shape.merge**2, shape.patch_size), grid.new_tensor(
+            [[1, shape.merge, shape.merge]]
+        )
+    return pixels[start : start + count], here
+
 
 def whole_tokens(tokens: Tensor, grid: Tensor, shape: VisionShape, axis: Axis) -> Tensor:
-    "The tokens (n 1 width) of all pictures and videos of a row, of those that the ranks of an axis made from their `own_items`."
+    """The tokens (n 1 width) of all pictures and videos of a row, of those that the ranks of an axis made
+    from their `own_items`.
+    """
     before, here, behind = (int(part.prod(1).sum()) // shape.merge**2 for part in shared_items(grid, axis))
     return Together.apply(F.pad(tokens[:here], (0, 0, 0, 0, before, behind)), axis)
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #a0177134
 def label_losses(tower: TextTower, x: Tensor, batch: dict, held: Tensor) -> Tensor:
-    "Cross-entropies (n,) in nats of the labelled tokens among those at places `held`, whose normed vectors are x (len(held), width), times `weights` (s) if the batch has them."
+    """Cross-entropies (n,) in nats of the labelled tokens among those at places `held`, whose normed vectors
+    are x (len(held), width), times `weights` (s) if the batch has them.
+    """
     labels = batch['labels'][held]
     losses = vocab_loss(tower, x, labels)
     return losses * batch['weights'][held][labels >= 0] if 'weights' in batch else losses
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #865eedc4
-def scatter_visual_embeddings(words: Tensor, tokens: Tensor, ids: Tensor, held: Tensor, shape: QwenShape) -> Tensor:
-    "The vectors (len(held) 1 width) of a row's words at places `held`, with the tokens (n 1 width) of pictures and videos of the whole row of ids (s) in their places."
+def scatter_visual_embeddings(
+    words: Tensor, tokens: Tensor, ids: Tensor, held: Tensor, shape: QwenShape
+) -> Tensor:
+    """The vectors (len(held) 1 width) of a row's words at places `held`, with the tokens (n 1 width) of
+    pictures and videos of the whole row of ids (s) in their places.
+    """
     visual = (ids == shape.image_token) | (ids == shape.video_token)
-    if len(tokens) != visual.sum(): raise ValueError(f'the text has {int(visual.sum())} places for picture tokens, the pictures make {len(tokens)}')
+    if len(tokens) != visual.sum():
+        raise ValueError(
+            f'the text has {int(visual.sum())} places for picture tokens, the pictures make {len(tokens)}'
+        )
     here = visual[held]
-    return words.index_copy(0, here.nonzero()[:, 0], tokens[(visual.cumsum(0) - 1)[held][here]].to(words.dtype))
+    return words.index_copy(
+        0, here.nonzero()[:, 0], tokens[(visual.cumsum(0) - 1)[held][here]].to(words.dtype)
+    )
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #f723cd7f
 class Qwen2_5_VL(nn.Module):
-    "Qwen2.5-VL over packed micro-batches, or the piece of it that a stage holds; parameters bear the names of MindSpeed-MM's files."
-    def __init__(self, shape: QwenShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
+    """Qwen2.5-VL over packed micro-batches, or the piece of it that a stage holds.
+
+    Parameters bear the names of MindSpeed-MM's files.
+    """
+
+    def __init__(
+        self, shape: QwenShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None
+    ):
         super().__init__()
         self.shape, self.mesh, self.stage = shape, mesh, stage or stages(shape.costs, Layout())[0]
         vision, text = self.stage.layers['vision'], self.stage.layers['text']
-        if vision: self.image_encoder = VisionTower(shape.vision, mesh, dtype, vision)
-        if text: self.text_decoder = TextTower(shape.text, mesh, dtype, text)
+        if vision:
+            self.image_encoder = VisionTower(shape.vision, mesh, dtype, vision)
+        if text:
+            self.text_decoder = TextTower(shape.text, mesh, dtype, text)
 
     def look(self, batch: dict, x: Tensor | None) -> Tensor:
-        "The tokens (n 1 width) of this rank's pictures and videos, or rows (p 1 width) for the next vision stage; x came from the one before."
+        """The tokens (n 1 width) of this rank's pictures and videos, or rows (p 1 width) for the next vision
+        stage; x came from the one before.
+        """
         pixels, grid = own_items(batch['pixels'], batch['grid'], self.shape.vision, self.mesh.cp)
         return self.image_encoder(pixels if self.stage.first else x, grid)
 
@@ -91,24 +130,45 @@ class Qwen2_5_VL(nn.Module):
         "The places (s / cp) in a row of ids (s) whose tokens this rank computes."
         return rank_positions(len(ids), self.mesh.layout)[self.mesh.cp.rank].to(ids.device)
 
-    def hidden(self, batch: dict, received: Tensor | None = None, attends: Sequence[Attend] | None = None) -> Tensor:
-        "Normed vectors (s / cp, width) of a packed micro-batch, every sample attending to its own past, or what the next stage is to receive; with an Attend for every text layer, of all tokens on every rank."
+    def hidden(
+        self, batch: dict, received: Tensor | None = None, attends: Sequence[Attend] | None = None
+    ) -> Tensor:
+        """Normed vectors (s / cp, width) of a packed micro-batch, every sample attending to its own past, or
+        what the next stage is to receive; with an Attend for every text layer, of all tokens on every
+        rank.
+        """
         x, text, ids = received, self.stage.layers['text'], batch['input_ids']
-        if self.stage.layers['vision']: x = self.look(batch, x)
-        if not text: return x
+        if self.stage.layers['vision']:
+            x = self.look(batch, x)
+        if not text:
+            return x
         held = self.held(ids) if attends is None else torch.arange(len(ids), device=ids.device)
-        if text.start == 0: x = scatter_visual_embeddings(self.text_decoder.embed(ids[held]), whole_tokens(x, batch['grid'], self.shape.vision, self.mesh.cp), ids, held, self.shape)
-        if attends is None: attends = [packed_attention(batch['lengths'].tolist(), True, self.mesh)] * len(text)
+        if text.start == 0:
+            x = scatter_visual_embeddings(
+                self.text_decoder.embed(ids[held]),
+                whole_tokens(x, batch['grid'], self.shape.vision, self.mesh.cp),
+                ids,
+                held,
+                self.shape,
+            )
+        if attends is None:
+            attends = [packed_attention(batch['lengths'].tolist(), True, self.mesh)] * len(text)
         return self.text_decoder(x, batch['positions'][:, held], attends)
 
     def forward(self, batch: dict, received: Tensor | None = None) -> Tensor:
-        "Cross-entropies (n,) in nats of the labelled tokens of a packed micro-batch that this rank holds, times `weights` (s) if the batch has them; or what the next stage is to receive."
+        """Cross-entropies (n,) in nats of the labelled tokens of a packed micro-batch that this rank holds,
+        times `weights` (s) if the batch has them; or what the next stage is to receive.
+        """
         x = self.hidden(batch, received)
-        return label_losses(self.text_decoder, x, batch, self.held(batch['input_ids'])) if self.stage.last else x
+        return (
+            label_losses(self.text_decoder, x, batch, self.held(batch['input_ids'])) if self.stage.last else x
+        )
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #cb0715fc
 PARTS = {'vision': 'image_encoder.encoder.', 'merger': 'image_encoder.projector.', 'text': 'text_decoder.'}
 
+
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
     "Takes the named parts (vision, merger, text) of a model or a stage out of training."
-    for name, p in model.named_parameters(): p.requires_grad_(not any(name.startswith(PARTS[part]) for part in parts))
+    for name, p in model.named_parameters():
+        p.requires_grad_(not any(name.startswith(PARTS[part]) for part in parts))

@@ -21,6 +21,7 @@ def frequencies(dim: int, theta: float, device: torch.device | str = 'cpu') -> T
     "theta^(-2i/dim) for i < dim/2, in float32: Su et al. 2021, eq. 15."
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
+
 def rope_1d(positions: Tensor, dim: int, theta: float) -> Tensor:
     "Angles (... dim/2) for positions (...)."
     return positions[..., None].float() * frequencies(dim, theta, positions.device)
@@ -42,11 +43,13 @@ def cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     both = torch.cat([angles, angles], -1)
     return both.cos().to(dtype), both.sin().to(dtype)
 
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     "x (b s h d) turned by cosines and sines (b s d): x cos + rotate(x) sin."
     first, second = x.chunk(2, -1)
     turned = torch.cat([-second, first], -1)
     return (x * cos[..., None, :] + turned * sin[..., None, :]).to(x.dtype)
+
 
 apply_rotary = by_device(apply_rotary, npu=partial(npu_rotary, mode='half'))
 
@@ -56,8 +59,10 @@ def write_rotated(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, into:
     torch.mul(first, cos, out=into[0]).addcmul_(second, sin, value=-1)
     torch.mul(first, sin, out=into[1]).addcmul_(second, cos)
 
+
 class RotaryInterleaved(torch.autograd.Function):
     "`apply_rotary_interleaved`, computed in float32."
+
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -72,12 +77,18 @@ class RotaryInterleaved(torch.autograd.Function):
         write_rotated(*gradient.float().chunk(2, -1), cos, -sin, back.unflatten(-1, (-1, 2)).unbind(-1))
         return back.to(gradient.dtype), None, None
 
+
 def apply_rotary_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    "x (b s h d) with each pair of neighbouring channels turned, all first ones before all second ones; cosines and sines are (s, d/2) in float32."
+    """x (b s h d) with each pair of neighbouring channels turned, all first ones before all second ones.
+
+    Cosines and sines are (s, d/2) in float32.
+    """
     return RotaryInterleaved.apply(x, cos[:, None], sin[:, None])
+
 
 def npu_rotary_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     "`apply_rotary_interleaved` by the NPU's kernel, which leaves neighbours side by side."
     return npu_rotary(x, *(table.repeat_interleave(2, -1)[None] for table in (cos, sin)), mode='interleave')
+
 
 apply_rotary_interleaved = by_device(apply_rotary_interleaved, npu=npu_rotary_interleaved)

@@ -24,6 +24,7 @@ from ..parallel.stages import LayerSplit, check_cut, layer_rows, stages
 @dataclass(frozen=True)
 class VisionShape:
     "Sizes of the vision tower; `window` is in pixels, `full_layers` are the layers that see a whole frame."
+
     layers: int
     width: int
     heads: int
@@ -41,10 +42,23 @@ class VisionShape:
     @classmethod
     def from_hf(cls, vision: dict) -> 'VisionShape':
         "The shape from a parsed `vision_config`."
-        require(vision['hidden_act'] == 'silu', f'vision_config.hidden_act={vision["hidden_act"]!r}: only silu (Qwen2.5-VL) is known')
-        return cls(vision['depth'], vision['hidden_size'], vision['num_heads'], vision['intermediate_size'], vision['out_hidden_size'],
-            vision.get('in_channels') or vision.get('in_chans', 3), vision['patch_size'], vision['temporal_patch_size'], vision['spatial_merge_size'],
-            vision['window_size'], tuple(vision['fullatt_block_indexes']))
+        require(
+            vision['hidden_act'] == 'silu',
+            f'vision_config.hidden_act={vision["hidden_act"]!r}: only silu (Qwen2.5-VL) is known',
+        )
+        return cls(
+            vision['depth'],
+            vision['hidden_size'],
+            vision['num_heads'],
+            vision['intermediate_size'],
+            vision['out_hidden_size'],
+            vision.get('in_channels') or vision.get('in_chans', 3),
+            vision['patch_size'],
+            vision['temporal_patch_size'],
+            vision['spatial_merge_size'],
+            vision['window_size'],
+            tuple(vision['fullatt_block_indexes']),
+        )
 
     @property
     def patch_size(self) -> int:
@@ -52,11 +66,16 @@ class VisionShape:
         return self.channels * self.frames * self.patch**2
 
     @property
-    def cuts(self) -> dict[str, int]: return {'vision num_heads': self.heads, 'vision intermediate_size': self.hidden}         # what is divided
+    # what is divided
+    def cuts(self) -> dict[str, int]:
+        return {'vision num_heads': self.heads, 'vision intermediate_size': self.hidden}
 
 # %% ../../nbs/3_models/01_shapes.ipynb #7c7b8817
 def vision_costs(shape: VisionShape) -> list[float]:
-    "What each layer does for one token: its weights times the patches of a token; the merger counts with the last layer."
+    """What each layer does for one token: its weights times the patches of a token.
+
+    The merger counts with the last layer.
+    """
     unit, layer = shape.merge**2, 4 * shape.width**2 + 3 * shape.width * shape.hidden
     merger = unit * shape.width * (unit * shape.width + shape.out_width)
     return [float(unit * layer)] * (shape.layers - 1) + [float(unit * layer + merger)]
@@ -70,11 +89,24 @@ def dealt(sizes: Sequence[int], ranks: int) -> list[int]:
 def check_text(text: dict, rope: dict) -> None:
     "Raises ValueError for a text tower that is not Qwen2.5-VL's, naming what differs."
     width, heads, groups = text['hidden_size'], text['num_attention_heads'], text['num_key_value_heads']
-    require(width % heads == 0 and heads % groups == 0 and text.get('head_dim') in (None, width // heads),
-        f'config.json: {heads} heads, {groups} key-value heads and head_dim={text.get("head_dim")} do not divide hidden_size={width}')
-    require(text.get('hidden_act', 'silu') == 'silu', f'config.json: hidden_act={text.get("hidden_act")!r} is not supported; Qwen2.5-VL has silu')
-    require(not text.get('use_sliding_window'), 'config.json: use_sliding_window=true is not supported; released Qwen2.5-VL models have it off')
-    require('mrope_section' in rope, 'config.json has no mrope_section in rope_parameters or rope_scaling; give the config of a Qwen2.5-VL model')
+    require(
+        width % heads == 0 and heads % groups == 0 and text.get('head_dim') in (None, width // heads),
+        f'config.json: {heads} heads, {groups} key-value heads and head_dim={text.get("head_dim")} do not'
+        f' divide hidden_size={width}',
+    )
+    require(
+        text.get('hidden_act', 'silu') == 'silu',
+        f'config.json: hidden_act={text.get("hidden_act")!r} is not supported; Qwen2.5-VL has silu',
+    )
+    require(
+        not text.get('use_sliding_window'),
+        'config.json: use_sliding_window=true is not supported; released Qwen2.5-VL models have it off',
+    )
+    require(
+        'mrope_section' in rope,
+        'config.json has no mrope_section in rope_parameters or rope_scaling; give the config of a Qwen2.5-VL'
+        ' model',
+    )
     kind = rope.get('rope_type', rope.get('type'))
     require(kind in ('default', 'mrope'), f'config.json: rope type {kind!r} is not supported; use default')
 
@@ -82,6 +114,7 @@ def check_text(text: dict, rope: dict) -> None:
 @dataclass(frozen=True)
 class TextShape:
     "Sizes of the text tower; `tied` means the output head is the embedding."
+
     layers: int
     width: int
     heads: int
@@ -100,8 +133,18 @@ class TextShape:
         rope = text.get('rope_parameters') or text.get('rope_scaling') or {}
         check_text(text, rope)
         tied = config.get('tie_word_embeddings', text.get('tie_word_embeddings', False))
-        return cls(text['num_hidden_layers'], text['hidden_size'], text['num_attention_heads'], text['num_key_value_heads'], text['intermediate_size'],
-            text['vocab_size'], text['rms_norm_eps'], rope.get('rope_theta', text.get('rope_theta')), tuple(rope['mrope_section']), tied)
+        return cls(
+            text['num_hidden_layers'],
+            text['hidden_size'],
+            text['num_attention_heads'],
+            text['num_key_value_heads'],
+            text['intermediate_size'],
+            text['vocab_size'],
+            text['rms_norm_eps'],
+            rope.get('rope_theta', text.get('rope_theta')),
+            tuple(rope['mrope_section']),
+            tied,
+        )
 
     @property
     def head_width(self) -> int:
@@ -109,7 +152,13 @@ class TextShape:
         return self.width // self.heads
 
     @property
-    def cuts(self) -> dict[str, int]: return {'num_key_value_heads': self.groups, 'num_attention_heads': self.heads, 'intermediate_size': self.hidden, 'vocab_size': self.vocabulary}
+    def cuts(self) -> dict[str, int]:
+        return {
+            'num_key_value_heads': self.groups,
+            'num_attention_heads': self.heads,
+            'intermediate_size': self.hidden,
+            'vocab_size': self.vocabulary,
+        }
 
 # %% ../../nbs/3_models/01_shapes.ipynb #1907002a
 def text_costs(shape: TextShape) -> list[float]:
@@ -121,6 +170,7 @@ def text_costs(shape: TextShape) -> list[float]:
 @dataclass(frozen=True)
 class QwenShape:
     "Both towers, the ids of the placeholders, and how many positions a second of video is long."
+
     vision: VisionShape
     text: TextShape
     image_token: int
@@ -130,9 +180,19 @@ class QwenShape:
     @classmethod
     def from_hf(cls, config: dict) -> 'QwenShape':
         "The shape from a parsed `config.json`; another kind of model is an error."
-        if config.get('model_type') != 'qwen2_5_vl': raise ValueError(f'config.json: model_type is {config.get("model_type")!r}, not qwen2_5_vl; give the folder of a Qwen2.5-VL model, or the task that belongs to this one')
+        if config.get('model_type') != 'qwen2_5_vl':
+            raise ValueError(
+                f'config.json: model_type is {config.get("model_type")!r}, not qwen2_5_vl; give the folder of'
+                ' a Qwen2.5-VL model, or the task that belongs to this one'
+            )
         vision = config['vision_config']
-        return cls(VisionShape.from_hf(vision), TextShape.from_hf(config), config['image_token_id'], config['video_token_id'], vision.get('tokens_per_second', 2))
+        return cls(
+            VisionShape.from_hf(vision),
+            TextShape.from_hf(config),
+            config['image_token_id'],
+            config['video_token_id'],
+            vision.get('tokens_per_second', 2),
+        )
 
     @property
     def costs(self) -> dict[str, list[float]]:
@@ -148,6 +208,7 @@ class QwenShape:
 @dataclass(frozen=True)
 class WanShape:
     "Sizes of the model; `patch` is in latent frames, rows, columns, `image_width` is None for text to video."
+
     layers: int
     heads: int
     head_width: int
@@ -166,14 +227,30 @@ class WanShape:
     def from_hf(cls, config: dict) -> 'WanShape':
         "The shape from a parsed `config.json`; another kind of model is an error."
         check_wan(config)
-        return cls(config['num_layers'], config['num_attention_heads'], config['attention_head_dim'], config['ffn_dim'], config['in_channels'], config['out_channels'] or config['in_channels'],
-            tuple(config['patch_size']), config['text_dim'], config['freq_dim'], config['eps'], config['rope_max_seq_len'], config.get('image_dim'), config.get('pos_embed_seq_len'))
+        return cls(
+            config['num_layers'],
+            config['num_attention_heads'],
+            config['attention_head_dim'],
+            config['ffn_dim'],
+            config['in_channels'],
+            config['out_channels'] or config['in_channels'],
+            tuple(config['patch_size']),
+            config['text_dim'],
+            config['freq_dim'],
+            config['eps'],
+            config['rope_max_seq_len'],
+            config.get('image_dim'),
+            config.get('pos_embed_seq_len'),
+        )
 
     @property
-    def width(self) -> int: return self.heads * self.head_width
+    def width(self) -> int:
+        return self.heads * self.head_width
 
     @property
-    def costs(self) -> dict[str, list[float]]: return {'wan': [1.0] * self.layers}        # all blocks cost the same
+    # all blocks cost the same
+    def costs(self) -> dict[str, list[float]]:
+        return {'wan': [1.0] * self.layers}
 
     def check(self, layout: Layout) -> None:
         "Raises ValueError when the model cannot be laid out like this."
@@ -183,46 +260,91 @@ class WanShape:
 # %% ../../nbs/3_models/01_shapes.ipynb #aa71b1e0
 def check_wan(config: dict) -> None:
     "Raises ValueError in one line when a parsed `config.json` is not that of a Wan2.1 transformer."
-    require(config.get('_class_name') == 'WanTransformer3DModel', f'config.json: _class_name is {config.get("_class_name")!r}, not WanTransformer3DModel; give the transformer folder of a Wan2.1 model, or the task that belongs to this one')
-    require(config.get('qk_norm') == 'rms_norm_across_heads', f'config.json: qk_norm={config.get("qk_norm")!r} is not known; Wan2.1 has rms_norm_across_heads')
-    require(config.get('cross_attn_norm'), 'config.json: cross_attn_norm must be true, as in all released Wan2.1 models')
+    require(
+        config.get('_class_name') == 'WanTransformer3DModel',
+        f'config.json: _class_name is {config.get("_class_name")!r}, not WanTransformer3DModel; give the'
+        ' transformer folder of a Wan2.1 model, or the task that belongs to this one',
+    )
+    require(
+        config.get('qk_norm') == 'rms_norm_across_heads',
+        f'config.json: qk_norm={config.get("qk_norm")!r} is not known; Wan2.1 has rms_norm_across_heads',
+    )
+    require(
+        config.get('cross_attn_norm'),
+        'config.json: cross_attn_norm must be true, as in all released Wan2.1 models',
+    )
     wanted = config['num_attention_heads'] * config['attention_head_dim'] if config.get('image_dim') else None
-    require(config.get('added_kv_proj_dim') == wanted, f'config.json: added_kv_proj_dim={config.get("added_kv_proj_dim")} must be {wanted} with image_dim={config.get("image_dim")}')
+    require(
+        config.get('added_kv_proj_dim') == wanted,
+        f'config.json: added_kv_proj_dim={config.get("added_kv_proj_dim")} must be {wanted} with'
+        f' image_dim={config.get("image_dim")}',
+    )
 
 # %% ../../nbs/3_models/01_shapes.ipynb #9200dd7a
 def own_class(task: str) -> type:
-    "The class that `FILE.py:Class` names; a ValueError says what is not there, or how running the file failed."
+    """The class that `FILE.py:Class` names.
+
+    A ValueError says what is not there, or how running the file failed.
+    """
     file, _, name = task.rpartition(':')
-    require(Path(file).is_file(), f'task={task!r}: there is no file {file}; correct the path (relative paths start in {Path.cwd()})')
+    require(
+        Path(file).is_file(),
+        f'task={task!r}: there is no file {file}; correct the path (relative paths start in {Path.cwd()})',
+    )
     spec = importlib.util.spec_from_file_location(f'own_{Path(file).stem}', file)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)         # where dataclasses and pickle look for it
-    try: spec.loader.exec_module(module)
-    except Exception as error: raise ValueError(f'task={task!r}: running {file} ends with {type(error).__name__}: {error}') from error
-    found = sorted(key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__)
+    # where dataclasses and pickle look for it
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(
+            f'task={task!r}: running {file} ends with {type(error).__name__}: {error}'
+        ) from error
+    found = sorted(
+        key
+        for key, value in vars(module).items()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    )
     require(name in found, f'task={task!r}: {file} defines no class {name}; it defines {found}')
-    require(hasattr(getattr(module, name), 'Shape'), f'task={task!r}: {name} has no Shape, the class whose from_hf(config.json) gives costs and check(layout)')
+    require(
+        hasattr(getattr(module, name), 'Shape'),
+        f'task={task!r}: {name} has no Shape, the class whose from_hf(config.json) gives costs and'
+        ' check(layout)',
+    )
     return getattr(module, name)
 
 # %% ../../nbs/3_models/01_shapes.ipynb #0b46c0f2
 SHAPES = {'qwen2_5_vl': QwenShape, 'wan2_1': WanShape}
 
+
 def layer_splits(shape: QwenShape | WanShape, layout: Layout) -> dict[str, LayerSplit]:
     "Rows of layers for each tower of a model, as the layout gives them or balanced."
     return layer_rows(shape.costs, layout)
+
 
 def transformer_of(folder: str | Path) -> Path:
     "The transformer of a pipeline folder, or the folder itself."
     inner = Path(folder) / 'transformer'
     return inner if (inner / 'config.json').is_file() else Path(folder)
 
+
 def text_room(folder: str | Path) -> int:
-    "How many tokens of a caption the model of a pipeline folder sees: 512, or fewer where its tokenizer says so."
+    """How many tokens of a caption the model of a pipeline folder sees: 512, or fewer where its tokenizer
+    says so.
+    """
     path = Path(folder) / 'tokenizer' / 'tokenizer_config.json'
     return min(512, int(load_json(path).get('model_max_length') or 512)) if path.is_file() else 512
 
+
 def shape_of(config: Config) -> Any:
-    "The shape of the model that a configuration trains: a `QwenShape`, a `WanShape`, or that of a class of your own."
+    """The shape of the model that a configuration trains: a `QwenShape`, a `WanShape`, or that of a class of
+    your own.
+    """
     file = transformer_of(config.processor or config.weights) / 'config.json'
-    require(file.is_file(), f'{"processor" if config.processor else "weights"}={str(file.parent)!r} has no config.json; give a Hugging Face folder, beside MindSpeed-MM weights as processor')
+    require(
+        file.is_file(),
+        f'{"processor" if config.processor else "weights"}={str(file.parent)!r} has no config.json; give a'
+        ' Hugging Face folder, beside MindSpeed-MM weights as processor',
+    )
     shape = SHAPES.get(config.task) or own_class(config.task).Shape
     return shape.from_hf(load_json(file))

@@ -18,81 +18,150 @@ from .rope import apply_rotary, cos_sin, mrope
 from .shapes import TextShape
 from ..parallel.attention import Attend
 from ..parallel.engine import megatron
-from ..parallel.layers import Layer, Mlp, Norm, apply_linear, as_allocated, column_linear, engine_config, recompute, row_linear, slice_sequence, whole_sequence
+from mmkit.parallel.layers import (
+    Layer,
+    Mlp,
+    Norm,
+    apply_linear,
+    as_allocated,
+    column_linear,
+    engine_config,
+    recompute,
+    row_linear,
+    slice_sequence,
+    whole_sequence,
+)
 from ..parallel.mesh import Mesh
 from ..parallel.stages import check_cut
 
 # %% ../../nbs/3_models/03_text.ipynb #7aab40b7
 class TextAttention(nn.Module):
     "Grouped-query self-attention over (s 1 width) by a given `Attend`."
+
     def __init__(self, shape: TextShape, config: Any):
         super().__init__()
         self.ratio, self.head_width = shape.heads // shape.groups, shape.head_width
-        self.linear_qkv = column_linear(config, shape.width, (shape.heads + 2 * shape.groups) * shape.head_width, bias=True)
+        self.linear_qkv = column_linear(
+            config, shape.width, (shape.heads + 2 * shape.groups) * shape.head_width, bias=True
+        )
         self.linear_proj = row_linear(config, shape.width, shape.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv = apply_linear(self.linear_qkv, x).transpose(0, 1).unflatten(-1, (-1, self.ratio + 2, self.head_width))     # b s g ratio+2 d
-        q, k, v = qkv[..., :self.ratio, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+        # b s g ratio+2 d
+        qkv = (
+            apply_linear(self.linear_qkv, x)
+            .transpose(0, 1)
+            .unflatten(-1, (-1, self.ratio + 2, self.head_width))
+        )
+        q, k, v = qkv[..., : self.ratio, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
         mixed = attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
         return apply_linear(self.linear_proj, mixed.flatten(2).transpose(0, 1))
 
+
 def text_layer(shape: TextShape, config: Any, layout: Layout) -> Layer:
     "A layer of the tower."
-    mlp = Mlp(config, shape.width, shape.hidden, shape.width, bias=False, gated=True, recompute=layout.recompute == 'selective')
+    mlp = Mlp(
+        config,
+        shape.width,
+        shape.hidden,
+        shape.width,
+        bias=False,
+        gated=True,
+        recompute=layout.recompute == 'selective',
+    )
     return Layer(config, shape.width, shape.epsilon, TextAttention(shape, config), mlp)
 
 # %% ../../nbs/3_models/03_text.ipynb #29812ad9
 class Head(nn.Module):
     "The output weight of an untied model: vectors (n, width) to this rank's part of the logits."
+
     def __init__(self, config: Any, vocabulary: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width, dtype=config.params_dtype))
-        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim = 0
+        self.weight.partition_stride = 1
 
-    def forward(self, x: Tensor) -> Tensor: return nn.functional.linear(x, self.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
 
 # %% ../../nbs/3_models/03_text.ipynb #9a97cae3
 def mark_tied(tower: nn.Module) -> None:
-    "Marks the weight that stages of a tied model hold twice, in Megatron's words: `shared` is the copy that does not count in the norm of the gradient. A tower in one piece has no copy."
-    if hasattr(tower, 'embedding'): tower.embedding['word_embeddings'].weight.shared_embedding = True
-    if hasattr(tower, 'output_layer'): tower.output_layer.weight.shared_embedding = tower.output_layer.weight.shared = True
+    """Marks the weight that stages of a tied model hold twice, in Megatron's words: `shared` is the copy that
+    does not count in the norm of the gradient. A tower in one piece has no copy.
+    """
+    if hasattr(tower, 'embedding'):
+        tower.embedding['word_embeddings'].weight.shared_embedding = True
+    if hasattr(tower, 'output_layer'):
+        tower.output_layer.weight.shared_embedding = tower.output_layer.weight.shared = True
 
 # %% ../../nbs/3_models/03_text.ipynb #3c064494
 class TextTower(nn.Module):
-    "Vectors of a packed row in, normed vectors out, and logits on request; or the part of that way that `held` layers go."
+    """Vectors of a packed row in, normed vectors out, and logits on request.
+
+    Or the part of that way that `held` layers go.
+    """
+
     def __init__(self, shape: TextShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
         super().__init__()
         self.held = held = range(shape.layers) if held is None else held
         check_cut(shape.cuts, mesh.layout, 'num_attention_heads')
         config = engine_config(mesh, dtype, mesh.layout.sequence_parallel)
         self.shape, self.config, self.layout = shape, config, mesh.layout
-        if held.start == 0: self.embedding = nn.ModuleDict({'word_embeddings': megatron().VocabParallelEmbedding(shape.vocabulary, shape.width, init_method=as_allocated, config=config)})
-        self.decoder = nn.ModuleDict({'layers': nn.ModuleList(text_layer(shape, config, mesh.layout) for _ in held)})
+        if held.start == 0:
+            self.embedding = nn.ModuleDict(
+                {
+                    'word_embeddings': (
+                        megatron().VocabParallelEmbedding(
+                            shape.vocabulary, shape.width, init_method=as_allocated, config=config
+                        )
+                    )
+                }
+            )
+        self.decoder = nn.ModuleDict(
+            {'layers': nn.ModuleList(text_layer(shape, config, mesh.layout) for _ in held)}
+        )
         if held.stop == shape.layers:
             self.decoder['final_layernorm'] = Norm(config, shape.width, shape.epsilon)
-            if not shape.tied or held.start > 0: self.output_layer = Head(config, shape.vocabulary // mesh.tp.size, shape.width)
-        if shape.tied and len(held) < shape.layers: mark_tied(self)
+            if not shape.tied or held.start > 0:
+                self.output_layer = Head(config, shape.vocabulary // mesh.tp.size, shape.width)
+        if shape.tied and len(held) < shape.layers:
+            mark_tied(self)
 
     def embed(self, ids: Tensor) -> Tensor:
         "Vectors (s 1 width) for ids (s), the whole row on every rank."
         return self.embedding['word_embeddings'](ids[:, None])
 
     def forward(self, x: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
-        "Normed vectors (s width) of a row x (s 1 width) with positions (3 s), one Attend per layer; between two stages, this rank's share of vectors (s 1 width)."
-        angles = mrope(positions[:, None], self.shape.head_width, self.shape.theta, self.shape.sections)       # b s d/2
+        """Normed vectors (s width) of a row x (s 1 width) with positions (3 s), one Attend per layer.
+
+        Between two stages, this rank's share of vectors (s 1 width).
+        """
+        # b s d/2
+        angles = mrope(positions[:, None], self.shape.head_width, self.shape.theta, self.shape.sections)
         cos, sin = cos_sin(angles, x.dtype)
-        if self.held.start == 0: x = slice_sequence(x, self.config)
+        if self.held.start == 0:
+            x = slice_sequence(x, self.config)
         for number, (layer, attend) in enumerate(zip(self.decoder['layers'], attends, strict=True)):
             x = recompute(self.layout, number, partial(layer, attend=attend), x, cos, sin)
-        return whole_sequence(self.decoder['final_layernorm'](x), self.config)[:, 0] if self.held.stop == self.shape.layers else x
+        return (
+            whole_sequence(self.decoder['final_layernorm'](x), self.config)[:, 0]
+            if self.held.stop == self.shape.layers
+            else x
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         "Logits (n, vocabulary / tp) of vectors (n, width): this rank's part of the vocabulary."
-        return self.output_layer(x) if hasattr(self, 'output_layer') else nn.functional.linear(x, self.embedding['word_embeddings'].weight)
+        return (
+            self.output_layer(x)
+            if hasattr(self, 'output_layer')
+            else nn.functional.linear(x, self.embedding['word_embeddings'].weight)
+        )
 
 # %% ../../nbs/3_models/03_text.ipynb #c10aecd8
 def vocab_loss(tower: TextTower, x: Tensor, labels: Tensor) -> Tensor:
-    "Cross-entropy (n,) in nats of the labelled tokens of a row x (s, width) with labels (s), -100 where none."
+    """Cross-entropy (n,) in nats of the labelled tokens of a row x (s, width) with labels (s), -100 where
+    none.
+    """
     rows = (labels >= 0).nonzero()[:, 0]
     return megatron().vocab_parallel_cross_entropy(tower.logits(x[rows]).float(), labels[rows])

@@ -17,7 +17,16 @@ from ..config import Layout
 from .rope import apply_rotary, cos_sin, rope_2d
 from .shapes import VisionShape
 from ..parallel.attention import Attend, segments
-from ..parallel.layers import Layer, Mlp, Norm, apply_linear, column_linear, engine_config, recompute, row_linear
+from mmkit.parallel.layers import (
+    Layer,
+    Mlp,
+    Norm,
+    apply_linear,
+    column_linear,
+    engine_config,
+    recompute,
+    row_linear,
+)
 from ..parallel.mesh import Mesh
 from ..parallel.stages import check_cut
 
@@ -26,7 +35,9 @@ def patch_positions(grid: Tensor, merge: int) -> Tensor:
     "Row and column (patches, 2) of every patch for grids (items, 3) of steps, rows, columns, in merge order."
     found = []
     for steps, rows, columns in grid.tolist():
-        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(rows // merge, merge, columns // merge, merge, 2)
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(
+            rows // merge, merge, columns // merge, merge, 2
+        )
         found.append(cells.transpose(1, 2).reshape(-1, 2).repeat(steps, 1))
     return torch.cat(found)
 
@@ -34,17 +45,25 @@ def patch_positions(grid: Tensor, merge: int) -> Tensor:
 @dataclass(frozen=True)
 class Windows:
     "The order of cells that puts windows together, and how many patches each window and each frame has."
+
     order: Tensor
     window_lengths: list[int]
     frame_lengths: list[int]
+
 
 def windows(grid: Tensor, shape: VisionShape) -> Windows:
     "Windows over a row of pictures and videos with grids (items, 3)."
     side, unit, start = shape.window // (shape.patch * shape.merge), shape.merge**2, 0
     orders, window_lengths, frame_lengths = [], [], []
     for steps, rows, columns in grid.tolist():
-        t, y, x = torch.meshgrid(torch.arange(steps), torch.arange(rows // shape.merge), torch.arange(columns // shape.merge), indexing='ij')
-        key = (t * (rows // side + 1) + y // side) * (columns // side + 1) + x // side       # windows row by row, frame by frame
+        t, y, x = torch.meshgrid(
+            torch.arange(steps),
+            torch.arange(rows // shape.merge),
+            torch.arange(columns // shape.merge),
+            indexing='ij',
+        )
+        # windows row by row, frame by frame
+        key = (t * (rows // side + 1) + y // side) * (columns // side + 1) + x // side
         orders.append(key.flatten().argsort(stable=True) + start)
         window_lengths += (key.flatten().unique(return_counts=True)[1] * unit).tolist()
         frame_lengths += [rows * columns] * steps
@@ -54,15 +73,20 @@ def windows(grid: Tensor, shape: VisionShape) -> Windows:
 # %% ../../nbs/3_models/02_vision.ipynb #88c6b04c
 class PatchEmbed(nn.Module):
     "Patches (n, channels * frames * patch * patch) to vectors (n, width)."
+
     def __init__(self, shape: VisionShape, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape.width, shape.channels, shape.frames, shape.patch, shape.patch, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(shape.width, shape.channels, shape.frames, shape.patch, shape.patch, dtype=dtype)
+        )
 
-    def forward(self, patches: Tensor) -> Tensor: return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1))
+    def forward(self, patches: Tensor) -> Tensor:
+        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1))
 
 # %% ../../nbs/3_models/02_vision.ipynb #a3f53cc0
 class VisionAttention(nn.Module):
     "Self-attention over a row (s 1 width) by a given `Attend`."
+
     def __init__(self, shape: VisionShape, config: Any):
         super().__init__()
         self.head_width = shape.width // shape.heads
@@ -70,52 +94,102 @@ class VisionAttention(nn.Module):
         self.linear_proj = row_linear(config, shape.width, shape.width, bias=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv = apply_linear(self.linear_qkv, x).transpose(0, 1).unflatten(-1, (-1, 3, self.head_width))        # b s h 3 d
+        # b s h 3 d
+        qkv = apply_linear(self.linear_qkv, x).transpose(0, 1).unflatten(-1, (-1, 3, self.head_width))
         q, k, v = qkv.unbind(-2)
         mixed = attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
         return apply_linear(self.linear_proj, mixed.flatten(2).transpose(0, 1))
 
+
 def vision_layer(shape: VisionShape, config: Any, layout: Layout) -> Layer:
     "A layer of the tower."
-    mlp = Mlp(config, shape.width, shape.hidden, shape.width, bias=True, gated=True, recompute=layout.recompute == 'selective')
+    mlp = Mlp(
+        config,
+        shape.width,
+        shape.hidden,
+        shape.width,
+        bias=True,
+        gated=True,
+        recompute=layout.recompute == 'selective',
+    )
     return Layer(config, shape.width, shape.epsilon, VisionAttention(shape, config), mlp)
 
 # %% ../../nbs/3_models/02_vision.ipynb #cc086da0
 class Merger(nn.Module):
     "Patches (n, width) in merge order to tokens (n / 4, out_width)."
+
     def __init__(self, shape: VisionShape, config: Any):
         super().__init__()
         wide = shape.width * shape.merge**2
         self.layernorm = Norm(config, shape.width, shape.epsilon)
         self.encoder = Mlp(config, wide, wide, shape.out_width, bias=True, gated=False)
 
-    def forward(self, x: Tensor) -> Tensor: return self.encoder(self.layernorm(x).view(-1, self.encoder.linear_fc2.input_size))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(self.layernorm(x).view(-1, self.encoder.linear_fc2.input_size))
 
 # %% ../../nbs/3_models/02_vision.ipynb #82a30c63
 class VisionTower(nn.Module):
-    "Pictures and videos, as patches in one row, to tokens for the text tower in the same order; or the part of that way that `held` layers go."
+    """Pictures and videos, as patches in one row, to tokens for the text tower in the same order.
+
+    Or the part of that way that `held` layers go.
+    """
+
     def __init__(self, shape: VisionShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
         super().__init__()
         self.held = held = range(shape.layers) if held is None else held
         check_cut(shape.cuts, mesh.layout)
-        config = engine_config(mesh, dtype, sequence_parallel=False)       # rows of patches are short and uneven: every rank has all of them
+        # rows of patches are short and uneven: every rank has all of them
+        config = engine_config(mesh, dtype, sequence_parallel=False)
         self.shape, self.layout = shape, mesh.layout
         first = {'patch_embed': nn.ModuleDict({'proj': PatchEmbed(shape, dtype)})} if held.start == 0 else {}
-        self.encoder = nn.ModuleDict(first | {'blocks': nn.ModuleDict({'layers': nn.ModuleList(vision_layer(shape, config, mesh.layout) for _ in held)})})
-        if held.stop == shape.layers: self.projector = Merger(shape, config)
+        self.encoder = nn.ModuleDict(
+            first
+            | {
+                'blocks': nn.ModuleDict(
+                    {'layers': nn.ModuleList(vision_layer(shape, config, mesh.layout) for _ in held)}
+                )
+            }
+        )
+        if held.stop == shape.layers:
+            self.projector = Merger(shape, config)
 
     def forward(self, x: Tensor, grid: Tensor) -> Tensor:
-        "Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, 1, out_width); between two stages, rows of vectors (p 1 width)."
+        """Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, 1,
+        out_width); between two stages, rows of vectors (p 1 width).
+        """
         found = windows(grid, self.shape)
         order, unit = found.order.to(x.device), self.shape.merge**2
-        if self.held.start == 0: x = self.encoder['patch_embed']['proj'](x).unflatten(0, (-1, unit))[order].flatten(0, 1)[:, None]       # s b h
+        # s b h
+        if self.held.start == 0:
+            x = self.encoder['patch_embed']['proj'](x).unflatten(0, (-1, unit))[order].flatten(0, 1)[:, None]
         cos, sin = self.angles(grid, found.order, x.device)
-        inside, whole = (segments(lengths, causal=False, device=x.device) for lengths in (found.window_lengths, found.frame_lengths))
+        inside, whole = (
+            segments(lengths, causal=False, device=x.device)
+            for lengths in (found.window_lengths, found.frame_lengths)
+        )
         for number, layer in zip(self.held, self.encoder['blocks']['layers']):
-            x = recompute(self.layout, number - self.held.start, partial(layer, attend=whole if number in self.shape.full_layers else inside), x, cos, sin)
-        return self.projector(x[:, 0])[:, None][found.order.argsort().to(x.device)] if self.held.stop == self.shape.layers else x
+            x = recompute(
+                self.layout,
+                number - self.held.start,
+                partial(layer, attend=whole if number in self.shape.full_layers else inside),
+                x,
+                cos,
+                sin,
+            )
+        return (
+            self.projector(x[:, 0])[:, None][found.order.argsort().to(x.device)]
+            if self.held.stop == self.shape.layers
+            else x
+        )
 
     def angles(self, grid: Tensor, order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         "Cosines and sines (1 patches d) in window order, in float32."
-        positions = patch_positions(grid, self.shape.merge).unflatten(0, (-1, self.shape.merge**2))[order].flatten(0, 1)
-        return cos_sin(rope_2d(positions.to(device), self.shape.width // self.shape.heads, self.shape.theta)[None], torch.float32)
+        positions = (
+            patch_positions(grid, self.shape.merge)
+            .unflatten(0, (-1, self.shape.merge**2))[order]
+            .flatten(0, 1)
+        )
+        return cos_sin(
+            rope_2d(positions.to(device), self.shape.width // self.shape.heads, self.shape.theta)[None],
+            torch.float32,
+        )

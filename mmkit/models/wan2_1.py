@@ -23,27 +23,57 @@ from ..core.values import require
 from .rope import apply_rotary_interleaved
 from .shapes import WanShape
 from ..parallel.attention import Attend, GatherSequence, attend, packed_attention, rank_positions
-from ..parallel.autograd import SplitRMSNorm, Shared
+from ..parallel.autograd import Shared, SplitRMSNorm
 from ..parallel.engine import megatron
-from ..parallel.layers import activated, apply_linear, as_allocated, column_linear, engine_config, recompute, row_linear, same_sequence, slice_sequence, whole_sequence
+from mmkit.parallel.layers import (
+    activated,
+    apply_linear,
+    as_allocated,
+    column_linear,
+    engine_config,
+    recompute,
+    row_linear,
+    same_sequence,
+    slice_sequence,
+    whole_sequence,
+)
 from ..parallel.mesh import Axis, Mesh
 from ..parallel.stages import Stage, stages
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #e8f815dd
 def grid_of(latents: Tensor, shape: WanShape) -> tuple[int, int, int]:
-    "Patches along frames, rows and columns of latents (b c f h w); sizes that the model cannot take raise ValueError."
+    """Patches along frames, rows and columns of latents (b c f h w).
+
+    Sizes that the model cannot take raise ValueError.
+    """
     channels, sizes = latents.shape[1], tuple(latents.shape[2:])
-    require(channels == shape.in_channels, f'the latents have {channels} channels, the model takes {shape.in_channels}')
-    require(all(n % p == 0 for n, p in zip(sizes, shape.patch)), f'latents of {sizes} frames, rows, columns cannot be cut into patches of {shape.patch}')
+    require(
+        channels == shape.in_channels,
+        f'the latents have {channels} channels, the model takes {shape.in_channels}',
+    )
+    require(
+        all(n % p == 0 for n, p in zip(sizes, shape.patch)),
+        f'latents of {sizes} frames, rows, columns cannot be cut into patches of {shape.patch}',
+    )
     grid = tuple(n // p for n, p in zip(sizes, shape.patch))
-    require(max(grid) <= shape.positions, f'latents of {sizes} make {grid} patches, more than the {shape.positions} positions (rope_max_seq_len) of the model')
+    require(
+        max(grid) <= shape.positions,
+        f'latents of {sizes} make {grid} patches, more than the {shape.positions} positions'
+        ' (rope_max_seq_len) of the model',
+    )
     return grid
+
 
 def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
     "Patches (s b n) of latents (b c f h w), n = numbers in a patch, the channels fastest."
     (b, c, *sizes), (t, y, x) = latents.shape, patch
     f, h, w = (n // p for n, p in zip(sizes, patch))
-    return latents.reshape(b, c, f, t, h, y, w, x).permute(2, 4, 6, 0, 3, 5, 7, 1).reshape(f * h * w, b, t * y * x * c)
+    return (
+        latents.reshape(b, c, f, t, h, y, w, x)
+        .permute(2, 4, 6, 0, 3, 5, 7, 1)
+        .reshape(f * h * w, b, t * y * x * c)
+    )
+
 
 def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
     "Latents (b c f h w) of patches (s b n): what `patchify` cut."
@@ -53,18 +83,31 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: tuple[int, in
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #781d3d2f
 def tokenwise(parameter: nn.Parameter, config: Any) -> nn.Parameter:
-    "The parameter, whole on every rank; under sequence parallel each rank's tokens make a part of its gradient, and the parts are summed."
+    """The parameter, whole on every rank.
+
+    Under sequence parallel each rank's tokens make a part of its gradient, and the parts are summed.
+    """
     parameter.sequence_parallel = config.sequence_parallel
     return parameter
 
+
 class PatchEmbed(nn.Module):
     "Patches (s b n) to tokens (s b width); the weight is that of a 3-D convolution."
+
     def __init__(self, shape: WanShape, config: Any):
         super().__init__()
-        self.weight = tokenwise(nn.Parameter(torch.empty(shape.width, shape.in_channels, *shape.patch, dtype=config.params_dtype)), config)
+        self.weight = tokenwise(
+            nn.Parameter(
+                torch.empty(shape.width, shape.in_channels, *shape.patch, dtype=config.params_dtype)
+            ),
+            config,
+        )
         self.bias = tokenwise(nn.Parameter(torch.empty(shape.width, dtype=config.params_dtype)), config)
 
-    def forward(self, patches: Tensor) -> Tensor: return F.linear(patches.to(self.weight.dtype), self.weight.permute(0, 2, 3, 4, 1).flatten(1), self.bias)
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(
+            patches.to(self.weight.dtype), self.weight.permute(0, 2, 3, 4, 1).flatten(1), self.bias
+        )
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #89795574
 @lru_cache(maxsize=16)
@@ -72,17 +115,36 @@ def rope_3d(grid: tuple[int, int, int], dim: int, theta: float = 10000.0) -> tup
     "Cosines and sines (tokens, dim/2) in float32 of all cells of a grid of frames, rows, columns."
     side = 2 * (dim // 6)
     cells = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) for count in grid))
-    frequencies = [theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width) for width in (dim - 2 * side, side, side)]
+    frequencies = [
+        theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+        for width in (dim - 2 * side, side, side)
+    ]
     angles = torch.cat([cells[:, axis, None] * own for axis, own in enumerate(frequencies)], -1)
     return angles.cos().float(), angles.sin().float()
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #358ad645
 def quiet_linear(config: Any, inputs: int, outputs: int) -> nn.Module:
-    "Megatron's linear with its outputs cut over the ranks, for an input that is whole and whose gradient is summed elsewhere."
-    return megatron().ColumnParallelLinear(inputs, outputs, config=config, init_method=as_allocated, bias=True, gather_output=False, skip_bias_add=True, disable_grad_reduce=True)
+    """Megatron's linear with its outputs cut over the ranks, for an input that is whole and whose gradient is
+    summed elsewhere.
+    """
+    return megatron().ColumnParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=as_allocated,
+        bias=True,
+        gather_output=False,
+        skip_bias_add=True,
+        disable_grad_reduce=True,
+    )
+
 
 class Attention(nn.Module):
-    "Queries, keys, values and output of some heads; (s b width) in and out. `config` cuts the sequence or not, `quiet` does not."
+    """Queries, keys, values and output of some heads; (s b width) in and out.
+
+    `config` cuts the sequence or not, `quiet` does not.
+    """
+
     def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis):
         super().__init__()
         self.head_width, width = shape.head_width, shape.width
@@ -90,48 +152,68 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (SplitRMSNorm(config, axis, width, shape.epsilon) for _ in range(2))
         self.proj_out = row_linear(config, width, width, bias=True)
 
-    def heads(self, x: Tensor) -> Tensor: return x.transpose(0, 1).unflatten(-1, (-1, self.head_width))          # s b n -> b s h d
+    # s b n -> b s h d
+    def heads(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).unflatten(-1, (-1, self.head_width))
 
     def inward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.q_norm(apply_linear(self.proj_q, x)), self.k_norm(apply_linear(self.proj_k, memory)), apply_linear(self.proj_v, memory)
-        return self.heads(q), self.heads(k), self.heads(v)                       # each b s h d
+        q = self.q_norm(apply_linear(self.proj_q, x))
+        k = self.k_norm(apply_linear(self.proj_k, memory))
+        v = apply_linear(self.proj_v, memory)
+        return self.heads(q), self.heads(k), self.heads(v)  # each b s h d
 
-    def outward(self, mixed: Tensor) -> Tensor: return apply_linear(self.proj_out, mixed.flatten(2).transpose(0, 1))
+    def outward(self, mixed: Tensor) -> Tensor:
+        return apply_linear(self.proj_out, mixed.flatten(2).transpose(0, 1))
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #7310267c
 class SelfAttention(Attention):
     "Each token of a clip sees all others."
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = self.inward(x, x)
-        return self.outward(attend(apply_rotary_interleaved(q, cos, sin), apply_rotary_interleaved(k, cos, sin), v))
+        return self.outward(
+            attend(apply_rotary_interleaved(q, cos, sin), apply_rotary_interleaved(k, cos, sin), v)
+        )
+
 
 class CrossAttention(Attention):
     "Each token of a clip sees the text, and the tokens of a picture if there is one."
+
     def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis):
         super().__init__(shape, config, quiet, axis)
-        if shape.image_width is None: return
+        if shape.image_width is None:
+            return
         self.k_img, self.v_img = (quiet_linear(quiet, shape.width, shape.width) for _ in range(2))
         self.k_norm_img = SplitRMSNorm(config, axis, shape.width, shape.epsilon)
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
         q, k, v = self.inward(x, text)
         mixed = attend(q, k, v)
-        if image is not None: mixed = mixed + attend(q, self.heads(self.k_norm_img(apply_linear(self.k_img, image))), self.heads(apply_linear(self.v_img, image)))
+        if image is not None:
+            mixed = mixed + attend(
+                q,
+                self.heads(self.k_norm_img(apply_linear(self.k_img, image))),
+                self.heads(apply_linear(self.v_img, image)),
+            )
         return self.outward(mixed)
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #ba0aeb39
 class LayerNorm(nn.Module):
     "Layer norm in float32 with a weight and a bias in float32; the output has the dtype of the input."
+
     def __init__(self, config: Any, width: int, epsilon: float):
         super().__init__()
         self.epsilon = epsilon
         self.weight, self.bias = (tokenwise(nn.Parameter(torch.empty(width)), config) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor: return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
+
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
     "norm(x) * (1 + scale) + shift of tokens (s b width) for each clip (b width), computed in float32."
     return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=epsilon), 1 + scale).to(x.dtype)
+
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     "x + update * gate of tokens (s b width) for each clip (b width), computed in float32."
@@ -140,8 +222,12 @@ def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 # %% ../../nbs/3_models/05_wan2_1.ipynb #9af7b296
 gelu = partial(F.gelu, approximate='tanh')
 
+
 class Block(nn.Module):
-    "Self-attention, cross-attention and an mlp over tokens (s b width), the first and the last modulated by time (b 6 width)."
+    """Self-attention, cross-attention and an mlp over tokens (s b width), the first and the last modulated by
+    time (b 6 width).
+    """
+
     def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis, recompute: bool = False):
         super().__init__()
         self.config, self.epsilon, self.recompute = config, shape.epsilon, recompute
@@ -149,9 +235,23 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(shape, config, quiet, axis)
         self.norm3 = LayerNorm(config, shape.width, shape.epsilon)
         self.cross_attn = CrossAttention(shape, config, quiet, axis)
-        self.ffn = nn.ModuleDict({'0': column_linear(config, shape.width, shape.hidden, bias=True), '2': row_linear(config, shape.hidden, shape.width, bias=True)})
+        self.ffn = nn.ModuleDict(
+            {
+                '0': column_linear(config, shape.width, shape.hidden, bias=True),
+                '2': row_linear(config, shape.hidden, shape.width, bias=True),
+            }
+        )
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+    ) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.modulation + time.float()).unbind(1)
         seen = whole_sequence(modulated(x, scale, shift, self.epsilon), self.config)
         x = gated(x, self.self_attn(seen, cos, sin, attend), gate)
@@ -162,43 +262,62 @@ class Block(nn.Module):
 # %% ../../nbs/3_models/05_wan2_1.ipynb #08373159
 def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
     "Cosines, then sines (b width) of times (b), in float32."
-    angles = time.float()[:, None] * torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2, dtype=torch.float32, device=time.device))
+    angles = time.float()[:, None] * torch.exp(
+        -math.log(10000) / (width // 2) * torch.arange(width // 2, dtype=torch.float32, device=time.device)
+    )
     return torch.cat([angles.cos(), angles.sin()], -1)
+
 
 def linear(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
     "A linear that every rank holds whole, its weight not initialised."
     return nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype)
 
+
 class TextEmbed(nn.Module):
     "Text (b s text_width) to tokens (s b width)."
+
     def __init__(self, shape: WanShape, dtype: torch.dtype):
         super().__init__()
-        self.linear_1, self.linear_2 = linear(shape.text_width, shape.width, dtype), linear(shape.width, shape.width, dtype)
+        self.linear_1 = linear(shape.text_width, shape.width, dtype)
+        self.linear_2 = linear(shape.width, shape.width, dtype)
 
-    def forward(self, text: Tensor) -> Tensor: return self.linear_2(gelu(self.linear_1(text.transpose(0, 1).to(self.linear_1.weight.dtype))))
+    def forward(self, text: Tensor) -> Tensor:
+        return self.linear_2(gelu(self.linear_1(text.transpose(0, 1).to(self.linear_1.weight.dtype))))
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #b506f1ea
 class ImageEmbed(nn.Module):
     "Features of a picture (b n image_width) to tokens (n b width)."
+
     def __init__(self, shape: WanShape, quiet: Any):
         super().__init__()
         wide, dtype = shape.image_width, quiet.params_dtype
-        if shape.image_positions: self.emb_pos = nn.Parameter(torch.empty(1, shape.image_positions, wide, dtype=dtype))
-        self.proj = nn.Sequential(LayerNorm(quiet, wide, 1e-5), linear(wide, wide, dtype), nn.GELU(), linear(wide, shape.width, dtype), LayerNorm(quiet, shape.width, 1e-5))
+        if shape.image_positions:
+            self.emb_pos = nn.Parameter(torch.empty(1, shape.image_positions, wide, dtype=dtype))
+        self.proj = nn.Sequential(
+            LayerNorm(quiet, wide, 1e-5),
+            linear(wide, wide, dtype),
+            nn.GELU(),
+            linear(wide, shape.width, dtype),
+            LayerNorm(quiet, shape.width, 1e-5),
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         features = features.to(self.proj[1].weight.dtype)
-        return self.proj(features + self.emb_pos.to(features.dtype) if hasattr(self, 'emb_pos') else features).transpose(0, 1)
+        return self.proj(
+            features + self.emb_pos.to(features.dtype) if hasattr(self, 'emb_pos') else features
+        ).transpose(0, 1)
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #0be2d420
 class Head(nn.Module):
     "Tokens (s b width) and the time (b width) to patches of the answer (s b n)."
+
     def __init__(self, shape: WanShape, config: Any):
         super().__init__()
         self.epsilon = shape.epsilon
         self.modulation = tokenwise(nn.Parameter(torch.empty(1, 2, shape.width)), config)
         self.head = linear(shape.width, shape.out_channels * math.prod(shape.patch), config.params_dtype)
-        for p in self.head.parameters(): tokenwise(p, config)
+        for p in self.head.parameters():
+            tokenwise(p, config)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation + time[:, None].float()).unbind(1)
@@ -209,14 +328,21 @@ def padded(x: Tensor, multiple: int) -> Tensor:
     "x (s ...) with zeros behind it up to a multiple."
     return F.pad(x, [0, 0] * (x.dim() - 1) + [0, -len(x) % multiple])
 
+
 def per_clip(x: Tensor, config: Any, axis: Axis) -> Tensor:
-    "What all tokens of a clip read; only where ranks hold different tokens they make different parts of its gradient."
+    """What all tokens of a clip read.
+
+    Only where ranks hold different tokens they make different parts of its gradient.
+    """
     return Shared.apply(x, axis) if config.sequence_parallel else x
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #17fdb8f2
 @dataclass(frozen=True)
 class Conditioning:
-    "What every block of a clip reads beside its tokens: the time (b width) and its modulation (b 6 width), text (l b width), and a picture (n b width) or None."
+    """What every block of a clip reads beside its tokens: the time (b width) and its modulation (b 6 width),
+    text (l b width), and a picture (n b width) or None.
+    """
+
     vector: Tensor
     modulation: Tensor
     words: Tensor
@@ -224,56 +350,110 @@ class Conditioning:
 
     def pack(self, x: Tensor) -> Tensor:
         "One tensor (all b width) with the tokens x (s b width) at its end: what a stage sends to the next."
-        return torch.cat([part for part in (self.vector[None], self.modulation.transpose(0, 1), self.words, self.picture, x) if part is not None])
+        return torch.cat(
+            [
+                part
+                for part in (self.vector[None], self.modulation.transpose(0, 1), self.words, self.picture, x)
+                if part is not None
+            ]
+        )
+
 
 def unpack(received: Tensor, words: int, picture: int) -> tuple[Conditioning, Tensor]:
     "What `pack` joined, and the tokens; `words` and `picture` are numbers of tokens."
-    vector, modulation, text, image, x = received.split([1, 6, words, picture, len(received) - 7 - words - picture])
+    vector, modulation, text, image, x = received.split(
+        [1, 6, words, picture, len(received) - 7 - words - picture]
+    )
     return Conditioning(vector[0], modulation.transpose(0, 1), text, image if picture else None), x
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #c08b48a7
 class Beginning(nn.Module):
     "What comes before the first block, on the stage that has it."
+
     def add_embeddings(self, config: Any, quiet: Any) -> None:
         "What comes before the first block."
         shape, width, dtype = self.shape, self.shape.width, config.params_dtype
         self.patch_embedding = PatchEmbed(shape, config)
         self.text_embedding = TextEmbed(shape, dtype)
-        self.time_embedding = nn.Sequential(linear(shape.time_width, width, torch.float32), nn.SiLU(), linear(width, width, torch.float32))
+        self.time_embedding = nn.Sequential(
+            linear(shape.time_width, width, torch.float32), nn.SiLU(), linear(width, width, torch.float32)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), linear(width, 6 * width, dtype))
-        if shape.image_width: self.img_emb = ImageEmbed(shape, quiet)
+        if shape.image_width:
+            self.img_emb = ImageEmbed(shape, quiet)
 
     def make_conditioning(self, time: Tensor, text: Tensor, image: Tensor | None) -> Conditioning:
         "What is read beside the tokens, from times (b), text (b s text_width) and image (b n image_width)."
-        words, picture = (None if x is None else Shared.apply(x, self.mesh.tp) for x in (self.text_embedding(text), image if image is None else self.img_emb(image)))
+        words, picture = (
+            None if x is None else Shared.apply(x, self.mesh.tp)
+            for x in (self.text_embedding(text), image if image is None else self.img_emb(image))
+        )
         vector = self.time_embedding(sinusoidal_embedding(time, self.shape.time_width)).to(words.dtype)
         modulation = self.time_projection(vector).unflatten(-1, (6, -1))
-        return Conditioning(*(per_clip(x, self.config, self.mesh.tp) for x in (vector, modulation)), words, picture)
+        return Conditioning(
+            *(per_clip(x, self.config, self.mesh.tp) for x in (vector, modulation)), words, picture
+        )
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #6f26fa95
 class Wan2_1(Beginning):
-    "Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes; parameters bear the names of MindSpeed-MM's files."
-    def __init__(self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None):
+    """Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes.
+
+    Parameters bear the names of MindSpeed-MM's files.
+    """
+
+    def __init__(
+        self, shape: WanShape, mesh: Mesh, dtype: torch.dtype = torch.float32, stage: Stage | None = None
+    ):
         super().__init__()
         shape.check(mesh.layout)
         config, quiet = (engine_config(mesh, dtype, cut) for cut in (mesh.layout.sequence_parallel, False))
         self.shape, self.config, self.mesh = shape, config, mesh
         self.stage = stage or stages(shape.costs, Layout())[0]
-        if self.stage.first: self.add_embeddings(config, quiet)
-        self.blocks = nn.ModuleList(Block(shape, config, quiet, mesh.tp, mesh.layout.recompute == 'selective') for _ in self.stage.layers['wan'])
-        if self.stage.last: self.head = Head(shape, config)
+        if self.stage.first:
+            self.add_embeddings(config, quiet)
+        self.blocks = nn.ModuleList(
+            Block(shape, config, quiet, mesh.tp, mesh.layout.recompute == 'selective')
+            for _ in self.stage.layers['wan']
+        )
+        if self.stage.last:
+            self.head = Head(shape, config)
 
-    def forward(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor | None = None, received: Tensor | None = None) -> Tensor:
-        "Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s text_width), zeros behind it, and image (b n image_width); or what the next stage is to receive."
-        require((image is None) == (self.shape.image_width is None), f'the model {"needs image features" if image is None else "takes no image"}; its image_dim is {self.shape.image_width}')
+    def forward(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        text: Tensor,
+        image: Tensor | None = None,
+        received: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s
+        text_width), zeros behind it, and image (b n image_width); or what the next stage is to receive.
+        """
+        require(
+            (image is None) == (self.shape.image_width is None),
+            f'the model {"needs image features" if image is None else "takes no image"}; its image_dim is'
+            f' {self.shape.image_width}',
+        )
         grid, patches = grid_of(latents, self.shape), patchify(latents, self.shape.patch)
         length, row = len(patches), padded(patches, self.mesh.layout.sequence_multiple)
         held = rank_positions(len(row), self.mesh.layout)[self.mesh.cp.rank]
-        cos, sin = (padded(table, len(row))[held].to(latents.device) for table in rope_3d(grid, self.shape.head_width))
-        if self.stage.first: conditioning, x = self.make_conditioning(time, text, image), self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
-        else: conditioning, x = unpack(received, text.shape[1], 0 if image is None else image.shape[1])
-        within = packed_attention([length, len(row) - length], False, self.mesh)                 # clips do not see the padding behind them
-        for number, block in enumerate(self.blocks): x = recompute(self.mesh.layout, number, partial(block, attend=within), x, conditioning.modulation, conditioning.words, conditioning.picture, cos, sin)
-        if not self.stage.last: return conditioning.pack(x)
-        patches = GatherSequence.apply(same_sequence(self.head(x, conditioning.vector), self.config), self.mesh)          # every rank computes the same loss
+        cos, sin = (
+            padded(table, len(row))[held].to(latents.device) for table in rope_3d(grid, self.shape.head_width)
+        )
+        if self.stage.first:
+            conditioning = self.make_conditioning(time, text, image)
+            x = self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
+        else:
+            conditioning, x = unpack(received, text.shape[1], 0 if image is None else image.shape[1])
+        # clips do not see the padding behind them
+        within = packed_attention([length, len(row) - length], False, self.mesh)
+        given = (conditioning.modulation, conditioning.words, conditioning.picture, cos, sin)
+        for number, block in enumerate(self.blocks):
+            x = recompute(self.mesh.layout, number, partial(block, attend=within), x, *given)
+        if not self.stage.last:
+            return conditioning.pack(x)
+        # every rank computes the same loss
+        patches = GatherSequence.apply(
+            same_sequence(self.head(x, conditioning.vector), self.config), self.mesh
+        )
         return unpatchify(patches[:length], grid, self.shape.patch)

@@ -13,41 +13,62 @@ import re
 import shlex
 import types
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import partial
 from html import escape
 from typing import Any, Generic, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..config import Config
-from ..trainer.plan import amount, check_files, plan
-from ..launcher.view import Text
 from ..core.values import Settings, dumps, parse, read, replace_at, require
+from ..launcher.view import Text
+from ..trainer.plan import amount, check_files, plan
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #a1256a74
 def settings(kind: type, above: str = '') -> dict[str, Any]:
     "The dotted name of every setting of a dataclass and of those inside it, with its type."
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
-        found |= settings(hint, f'{above}{name}.') if isinstance(hint, type) and is_dataclass(hint) else {above + name: hint}
+        found |= (
+            settings(hint, f'{above}{name}.')
+            if isinstance(hint, type) and is_dataclass(hint)
+            else {above + name: hint}
+        )
     return found
 
 
 def default_tree(kind: type) -> dict[str, Any]:
     "The defaults of a dataclass as parsed JSON; None where there is none."
-    given = {one.name: one.default if one.default is not MISSING else None if one.default_factory is MISSING else one.default_factory() for one in fields(kind)}
-    return json.loads(json.dumps({name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value for name, value in given.items()}))
+    given = {
+        one.name: (
+            one.default
+            if one.default is not MISSING
+            else None
+            if one.default_factory is MISSING
+            else one.default_factory()
+        )
+        for one in fields(kind)
+    }
+    return json.loads(
+        json.dumps(
+            {
+                name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+                for name, value in given.items()
+            }
+        )
+    )
 
 
 def at(tree: dict, name: str) -> Any:
     "What a tree holds under a dotted name."
-    for part in name.split('.'): tree = tree[part]
+    for part in name.split('.'):
+        tree = tree[part]
     return tree
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #347d571a
 def spell(value: Any) -> str:
     "A JSON value as the word that `parse` reads back."
-    if isinstance(value, str) and parse(value) == value: return value
+    if isinstance(value, str) and parse(value) == value:
+        return value
     return json.dumps(value, ensure_ascii=False, separators=(',', ':'))
 
 
@@ -59,7 +80,8 @@ def tree_words(kind: type, tree: dict) -> list[str]:
 
 def spread(name: str, value: Any, hints: dict[str, Any]) -> list[tuple[str, Any]]:
     "The settings that `name=value` gives: one, or all those of a part that is given as an object."
-    if name in hints or not any(one.startswith(f'{name}.') for one in hints): return [(name, value)]
+    if name in hints or not any(one.startswith(f'{name}.') for one in hints):
+        return [(name, value)]
     require(isinstance(value, dict), f'{name} must be an object, not {value!r}')
     return [pair for inner, item in value.items() for pair in spread(f'{name}.{inner}', item, hints)]
 
@@ -87,7 +109,10 @@ def from_words(words: Sequence[str], kind: type = Config) -> Any:
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #a84d73a6
 class Control(NamedTuple):
-    "How to make a box for a kind of setting, what it shows for a JSON value, and the JSON value that is meant by what it shows."
+    """How to make a box for a kind of setting, what it shows for a JSON value, and the JSON value that is
+    meant by what it shows.
+    """
+
     make: Callable[..., Any]
     shown: Callable[[Any], Any] = lambda value: value
     meant: Callable[[Any], Any] = lambda value: value
@@ -97,83 +122,148 @@ def without_none(hint: Any) -> tuple[Any, bool]:
     "A type without its None, and whether it had one."
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = [part for part in parts if part is not type(None)]
-    return (kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]), len(kinds) < len(parts)
+    return (kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]), len(kinds) < len(parts)  # noqa: UP007
 
 
 def control_for(hint: Any) -> Control:
     "The Control of a setting of this type."
-    import ipywidgets
+    import ipywidgets  # noqa: F811
+
     kind, optional = without_none(hint)
     origin, inside = get_origin(kind), get_args(kind)
-    simple = {bool: ipywidgets.Checkbox, int: ipywidgets.IntText, float: ipywidgets.FloatText, str: ipywidgets.Text}
-    if origin is Literal: return Control(partial(ipywidgets.Dropdown, options=[('not set', None)] * optional + [(str(choice), choice) for choice in inside]))
-    if origin is tuple and get_origin(inside[0]) is Literal: return Control(partial(ipywidgets.SelectMultiple, options=get_args(inside[0]), rows=len(get_args(inside[0]))), tuple, list)
-    if kind == tuple[str, ...]: return Control(ipywidgets.TagsInput, list, list)
+    simple = {
+        bool: ipywidgets.Checkbox,
+        int: ipywidgets.IntText,
+        float: ipywidgets.FloatText,
+        str: ipywidgets.Text,
+    }
+    if origin is Literal:
+        return Control(
+            partial(
+                ipywidgets.Dropdown,
+                options=[('not set', None)] * optional + [(str(choice), choice) for choice in inside],
+            )
+        )
+    if origin is tuple and get_origin(inside[0]) is Literal:
+        return Control(
+            partial(ipywidgets.SelectMultiple, options=get_args(inside[0]), rows=len(get_args(inside[0]))),
+            tuple,
+            list,
+        )
+    if kind == tuple[str, ...]:
+        return Control(ipywidgets.TagsInput, list, list)
     choices = [choice for part in inside if get_origin(part) is Literal for choice in get_args(part)]
-    if choices and str in inside: return Control(partial(ipywidgets.Combobox, options=choices))             # one of these, or words of one's own
-    if hint in simple: return Control(simple[hint])
+    # one of these, or words of one's own
+    if choices and str in inside:
+        return Control(partial(ipywidgets.Combobox, options=choices))
+    if hint in simple:
+        return Control(simple[hint])
     spoken = str if kind is str else spell
-    return Control(ipywidgets.Text, lambda value: '' if value is None else spoken(value), lambda text: None if text == '' else text if kind is str else parse(text))
+    return Control(
+        ipywidgets.Text,
+        lambda value: '' if value is None else spoken(value),
+        lambda text: None if text == '' else text if kind is str else parse(text),
+    )
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #4f69a962
 def make_box(name: str, control: Control, value: Any) -> Any:
     "The box of a setting."
     box = control.make(value=control.shown(value))
-    if 'description' in box.trait_names(): box.description = name.split('.')[-1]
+    if 'description' in box.trait_names():
+        box.description = name.split('.')[-1]
     wide = 'description' in box.trait_names()
-    box.tooltip, box.style, box.layout = name, {'description_width': '150px'} if wide else {}, {'width': '430px' if wide else '280px'}
-    if 'continuous_update' in box.trait_names(): box.continuous_update = False
-    if 'placeholder' in box.trait_names(): box.placeholder = 'not set' if 'description' in box.trait_names() else 'add one'
+    box.tooltip = name
+    box.style = {'description_width': '150px'} if wide else {}
+    box.layout = {'width': '430px' if wide else '280px'}
+    if 'continuous_update' in box.trait_names():
+        box.continuous_update = False
+    if 'placeholder' in box.trait_names():
+        box.placeholder = 'not set' if 'description' in box.trait_names() else 'add one'
     return box
 
 
 def labelled(name: str, box: Any) -> Any:
     "The box with its name before it, if it has no place for a name of its own."
-    import ipywidgets
-    if 'description' in box.trait_names(): return box
-    return ipywidgets.HBox([ipywidgets.Label(name.split('.')[-1], layout={'width': '150px', 'justify_content': 'flex-end'}), box])
+    import ipywidgets  # noqa: F811
+
+    if 'description' in box.trait_names():
+        return box
+    return ipywidgets.HBox(
+        [ipywidgets.Label(name.split('.')[-1], layout={'width': '150px', 'justify_content': 'flex-end'}), box]
+    )
 
 
 def lay_out(kind: type, boxes: dict[str, Any]) -> Any:
     "A page of boxes for every part, headed by what the part is."
-    import ipywidgets
+    import ipywidgets  # noqa: F811
+
     parts, pages = {'': kind} | {name.rpartition('.')[0]: None for name in boxes}, []
     for part in parts:
         own = [labelled(name, box) for name, box in boxes.items() if name.rpartition('.')[0] == part]
         owner = kind
-        for step in filter(None, part.split('.')): owner = get_type_hints(owner)[step]
-        pages.append(ipywidgets.VBox([ipywidgets.HTML(f'<small>{escape(owner.__doc__ or "")}</small>'), ipywidgets.Box(own, layout={'flex_flow': 'row wrap'})]))
+        for step in filter(None, part.split('.')):
+            owner = get_type_hints(owner)[step]
+        pages.append(
+            ipywidgets.VBox(
+                [
+                    ipywidgets.HTML(f'<small>{escape(owner.__doc__ or "")}</small>'),
+                    ipywidgets.Box(own, layout={'flex_flow': 'row wrap'}),
+                ]
+            )
+        )
     return list(parts), ipywidgets.Tab(pages)
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #e24eeeb5
 def foresee(config: Any, ranks: int | None) -> str:
-    "What a run on so many ranks would be, in a sentence ('' for None). Raises ValueError with why it cannot be."
-    if ranks is None or not isinstance(config, Config): return ''
+    """What a run on so many ranks would be, in a sentence ('' for None).
+
+    Raises ValueError with why it cannot be.
+    """
+    if ranks is None or not isinstance(config, Config):
+        return ''
     count = config.check(ranks)
     check_files(config)
     most = max(place.total for place in plan(config, ranks).places)
-    return f'{ranks} ranks, {config.layout.replicas(ranks)} copies, {count} micro-batches a step on each; a rank needs {amount(most, "B")} at most'
+    return (
+        f'{ranks} ranks, {config.layout.replicas(ranks)} copies, {count} micro-batches a step on each; a rank'
+        f' needs {amount(most, "B")} at most'
+    )
 
 
 def named_in(sentence: str, names: Sequence[str]) -> list[str]:
     "Which settings a sentence is about: it names their path, or gives their value."
-    return [name for name in names if re.search(rf'(?<![\w.]){re.escape(name)}(?![\w.]*\w)' if '.' in name else rf'(?<![\w.]){re.escape(name)}=', sentence)]
+    return [
+        name
+        for name in names
+        if re.search(
+            rf'(?<![\w.]){re.escape(name)}(?![\w.]*\w)' if '.' in name else rf'(?<![\w.]){re.escape(name)}=',
+            sentence,
+        )
+    ]
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #289ae797
 class Form(Generic[Settings]):
-    "A value of settings as boxes and as words; `config` is the value now, and raises a ValueError while something is wrong. With `ranks`, what launching would refuse is said too."
+    """A value of settings as boxes and as words.
+
+    `config` is the value now, and raises a ValueError while something is wrong. With `ranks`, what launching
+    would refuse is said too.
+    """
 
     def __init__(self, config: Settings, ranks: int | None = None):
-        import ipywidgets
+        import ipywidgets  # noqa: F811
+
         self.kind, self.ranks, self.writing, self.wrong, self.handle = type(config), ranks, False, '', None
         self.tree = json.loads(dumps(config))
         self.controls = {name: control_for(hint) for name, hint in settings(self.kind).items()}
-        self.boxes = {name: make_box(name, control, at(self.tree, name)) for name, control in self.controls.items()}
+        self.boxes = {
+            name: make_box(name, control, at(self.tree, name)) for name, control in self.controls.items()
+        }
         self.parts, self.pages = lay_out(self.kind, self.boxes)
         self.words = ipywidgets.Textarea(continuous_update=False, layout={'width': '99%', 'height': '64px'})
         self.verdict = ipywidgets.HTML()
         self.widget = ipywidgets.VBox([self.words, self.verdict, self.pages])
-        for name, box in self.boxes.items(): box.observe(partial(self.box_changed, name), 'value')
+        for name, box in self.boxes.items():
+            box.observe(partial(self.box_changed, name), 'value')
         self.words.observe(self.words_changed, 'value')
         self.refresh()
 
@@ -184,44 +274,66 @@ class Form(Generic[Settings]):
         return read(self.kind, self.tree)
 
     @property
-    def text(self) -> str: return self.words.value
+    def text(self) -> str:
+        return self.words.value
 
     @text.setter
-    def text(self, words: str) -> None: self.words.value = words
+    def text(self, words: str) -> None:
+        self.words.value = words
 
-    def box_changed(self, name: str, change: Any) -> None: box_changed(self, name)
-    def words_changed(self, change: Any) -> None: words_changed(self)
-    def refresh(self, words: bool = True) -> None: refresh(self, words)
-    def __repr__(self) -> str: return '\n'.join(filter(None, [shlex.join(tree_words(self.kind, self.tree)), describe(self)[1]]))
-    def _ipython_display_(self) -> None: show(self)
+    def box_changed(self, name: str, change: Any) -> None:
+        box_changed(self, name)
+
+    def words_changed(self, change: Any) -> None:
+        words_changed(self)
+
+    def refresh(self, words: bool = True) -> None:
+        refresh(self, words)
+
+    def __repr__(self) -> str:
+        return '\n'.join(filter(None, [shlex.join(tree_words(self.kind, self.tree)), describe(self)[1]]))
+
+    def _ipython_display_(self) -> None:
+        show(self)
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #d081dae3
 def box_changed(form: Form, name: str) -> None:
     "Takes over what a box shows."
-    if form.writing: return
+    if form.writing:
+        return
     replace_at(form.tree, name.split('.'), form.controls[name].meant(form.boxes[name].value))
     refresh(form)
 
 
 def words_changed(form: Form) -> None:
     "Takes over the words, or says what is wrong with them."
-    if form.writing: return
-    try: form.tree = words_tree(form.kind, shlex.split(form.words.value))
-    except ValueError as error: show_verdict(form, str(error))
-    else: refresh(form, words=False)
+    if form.writing:
+        return
+    try:
+        form.tree = words_tree(form.kind, shlex.split(form.words.value))
+    except ValueError as error:
+        show_verdict(form, str(error))
+    else:
+        refresh(form, words=False)
 
 
 def refresh(form: Form, words: bool = True) -> None:
     "Writes the value into the boxes and, unless they are being edited, the words; says what is wrong."
     form.writing = True
     try:
-        if words: form.words.value = shlex.join(tree_words(form.kind, form.tree))
+        if words:
+            form.words.value = shlex.join(tree_words(form.kind, form.tree))
         else:
-            for name, box in form.boxes.items(): box.value = form.controls[name].shown(at(form.tree, name))
-    finally: form.writing = False
-    try: read(form.kind, form.tree)
-    except ValueError as error: show_verdict(form, str(error))
-    else: show_verdict(form, '')
+            for name, box in form.boxes.items():
+                box.value = form.controls[name].shown(at(form.tree, name))
+    finally:
+        form.writing = False
+    try:
+        read(form.kind, form.tree)
+    except ValueError as error:
+        show_verdict(form, str(error))
+    else:
+        show_verdict(form, '')
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #40449b87
 RED, AMBER, GREEN = '#c0392b', '#9a6700', '#18804a'
@@ -229,32 +341,46 @@ RED, AMBER, GREEN = '#c0392b', '#9a6700', '#18804a'
 
 def describe(form: Form) -> tuple[str, str]:
     "A colour, and what is wrong with a form's value or what a run with it would be."
-    if form.wrong: return RED, form.wrong
-    try: return GREEN, foresee(read(form.kind, form.tree), form.ranks)
-    except ValueError as error: return AMBER, str(error)
+    if form.wrong:
+        return RED, form.wrong
+    try:
+        return GREEN, foresee(read(form.kind, form.tree), form.ranks)
+    except ValueError as error:
+        return AMBER, str(error)
 
 
 def show_verdict(form: Form, wrong: str) -> None:
-    "Says what is wrong ('' is nothing), marks the boxes it is about and counts on every page what differs from the defaults."
+    """Says what is wrong ('' is nothing), marks the boxes it is about and counts on every page what differs
+    from the defaults.
+    """
     form.wrong = wrong
     colour, sentence = describe(form)
     form.verdict.value = f'<b style="color:{colour}">{escape(sentence)}</b>' if sentence else ''
     blamed = named_in(sentence, list(form.boxes)) if colour != GREEN else []
-    for name, box in form.boxes.items(): box.layout.border = f'2px solid {colour}' if name in blamed else None
+    for name, box in form.boxes.items():
+        box.layout.border = f'2px solid {colour}' if name in blamed else None
     changed = [word.split('=')[0].rpartition('.')[0] for word in tree_words(form.kind, form.tree)]
     for place, part in enumerate(form.parts):
         mark = '! ' if any(name.rpartition('.')[0] == part for name in blamed) else ''
-        form.pages.set_title(place, f'{mark}{part or form.kind.__name__.lower()}{f" ({changed.count(part)})" if part in changed else ""}')
-    if form.handle: form.handle.update(Text(repr(form)))
+        form.pages.set_title(
+            place,
+            f'{mark}{part or form.kind.__name__.lower()}{f" ({changed.count(part)})" if part in changed else ""}',  # noqa: E501
+        )
+    if form.handle:
+        form.handle.update(Text(repr(form)))
 
 
 def show(form: Form) -> None:
     "Shows a form in a cell, and below it the words, which stay in a saved notebook when boxes no longer can."
     from IPython.display import display
+
     display({**form.widget._repr_mimebundle_(), 'text/plain': ''}, raw=True)
     form.handle = display(Text(repr(form)), display_id=True)
 
 
 def form(config: Settings, ranks: int | None = None) -> Form[Settings]:
-    "The Form of a Config or of a part of one; with `ranks` it says too whether that many can run it, and what they need."
+    """The Form of a Config or of a part of one.
+
+    With `ranks` it says too whether that many can run it, and what they need.
+    """
     return Form(config, ranks)

@@ -20,73 +20,146 @@ if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
     from matplotlib.figure import Figure
 
+from ..core.files import load_json, read_end
 from ..core.plots import draw_curves, draw_line, new_figure, style
-from ..core.files import Jsonl, load_json, read_end
 from ..core.ranks import Interrupted
-from ..launcher.run import Run, stopped_by_interrupt
 from ..launcher.folder import RunFolder, duration, new_lines, started
-from ..trainer.plan import Plan, amount
+from ..launcher.run import Run, stopped_by_interrupt
 from ..launcher.view import View, remove_button, samples_html, stop_button, text_alone
+from ..trainer.plan import Plan, amount
 
 # %% ../../nbs/8_notebook/00_show.ipynb #51cec671
 def by_name(runs: Any) -> dict[str, list[dict]]:
     "The records of one or several runs by name, one record per step in the order of steps."
+
     def records(run):
-        found = RunFolder(run).records() if isinstance(run, (str, Path)) else run.records() if isinstance(run, RunFolder) else run
+        found = (
+            RunFolder(run).records()
+            if isinstance(run, (str, Path))
+            else run.records()
+            if isinstance(run, RunFolder)
+            else run
+        )
         return [record for _step, record in sorted({record['step']: record for record in found}.items())]
-    if isinstance(runs, Mapping): return {str(name): records(run) for name, run in runs.items()}
-    if isinstance(runs, (str, Path, RunFolder)) or (runs and isinstance(runs[0], Mapping)): runs = [runs]
-    names = [run.folder.name if isinstance(run, RunFolder) else Path(run).name if isinstance(run, (str, Path)) else '' for run in runs]
-    names = [name if name and names.count(name) == 1 else f'{name or "run"} {number}' for number, name in enumerate(names, 1)]
+
+    if isinstance(runs, Mapping):
+        return {str(name): records(run) for name, run in runs.items()}
+    if isinstance(runs, (str, Path, RunFolder)) or (runs and isinstance(runs[0], Mapping)):
+        runs = [runs]
+    names = [
+        (
+            run.folder.name
+            if isinstance(run, RunFolder)
+            else Path(run).name
+            if isinstance(run, (str, Path))
+            else ''
+        )
+        for run in runs
+    ]
+    names = [
+        name if name and names.count(name) == 1 else f'{name or "run"} {number}'
+        for number, name in enumerate(names, 1)
+    ]
     return {name: records(run) for name, run in zip(names, runs)}
 
 # %% ../../nbs/8_notebook/00_show.ipynb #b787b91f
 def plot_losses(runs: Any, smooth: float = 0.8, title: str = '') -> 'Figure':
-    "A matplotlib Figure of loss, gradient norm, learning rate and tokens per second over the steps of one or several runs, and of the parts of the loss."
+    """A matplotlib Figure of loss, gradient norm, learning rate and tokens per second over the steps of one
+    or several runs, and of the parts of the loss.
+    """
     return draw_curves(by_name(runs), smooth, title)
 
 # %% ../../nbs/8_notebook/00_show.ipynb #3dba9246
 def differences(first: Sequence[dict], other: Sequence[dict]) -> dict[int, float]:
     "The relative difference of two losses at every step that both have."
     losses = {record['step']: record['loss'] for record in first if 'loss' in record}
-    return {record['step']: abs(record['loss'] - losses[record['step']]) / max(abs(losses[record['step']]), 1e-12)
-            for record in other if record['step'] in losses and 'loss' in record}
+    return {
+        record['step']: abs(record['loss'] - losses[record['step']]) / max(abs(losses[record['step']]), 1e-12)
+        for record in other
+        if record['step'] in losses and 'loss' in record
+    }
 
 
 def compare(runs: Any, smooth: float = 0.0) -> 'Figure':
-    "A matplotlib Figure: the losses of several runs over each other, and the relative difference of each from the first."
+    """A matplotlib Figure: the losses of several runs over each other, and the relative difference of each
+    from the first.
+    """
     figure, lines = new_figure(8, 4.6), by_name(runs)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     first = next(iter(lines.values()), [])
     for number, (label, records) in enumerate(lines.items()):
-        draw_line(above, records, 'loss', smooth, label, **style(number), **({} if number else {'linewidth': 5, 'alpha': 0.4}))
+        draw_line(
+            above,
+            records,
+            'loss',
+            smooth,
+            label,
+            **style(number),
+            **({} if number else {'linewidth': 5, 'alpha': 0.4}),
+        )
         apart = differences(first, records)
-        if number: below.plot(apart.keys(), [max(value, 1e-12) for value in apart.values()], **style(number), marker='.' if len(apart) < 40 else '')
+        if number:
+            below.plot(
+                apart.keys(),
+                [max(value, 1e-12) for value in apart.values()],
+                **style(number),
+                marker='.' if len(apart) < 40 else '',
+            )
     above.set_ylabel('loss')
-    if lines: figure.legend(*above.get_legend_handles_labels(), loc='outside right upper', fontsize=8)         # it covers no data
+    # it covers no data
+    if lines:
+        figure.legend(*above.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
     below.set(xlabel='step', ylabel='relative difference\n(1e-12: equal)', yscale='log')
     below.grid(alpha=0.3)
     return figure
 
 # %% ../../nbs/8_notebook/00_show.ipynb #07045697
 def compare_table(runs: Any, plans: Mapping[str, Plan] = {}) -> 'Markdown':
-    "A table of several runs: steps, last loss, the largest relative difference of a loss from the first run's, median seconds of a step, most memory of a rank in GiB; and from their plans, what a rank needs and sends in a step at most."
+    """A table of several runs: steps, last loss, the largest relative difference of a loss from the first
+    run's, median seconds of a step, most memory of a rank in GiB; and from their plans, what a rank needs
+    and sends in a step at most.
+    """
     from IPython.display import Markdown
+
     lines = by_name(runs)
     first = next(iter(lines.values()), [])
-    median = lambda records, name: sorted([record[name] for record in records if name in record] or [math.nan])[len(records) // 2]
-    planned = lambda label: f' {amount(max(place.total for place in plans[label].places), "B")} | {amount(max(place.sent for place in plans[label].places), "B")} |' if label in plans else ' | |' if plans else ''
-    rows = ['| run | steps | last loss | difference | seconds a step | memory |' + (' planned | sent |' if plans else ''), '|---|---|---|---|---|---|' + ('---|---|' if plans else '')]
+
+    def median(records, name):
+        return sorted([record[name] for record in records if name in record] or [math.nan])[len(records) // 2]
+
+    def planned(label):
+        return (
+            f' {amount(max(place.total for place in plans[label].places), "B")} |'
+            f' {amount(max(place.sent for place in plans[label].places), "B")} |'
+            if label in plans
+            else ' | |'
+            if plans
+            else ''
+        )
+
+    rows = [
+        '| run | steps | last loss | difference | seconds a step | memory |'
+        + (' planned | sent |' if plans else ''),
+        '|---|---|---|---|---|---|' + ('---|---|' if plans else ''),
+    ]
     for label, records in lines.items():
         apart = max(differences(first, records).values(), default=math.nan)
-        memory = max((max(record.get('peak_memory', [math.nan])) for record in records), default=math.nan) / 2**30
-        rows.append(f'| {label} | {len(records)} | {records[-1]["loss"]:.6f} | {apart:.1e} | {median(records, "seconds"):.3f} | {memory:.2f} |{planned(label)}' if records else f'| {label} | 0 | | | | |{planned(label)}')
+        memory = (
+            max((max(record.get('peak_memory', [math.nan])) for record in records), default=math.nan) / 2**30
+        )
+        rows.append(
+            f'| {label} | {len(records)} | {records[-1]["loss"]:.6f} | {apart:.1e} |'
+            f' {median(records, "seconds"):.3f} | {memory:.2f} |{planned(label)}'
+            if records
+            else f'| {label} | 0 | | | | |{planned(label)}'
+        )
     return Markdown('\n'.join(rows))
 
 # %% ../../nbs/8_notebook/00_show.ipynb #9e2f8038
 def last_record(folder: Path) -> dict:
     "The newest record of a run, read from the end of its file; empty before the first."
-    lines = read_end(folder / 'metrics.jsonl').split('\n')[:-1]                # the last one may be half written
+    # the last one may be half written
+    lines = read_end(folder / 'metrics.jsonl').split('\n')[:-1]
     return json.loads(lines[-1]) if lines and lines[-1].startswith('{') else {}
 
 
@@ -96,51 +169,91 @@ def in_cell(text: str) -> str:
 
 
 def table_row(run: RunFolder) -> str:
-    "A run as a row of the table of runs: name, task, status, steps, last loss, the time of its last start and how long it trained since then."
+    """A run as a row of the table of runs: name, task, status, steps, last loss, the time of its last start
+    and how long it trained since then.
+    """
     last, begun, status = last_record(run.folder), started(run.folder), run.status
     end = run.folder / 'log' / 'end.json'
-    until = time.time() if run.running else load_json(end)['time'] if end.exists() else last.get('time', begun)
+    until = (
+        time.time() if run.running else load_json(end)['time'] if end.exists() else last.get('time', begun)
+    )
     task, loss = load_json(run.folder / 'config.json').get('task', ''), last.get('loss')
-    words = [in_cell(run.folder.name), task, status, f'{last.get("step", 0)} of {run.steps or "?"}', '' if loss is None else f'{loss:.4f}',
-             time.strftime('%Y-%m-%d %H:%M', time.localtime(begun)), duration(max(0, until - begun))]
+    words = [
+        in_cell(run.folder.name),
+        task,
+        status,
+        f'{last.get("step", 0)} of {run.steps or "?"}',
+        '' if loss is None else f'{loss:.4f}',
+        time.strftime('%Y-%m-%d %H:%M', time.localtime(begun)),
+        duration(max(0, until - begun)),
+    ]
     return f'| {" | ".join(words)} |'
 
 
 def dated_row(folder: Path) -> tuple[float, str]:
     "When a run was started last, and its row; of a folder that is broken, why."
-    try: return started(folder), table_row(RunFolder(folder))
+    try:
+        return started(folder), table_row(RunFolder(folder))
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        return (folder / 'command.txt').stat().st_mtime, f'| {in_cell(folder.name)} | | unreadable: {in_cell(str(error))} | | | | |'
+        return (
+            folder / 'command.txt'
+        ).stat().st_mtime, f'| {in_cell(folder.name)} | | unreadable: {in_cell(str(error))} | | | | |'
 
 
 def runs(folder: str | Path = 'runs') -> 'Markdown':
     "A table of all runs in a folder, the newest first."
     from IPython.display import Markdown
+
     found = [note.parent for note in Path(folder).glob('*/command.txt')]
-    if not found: return Markdown(f'{folder} holds no runs: `launch(config)` makes one, or give another folder')
+    if not found:
+        return Markdown(f'{folder} holds no runs: `launch(config)` makes one, or give another folder')
     rows = [row for _when, row in sorted(map(dated_row, found), reverse=True)]
-    return Markdown('\n'.join(['| run | task | status | steps | last loss | started | time |', '|---|---|---|---|---|---|---|', *rows]))
+    return Markdown(
+        '\n'.join(
+            [
+                '| run | task | status | steps | last loss | started | time |',
+                '|---|---|---|---|---|---|---|',
+                *rows,
+            ]
+        )
+    )
 
 # %% ../../nbs/8_notebook/00_show.ipynb #7a8b6a99
 def show_samples(run: RunFolder | str | Path, step: int | None = None, count: int = 8) -> 'HTML':
-    "An HTML table of the samples after `step` (default: the newest): picture, question, answer and what was expected, or video and prompt."
+    """An HTML table of the samples after `step` (default: the newest): picture, question, answer and what was
+    expected, or video and prompt.
+    """
     from IPython.display import HTML
+
     run = run if isinstance(run, RunFolder) else RunFolder(run)
-    return HTML(samples_html(run, step, count) or f'{escape(run.folder.name)} has no samples yet: set loop.sample_every and loop.sample_prompts')
+    return HTML(
+        samples_html(run, step, count)
+        or f'{escape(run.folder.name)} has no samples yet: set loop.sample_every and loop.sample_prompts'
+    )
 
 # %% ../../nbs/8_notebook/00_show.ipynb #ecc4e98a
 def looks(run: Run, smooth: float) -> Callable[[], None]:
-    "A function that shows what is new about a run with every call: on a page, or as lines of text where there is none."
-    return new_lines(run) if text_alone() else View(run, smooth, failure=False).refresh            # the error has the traceback
+    """A function that shows what is new about a run with every call: on a page, or as lines of text where
+    there is none.
+    """
+    # the error has the traceback
+    return new_lines(run) if text_alone() else View(run, smooth, failure=False).refresh
 
 
 def watch(run: Run, every: float = 0.25, smooth: float = 0.8) -> None:
-    "Shows a run while it goes on and returns when it is done or stopped; raises RunFailed. An interrupt stops all ranks."
+    """Shows a run while it goes on and returns when it is done or stopped; raises RunFailed.
+
+    An interrupt stops all ranks.
+    """
     run.wait(watch=looks(run, smooth), every=every)
 
 # %% ../../nbs/8_notebook/00_show.ipynb #1b628246
 class AwaitInterrupted(Interrupted, asyncio.CancelledError):
-    "An interrupt of a cell that awaits. It also counts as a cancelled task: of a mere KeyboardInterrupt out of one of several tasks the kernel's event loop would die."
+    """An interrupt of a cell that awaits.
+
+    It also counts as a cancelled task: of a mere KeyboardInterrupt out of one of several tasks the kernel's
+    event loop would die.
+    """
 
 
 async def watch_async(run: Run, every: float = 0.25, smooth: float = 0.8) -> None:
@@ -150,6 +263,8 @@ async def watch_async(run: Run, every: float = 0.25, smooth: float = 0.8) -> Non
         while run.running:
             look()
             await asyncio.sleep(every)
-    except (KeyboardInterrupt, asyncio.CancelledError): raise AwaitInterrupted(stopped_by_interrupt(run, look)) from None
-    finally: remove_button(button)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise AwaitInterrupted(stopped_by_interrupt(run, look)) from None
+    finally:
+        remove_button(button)
     run.wait(watch=look)

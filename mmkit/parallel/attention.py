@@ -22,16 +22,21 @@ from torch import Tensor
 
 from ..config import Layout
 from ..core.device import by_device
-from .mesh import Axis, Mesh
 from ..core.values import require
+from .mesh import Axis, Mesh
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]      # (b s h d), (b s g d), (b s g d) -> (b s h d)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (b s h d), (b s g d), (b s g d) -> (b s h d)
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #15d30262
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    "Scaled dot-product attention, (b s h d) with g key heads that divide h; `mask` is True where a query may look."
+    """Scaled dot-product attention, (b s h d) with g key heads that divide h.
+
+    `mask` is True where a query may look.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #87dd0cab
 def stacking(lengths: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -39,7 +44,8 @@ def stacking(lengths: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
     by_length: dict[int, list[Tensor]] = {}
     start = 0
     for length in lengths:
-        if length: by_length.setdefault(length, []).append(torch.arange(start, start + length))
+        if length:
+            by_length.setdefault(length, []).append(torch.arange(start, start + length))
         start += length
     order = torch.cat([rows for group in by_length.values() for rows in group])
     return order, [(len(group), length) for length, group in by_length.items()]
@@ -53,87 +59,152 @@ def segments(lengths: Sequence[int], causal: bool, device: torch.device | str = 
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
 
     def within(q, k, v):
-        if not sorted_already: q, k, v = (x[:, order] for x in (q, k, v))
+        if not sorted_already:
+            q, k, v = (x[:, order] for x in (q, k, v))
         parts, start = [], 0
         for count, length in groups:
             rows = slice(start, start := start + count * length)
-            mixed = attend(*(x[:, rows].unflatten(1, (count, length)).flatten(0, 1) for x in (q, k, v)), causal=causal)
+            mixed = attend(
+                *(x[:, rows].unflatten(1, (count, length)).flatten(0, 1) for x in (q, k, v)), causal=causal
+            )
             parts.append(mixed.unflatten(0, (-1, count)).flatten(1, 2))
         mixed = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return mixed if sorted_already else mixed[:, back]
+
     return within
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #67c2e156
 def ring_chunks(length: int, ring: int) -> list[Tensor]:
-    "For every place on a ring the two chunks (2, length / ring / 2) of a row's places that it holds; 2 ring divides the length."
+    """For every place on a ring the two chunks (2, length / ring / 2) of a row's places that it holds.
+
+    2 ring divides the length.
+    """
     front, back = torch.arange(length).unflatten(0, (2 * ring, -1)).chunk(2)
     return list(torch.stack([front, back.flip(0)], 1))
 
+
 def rank_positions(length: int, layout: Layout) -> list[Tensor]:
-    "For every rank of cp the places (length / cp) of a row that it holds; `layout.sequence_multiple` divides the length."
-    if length % layout.sequence_multiple: raise ValueError(f'a row of {length} tokens is no multiple of {layout.sequence_multiple}; pad it')
-    rows = [chunks.flatten() for chunks in ring_chunks(length, layout.ring)] if layout.ring > 1 else [torch.arange(length)]
+    """For every rank of cp the places (length / cp) of a row that it holds.
+
+    `layout.sequence_multiple` divides the length.
+    """
+    if length % layout.sequence_multiple:
+        raise ValueError(f'a row of {length} tokens is no multiple of {layout.sequence_multiple}; pad it')
+    rows = (
+        [chunks.flatten() for chunks in ring_chunks(length, layout.ring)]
+        if layout.ring > 1
+        else [torch.arange(length)]
+    )
     return [part for row in rows for part in row.chunk(layout.ulysses)]
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #e64f928e
 def exchanged(x: Tensor, axis: Axis, inward: bool) -> Tensor:
     "(b s h d) of this rank's tokens to (b n·s h/n d) of its heads if `inward`, else back."
-    parts = (x.unflatten(2, (axis.size, -1)).movedim(2, 0) if inward else x.unflatten(1, (axis.size, -1)).movedim(1, 0)).contiguous()
+    parts = (
+        x.unflatten(2, (axis.size, -1)).movedim(2, 0)
+        if inward
+        else x.unflatten(1, (axis.size, -1)).movedim(1, 0)
+    ).contiguous()
     found = torch.empty_like(parts)
     dist.all_to_all_single(found, parts, group=axis.group)
     return found.movedim(0, 1).flatten(1, 2) if inward else found.movedim(0, 2).flatten(2, 3)
 
+
 class Exchange(torch.autograd.Function):
     "`exchanged`, whose gradient goes the way back."
+
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis, inward: bool) -> Tensor:
         ctx.axis, ctx.inward = axis, inward
         return exchanged(x, axis, inward)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor): return exchanged(gradient, ctx.axis, not ctx.inward), None, None
+    def backward(ctx, gradient: Tensor):
+        return exchanged(gradient, ctx.axis, not ctx.inward), None, None
+
 
 def ulysses(axis: Axis, inner: Attend) -> Attend:
-    "`inner` over the tokens of all ranks of an axis, each of which computes some heads; a multiple of the axis's size of them."
+    """`inner` over the tokens of all ranks of an axis, each of which computes some heads.
+
+    A multiple of the axis's size of them.
+    """
+
     def across(q, k, v):
         copies = math.lcm(k.shape[2], axis.size) // k.shape[2]
-        if copies > 1: k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
+        if copies > 1:
+            k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
         return Exchange.apply(inner(*(Exchange.apply(x, axis, True) for x in (q, k, v))), axis, False)
+
     return across if axis.size > 1 else inner
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #a90bac5d
 def tile_scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    "Scores (b g r a c) in float32 of queries (b a g·r d) and keys (b c g d); -inf where `mask` (a c) is False."
-    scores = torch.einsum('bagrd,bcgd->bgrac', q.unflatten(2, (k.shape[2], -1)), k).float() * q.shape[-1]**-0.5
+    """Scores (b g r a c) in float32 of queries (b a g·r d) and keys (b c g d).
+
+    -inf where `mask` (a c) is False.
+    """
+    scores = (
+        torch.einsum('bagrd,bcgd->bgrac', q.unflatten(2, (k.shape[2], -1)), k).float() * q.shape[-1] ** -0.5
+    )
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
 
 def tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     "A tile's own result (b a g r d) and the log of its summed exponentials (b g r a), in float32."
     scores = tile_scores(q, k, mask)
     own = scores.logsumexp(-1)
-    weights = torch.exp(scores - own.masked_fill(own == -torch.inf, 0)[..., None])        # a query that sees nothing here has no weights
+    # a query that sees nothing here has no weights
+    weights = torch.exp(scores - own.masked_fill(own == -torch.inf, 0)[..., None])
     return torch.einsum('bgrac,bcgd->bagrd', weights, v.float()), own
 
+
 def add_tile(mixed: Tensor, total: Tensor, part: Tensor, own: Tensor) -> None:
-    "Joins a tile's result into mixed (b a g r d) and its log of summed exponentials into total (b g r a), in place."
+    """Joins a tile's result into mixed (b a g r d) and its log of summed exponentials into total (b g r a),
+    in place.
+    """
     joint = torch.logaddexp(total, own)
-    share = lambda sums: torch.exp(sums - joint).permute(0, 3, 1, 2)[..., None]             # b g r a -> b a g r 1
+
+    # b g r a -> b a g r 1
+    def share(sums):
+        return torch.exp(sums - joint).permute(0, 3, 1, 2)[..., None]
+
     mixed.mul_(share(total)).add_(part * share(own))
     total.copy_(joint)
 
-def tile_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gradient: Tensor, mixed: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Gradients of a tile's q, k, v in float32 for that of the result (b a g r d), with the result (b a g r d) and total (b g r a) of whole rows."
-    weights = torch.exp(tile_scores(q, k.to(q.dtype), mask) - total[..., None])             # k travels in float32; its scores are those of the forward pass
-    inner = (gradient * mixed).sum(-1).permute(0, 2, 3, 1)                                 # b g r a
-    pull = weights * (torch.einsum('bagrd,bcgd->bgrac', gradient, v.float()) - inner[..., None]) * q.shape[-1]**-0.5
+
+def tile_gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gradient: Tensor, mixed: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a tile's q, k, v in float32 for that of the result (b a g r d), with the result (b a g r
+    d) and total (b g r a) of whole rows.
+    """
+    # k travels in float32; its scores are those of the forward pass
+    weights = torch.exp(tile_scores(q, k.to(q.dtype), mask) - total[..., None])
+    inner = (gradient * mixed).sum(-1).permute(0, 2, 3, 1)  # b g r a
+    pull = (
+        weights
+        * (torch.einsum('bagrd,bcgd->bgrac', gradient, v.float()) - inner[..., None])
+        * q.shape[-1] ** -0.5
+    )
     dq = torch.einsum('bgrac,bcgd->bagrd', pull, k.float()).flatten(2, 3)
-    return dq, torch.einsum('bgrac,bagrd->bcgd', pull, q.float().unflatten(2, (k.shape[2], -1))), torch.einsum('bgrac,bagrd->bcgd', weights, gradient)
+    return (
+        dq,
+        torch.einsum('bgrac,bagrd->bcgd', pull, q.float().unflatten(2, (k.shape[2], -1))),
+        torch.einsum('bgrac,bagrd->bcgd', weights, gradient),
+    )
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #da64a477
-Tiles = list[list[tuple[slice, slice, Any]]]      # for every place on the ring: (my tokens, its tokens, mask or None for all)
+# for every place on the ring: (my tokens, its tokens, mask or None for all)
+Tiles = list[list[tuple[slice, slice, Any]]]
 
-def ring_tiles(lengths: Sequence[int], causal: bool, rank: int, ring: int, device: torch.device | str = 'cpu') -> Tiles:
-    "The tiles of a rank's queries, for a row of consecutive segments that only see themselves; its own chunks against themselves come first."
+
+def ring_tiles(
+    lengths: Sequence[int], causal: bool, rank: int, ring: int, device: torch.device | str = 'cpu'
+) -> Tiles:
+    """The tiles of a rank's queries, for a row of consecutive segments that only see themselves.
+
+    Its own chunks against themselves come first.
+    """
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     chunks, found = ring_chunks(len(segment), ring), []
     half = chunks[0].shape[1]
@@ -142,7 +213,13 @@ def ring_tiles(lengths: Sequence[int], causal: bool, rank: int, ring: int, devic
         for mine, other in ((0, 0), (1, 1), (0, 1), (1, 0)):
             rows, columns = chunks[rank][mine][:, None], theirs[other][None]
             mask = (segment[rows] == segment[columns]) & ((columns <= rows) | (not causal))
-            if mask.any(): tiles.append((*(slice(n * half, n * half + half) for n in (mine, other)), None if mask.all() else mask.to(device)))
+            if mask.any():
+                tiles.append(
+                    (
+                        *(slice(n * half, n * half + half) for n in (mine, other)),
+                        None if mask.all() else mask.to(device),
+                    )
+                )
         found.append(tiles)
     return found
 
@@ -151,12 +228,18 @@ def passed_on(x: Tensor, axis: Axis) -> Tensor:
     "What the rank before this one on a ring holds, while this one gives x to the next."
     before, after = (dist.get_global_rank(axis.group, (axis.rank + step) % axis.size) for step in (-1, 1))
     found = torch.empty_like(x)
-    for request in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, after, axis.group), dist.P2POp(dist.irecv, found, before, axis.group)]): request.wait()
+    for request in dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, x, after, axis.group), dist.P2POp(dist.irecv, found, before, axis.group)]
+    ):
+        request.wait()
     return found
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #58ecb20e
 class Ring(torch.autograd.Function):
-    "Attention of this rank's queries (b s h d) over the keys and values (b s g d) of all ranks of an axis, tile by tile."
+    """Attention of this rank's queries (b s h d) over the keys and values (b s g d) of all ranks of an axis,
+    tile by tile.
+    """
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, axis: Axis, tiles: Tiles) -> Tensor:
         b, s, g = k.shape[:3]
@@ -164,7 +247,8 @@ class Ring(torch.autograd.Function):
         total = mixed.new_full((b, g, q.shape[2] // g, s), -torch.inf)
         travelling = torch.stack([k, v])
         for step in range(axis.size):
-            if step: travelling = passed_on(travelling, axis)
+            if step:
+                travelling = passed_on(travelling, axis)
             for mine, other, mask in tiles[(axis.rank - step) % axis.size]:
                 add_tile(mixed[:, mine], total[..., mine], *tile(q[:, mine], *travelling[:, :, other], mask))
         ctx.save_for_backward(q, k, v, mixed, total)
@@ -174,20 +258,25 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         q, k, v, mixed, total = ctx.saved_tensors
-        gradient, dq = gradient.float().unflatten(2, mixed.shape[2:4]), torch.zeros_like(q, dtype=torch.float32)
+        gradient = gradient.float().unflatten(2, mixed.shape[2:4])
+        dq = torch.zeros_like(q, dtype=torch.float32)
         travelling = torch.stack([k.float(), v.float(), *torch.zeros(2, *k.shape, device=k.device)])
         for step in range(ctx.axis.size):
             for mine, other, mask in ctx.tiles[(ctx.axis.rank - step) % ctx.axis.size]:
                 keys, values, *sums = travelling[:, :, other]
-                parts = tile_gradients(q[:, mine], keys, values, mask, gradient[:, mine], mixed[:, mine], total[..., mine])
-                for whole, part in zip((dq[:, mine], *sums), parts): whole += part
+                parts = tile_gradients(
+                    q[:, mine], keys, values, mask, gradient[:, mine], mixed[:, mine], total[..., mine]
+                )
+                for whole, part in zip((dq[:, mine], *sums), parts):
+                    whole += part
             travelling = passed_on(travelling, ctx.axis)
         return dq.to(q.dtype), travelling[2].to(k.dtype), travelling[3].to(v.dtype), None, None
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #ca26ee12
 def ring(axis: Axis, lengths: Sequence[int], causal: bool, device: torch.device | str = 'cpu') -> Attend:
     "Attention within consecutive segments of a row whose chunks lie on the ranks of an axis (`ring_chunks`)."
-    if axis.size == 1: return segments(lengths, causal, device)
+    if axis.size == 1:
+        return segments(lengths, causal, device)
     tiles = ring_tiles(lengths, causal, axis.rank, axis.size, device)
     return lambda q, k, v: Ring.apply(q, k, v, axis, tiles)
 
@@ -196,8 +285,13 @@ def packed_attention(lengths: Sequence[int], causal: bool, mesh: Mesh) -> Attend
     "Attention within consecutive segments of a row, of which this rank holds the tokens at `rank_positions`."
     return ulysses(mesh.ulysses, ring(mesh.ring, lengths, causal, mesh.at))
 
+
 class GatherSequence(torch.autograd.Function):
-    "All tokens (s ...) in their order on every rank of cp, of the parts they hold; every rank must go on to compute the same loss, each counting its share."
+    """All tokens (s ...) in their order on every rank of cp, of the parts they hold.
+
+    Every rank must go on to compute the same loss, each counting its share.
+    """
+
     @staticmethod
     def forward(ctx, x: Tensor, mesh: Mesh) -> Tensor:
         ctx.cp = mesh.cp
@@ -205,120 +299,221 @@ class GatherSequence(torch.autograd.Function):
         dist.all_gather(parts, x.contiguous(), group=mesh.cp.group)
         places = torch.cat(rank_positions(len(x) * mesh.cp.size, mesh.layout))
         ctx.places = places.to(x.device)
-        return torch.cat(parts)[places.argsort().to(x.device)]                    # sorted on the host: an NPU has no kernel for whole numbers
+        # sorted on the host: an NPU has no kernel for whole numbers
+        return torch.cat(parts)[places.argsort().to(x.device)]
 
     @staticmethod
-    def backward(ctx, gradient: Tensor): return gradient[ctx.places].chunk(ctx.cp.size)[ctx.cp.rank] * ctx.cp.size, None
+    def backward(ctx, gradient: Tensor):
+        return gradient[ctx.places].chunk(ctx.cp.size)[ctx.cp.rank] * ctx.cp.size, None
+
 
 class Together(torch.autograd.Function):
-    "The sum over an axis of what its ranks hold; each goes on to use it for a part of the loss, so the gradients are summed as well."
+    """The sum over an axis of what its ranks hold.
+
+    Each goes on to use it for a part of the loss, so the gradients are summed as well.
+    """
+
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         return axis.sum(x.clone())
 
     @staticmethod
-    def backward(ctx, gradient: Tensor): return ctx.axis.sum(gradient.clone(memory_format=torch.contiguous_format)), None
+    def backward(ctx, gradient: Tensor):
+        return ctx.axis.sum(gradient.clone(memory_format=torch.contiguous_format)), None
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #5bab1cbe
 class Cache:
     "Keys and values of one layer for rows of the given lengths, with room for `room` more tokens each."
+
     def __init__(self, lengths: Sequence[int], room: int):
         self.lengths, self.room, self.keys, self.values = list(lengths), room, None, None
 
     def fill(self, within: Attend) -> Attend:
         "`within` over the packed prompts, keeping their keys and values."
+
         def attend_and_keep(q, k, v):
             self.keys, self.values = (self.rows(x) for x in (k, v))
             return within(q, k, v)
+
         return attend_and_keep
 
     def rows(self, packed: Tensor) -> Tensor:
-        "Packed keys (1 T g d) as rows (n, longest + room, g, d), zeros behind each; what follows the last row is left out."
+        """Packed keys (1 T g d) as rows (n, longest + room, g, d), zeros behind each.
+
+        What follows the last row is left out.
+        """
         rows = packed.new_zeros(len(self.lengths), max(self.lengths) + self.room, *packed.shape[2:])
-        for row, part in zip(rows, packed[0, :sum(self.lengths)].split(self.lengths)): row[:len(part)] = part
+        for row, part in zip(rows, packed[0, : sum(self.lengths)].split(self.lengths)):
+            row[: len(part)] = part
         return rows
 
     def step(self, filled: Tensor) -> Attend:
-        "Attention of one new token per row, packed as (1 n h d), over the `filled` (n) tokens before it and itself."
+        """Attention of one new token per row, packed as (1 n h d), over the `filled` (n) tokens before it and
+        itself.
+        """
+
         def attend_and_append(q, k, v):
             row = torch.arange(len(filled), device=filled.device)
             self.keys[row, filled], self.values[row, filled] = k[0], v[0]
             here = torch.arange(self.keys.shape[1], device=filled.device)[None] <= filled[:, None]
             return attend(q.transpose(0, 1), self.keys, self.values, mask=here[:, None, None]).transpose(0, 1)
+
         return attend_and_append
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #6912405a
 @lru_cache(maxsize=None)
 def future(device: torch.device) -> Tensor:
-    "True above the diagonal (2048 2048): how the kernel is told, for rows of any length, that no query sees a later key."
+    """True above the diagonal (2048 2048): how the kernel is told, for rows of any length, that no query sees
+    a later key.
+    """
     return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
-def kernel_options(q: Tensor, k: Tensor, v: Tensor, causal: bool, hidden: Tensor | None = None) -> dict[str, Any]:
-    "What the kernel is told beside its tensors, (b s h d) or, of joined rows, (t h d); `hidden` is True where a query may not look. Shapes it would not refuse raise ValueError."
-    require(k.shape == v.shape and k.shape[-1] == q.shape[-1] and k.dim() == q.dim(), f'queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit')
-    require(q.shape[-2] % k.shape[-2] == 0, f'{k.shape[-2]} key heads do not divide {q.shape[-2]} heads')
-    return dict(head_num=q.shape[-2], input_layout={4: 'BSND', 3: 'TND'}[q.dim()], atten_mask=future(q.device) if causal else hidden, sparse_mode=2 if causal else 0)
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, hidden: Tensor | None = None, **ends: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    "Result, and maximum and sum (b h s 8) of the exponentials of every query, by the NPU's kernel; `ends` say where joined rows end."
+def kernel_options(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, hidden: Tensor | None = None
+) -> dict[str, Any]:
+    """What the kernel is told beside its tensors, (b s h d) or, of joined rows, (t h d).
+
+    `hidden` is True where a query may not look. Shapes it would not refuse raise ValueError.
+    """
+    require(
+        k.shape == v.shape and k.shape[-1] == q.shape[-1] and k.dim() == q.dim(),
+        f'queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit',
+    )
+    require(q.shape[-2] % k.shape[-2] == 0, f'{k.shape[-2]} key heads do not divide {q.shape[-2]} heads')
+    return dict(
+        head_num=q.shape[-2],
+        input_layout={4: 'BSND', 3: 'TND'}[q.dim()],
+        atten_mask=future(q.device) if causal else hidden,
+        sparse_mode=2 if causal else 0,
+    )
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, hidden: Tensor | None = None, **ends: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, and maximum and sum (b h s 8) of the exponentials of every query, by the NPU's kernel.
+
+    `ends` say where joined rows end.
+    """
     import torch_npu
-    mixed, *statistics = torch_npu.npu_fusion_attention(q, k, v, scale=q.shape[-1]**-0.5, **kernel_options(q, k, v, causal, hidden), **ends)[:3]
-    require(mixed.shape == q.shape, f'the fused attention made {tuple(mixed.shape)} of queries {tuple(q.shape)}')
+
+    mixed, *statistics = torch_npu.npu_fusion_attention(
+        q, k, v, scale=q.shape[-1] ** -0.5, **kernel_options(q, k, v, causal, hidden), **ends
+    )[:3]
+    require(
+        mixed.shape == q.shape, f'the fused attention made {tuple(mixed.shape)} of queries {tuple(q.shape)}'
+    )
     return mixed, *statistics
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #de3cbbd5
 def npu_attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    "`attend` by the NPU's kernel; a mask has a row for every query and a column for every key, and is the same for all rows and heads, for all heads, or for none."
+    """`attend` by the NPU's kernel.
+
+    A mask has a row for every query and a column for every key, and is the same for all rows and heads, for
+    all heads, or for none.
+    """
     require(not (causal and mask is not None), 'a mask and causal at once')
     forms = [(*ahead, q.shape[1], k.shape[1]) for ahead in ((), (1, 1), (len(q), 1), (len(q), q.shape[2]))]
-    require(mask is None or mask.dtype == torch.bool and mask.shape in forms, f'a mask of {getattr(mask, "shape", ())} and {getattr(mask, "dtype", None)}: one of bool with one of the shapes {forms} is wanted')
+    require(
+        mask is None or (mask.dtype == torch.bool and mask.shape in forms),
+        f'a mask of {getattr(mask, "shape", ())} and {getattr(mask, "dtype", None)}: one of bool with one of'
+        f' the shapes {forms} is wanted',
+    )
     return fused_attention(q, k, v, causal, None if mask is None else ~mask)[0]
 
-def npu_segments(lengths: Sequence[int], causal: bool, device: torch.device | str = 'cpu', at_once: int = 1024) -> Attend:
+
+def npu_segments(
+    lengths: Sequence[int], causal: bool, device: torch.device | str = 'cpu', at_once: int = 1024
+) -> Attend:
     "`segments` by the NPU's kernel; of several rows, each has the same segments."
     lengths = [length for length in lengths if length]
-    if len(lengths) == 1: return partial(attend, causal=causal)
+    if len(lengths) == 1:
+        return partial(attend, causal=causal)
+
     def within(q, k, v):
         every = lengths * len(q)
-        groups = [every[start:start + at_once] for start in range(0, len(every), at_once)]
+        groups = [every[start : start + at_once] for start in range(0, len(every), at_once)]
         parts = zip(groups, *(x.flatten(0, 1).split([sum(group) for group in groups]) for x in (q, k, v)))
-        ends = lambda group: dict.fromkeys(('actual_seq_qlen', 'actual_seq_kvlen'), list(accumulate(group)))
+
+        def ends(group):
+            return dict.fromkeys(('actual_seq_qlen', 'actual_seq_kvlen'), list(accumulate(group)))  # noqa: RUF024
+
         mixed = [fused_attention(*part, causal, **ends(group))[0] for group, *part in parts]
         return torch.cat(mixed).unflatten(0, q.shape[:2])
+
     return within
+
 
 attend = by_device(attend, npu=npu_attend)
 segments = by_device(segments, npu=npu_segments)
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #69dfe630
 def overlap(start: int, stop: int, chunk: int, half: int, place: int) -> slice | None:
-    "Where the part from `start` to `stop` of a row lies on a rank that holds its chunk number `chunk`, of length `half`, at `place`; None if it holds nothing of it."
+    """Where the part from `start` to `stop` of a row lies on a rank that holds its chunk number `chunk`, of
+    length `half`, at `place`; None if it holds nothing of it.
+    """
     first, last = max(start, chunk * half), min(stop, chunk * half + half)
     return slice(first + (place - chunk) * half, last + (place - chunk) * half) if first < last else None
 
-def npu_tiles(lengths: Sequence[int], causal: bool, rank: int, ring: int, device: torch.device | str = 'cpu') -> Tiles:
+
+def npu_tiles(
+    lengths: Sequence[int], causal: bool, rank: int, ring: int, device: torch.device | str = 'cpu'
+) -> Tiles:
     "`ring_tiles` as rectangles: (my tokens, its tokens, whether each query sees only up to itself)."
     half, held = sum(lengths) // (2 * ring), lambda place: (place, 2 * ring - 1 - place)
-    pairs = lambda theirs: [(mine, other, held(rank)[mine], held(theirs)[other]) for mine, other in ((0, 0), (1, 1), (0, 1), (1, 0))]
+
+    def pairs(theirs):
+        return [
+            (mine, other, held(rank)[mine], held(theirs)[other])
+            for mine, other in ((0, 0), (1, 1), (0, 1), (1, 0))
+        ]
+
     spans = [(stop - length, stop) for stop, length in zip(accumulate(lengths), lengths)]
-    return [[(rows, columns, causal and queries == keys) for mine, other, queries, keys in pairs(theirs) if not (causal and keys > queries) for span in spans
-        if (rows := overlap(*span, queries, half, mine)) and (columns := overlap(*span, keys, half, other))] for theirs in range(ring)]
+    return [
+        [
+            (rows, columns, causal and queries == keys)
+            for mine, other, queries, keys in pairs(theirs)
+            if not (causal and keys > queries)
+            for span in spans
+            if (rows := overlap(*span, queries, half, mine))
+            and (columns := overlap(*span, keys, half, other))
+        ]
+        for theirs in range(ring)
+    ]
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #156aa8cf
 def npu_tile(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     "`tile` by the NPU's kernel."
     mixed, highest, sums = fused_attention(q, k, v, causal)
-    return mixed.float().unflatten(2, (k.shape[2], -1)), (highest + sums.log())[..., 0].unflatten(1, (k.shape[2], -1))
+    return mixed.float().unflatten(2, (k.shape[2], -1)), (highest + sums.log())[..., 0].unflatten(
+        1, (k.shape[2], -1)
+    )
 
-def npu_tile_gradients(q: Tensor, k: Tensor, v: Tensor, causal: bool, gradient: Tensor, mixed: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+def npu_tile_gradients(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, gradient: Tensor, mixed: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     "`tile_gradients` by the NPU's kernel."
     import torch_npu
+
     k, v, gradient, mixed = (x.to(q.dtype) for x in (k, v, gradient.flatten(2, 3), mixed.flatten(2, 3)))
-    total = total.flatten(1, 2)[..., None].repeat(1, 1, 1, 8)                # b h a 8: the kernel keeps eight of each
-    found = torch_npu.npu_fusion_attention_grad(q, k, v, gradient, scale_value=q.shape[-1]**-0.5, softmax_max=total, softmax_sum=torch.ones_like(total),
-        attention_in=mixed, **kernel_options(q, k, v, causal))
+    # b h a 8: the kernel keeps eight of each
+    total = total.flatten(1, 2)[..., None].repeat(1, 1, 1, 8)
+    found = torch_npu.npu_fusion_attention_grad(
+        q,
+        k,
+        v,
+        gradient,
+        scale_value=q.shape[-1] ** -0.5,
+        softmax_max=total,
+        softmax_sum=torch.ones_like(total),
+        attention_in=mixed,
+        **kernel_options(q, k, v, causal),
+    )
     return tuple(x.float() for x in found[:3])
+
 
 tile = by_device(tile, npu=npu_tile)
 tile_gradients = by_device(tile_gradients, npu=npu_tile_gradients)

@@ -17,7 +17,10 @@ from .mesh import Axis
 
 # %% ../../nbs/2_parallel/08_autograd.ipynb #d665fba4
 class SplitRMSNormFunction(torch.autograd.Function):
-    "x (s b n) times weight (n) over the root mean square of a row of `width` numbers, of which every rank of an axis holds n."
+    """x (s b n) times weight (n) over the root mean square of a row of `width` numbers, of which every rank
+    of an axis holds n.
+    """
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, width: int, epsilon: float, axis: Axis) -> Tensor:
         exact = x.float()
@@ -41,29 +44,45 @@ def split_rms_norm(x: Tensor, weight: Tensor, width: int, epsilon: float, axis: 
     "`SplitRMSNormFunction` of x (s b n)."
     return SplitRMSNormFunction.apply(x, weight, width, epsilon, axis)
 
+
 def npu_split_rms_norm(x: Tensor, weight: Tensor, width: int, epsilon: float, axis: Axis) -> Tensor:
     "`split_rms_norm`, by the NPU's kernel where a rank has whole rows."
-    return rms_norm(x, weight, epsilon) if axis.size == 1 else SplitRMSNormFunction.apply(x, weight, width, epsilon, axis)
+    return (
+        rms_norm(x, weight, epsilon)
+        if axis.size == 1
+        else SplitRMSNormFunction.apply(x, weight, width, epsilon, axis)
+    )
+
 
 split_rms_norm = by_device(split_rms_norm, npu=npu_split_rms_norm)
 
+
 class SplitRMSNorm(nn.Module):
     "RMS norm of (s b width / tp) over the whole width, of which every rank holds a part."
+
     def __init__(self, config: Any, axis: Axis, width: int, epsilon: float):
         super().__init__()
         self.axis, self.width, self.epsilon = axis, width, epsilon
         self.weight = nn.Parameter(torch.empty(width // axis.size, dtype=config.params_dtype))
-        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim = 0
+        self.weight.partition_stride = 1
 
-    def forward(self, x: Tensor) -> Tensor: return split_rms_norm(x, self.weight, self.width, self.epsilon, self.axis)
+    def forward(self, x: Tensor) -> Tensor:
+        return split_rms_norm(x, self.weight, self.width, self.epsilon, self.axis)
 
 # %% ../../nbs/2_parallel/08_autograd.ipynb #3342df28
 class Shared(torch.autograd.Function):
-    "The tensor as it is, whole on all ranks of an axis; each makes a part of its gradient, and the parts are summed."
+    """The tensor as it is, whole on all ranks of an axis.
+
+    Each makes a part of its gradient, and the parts are summed.
+    """
+
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor): return ctx.axis.sum(gradient.clone(memory_format=torch.contiguous_format)), None
+    def backward(ctx, gradient: Tensor):
+        return ctx.axis.sum(gradient.clone(memory_format=torch.contiguous_format)), None

@@ -23,23 +23,36 @@ from .mesh import Axis, Mesh, axis, grid
 
 # %% ../../nbs/2_parallel/07_data.ipynb #5f601ecc
 class Trained(nn.Module):
-    "A model, or a stage of one, as Megatron's schedules want it; `learns_before` says whether anything in front of it is trained."
+    """A model, or a stage of one, as Megatron's schedules want it.
+
+    `learns_before` says whether anything in front of it is trained.
+    """
+
     def __init__(self, module: nn.Module, config: Any, learns_before: bool = False):
         super().__init__()
         self.module, self.config, self.learns_before, self.received = module, config, learns_before, None
         self.model_type = megatron().ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights, self.pre_process = False, True         # tied weights are summed here, not by Megatron: text need not begin on its first rank
+        # tied weights are summed here, not by Megatron: text need not begin on its first rank
+        self.share_embeddings_and_output_weights, self.pre_process = False, True
 
-    def set_input_tensor(self, tensor: list[Tensor | None]) -> None: self.received, = tensor
+    def set_input_tensor(self, tensor: list[Tensor | None]) -> None:
+        (self.received,) = tensor
 
     def named_parameters(self, *args, **options) -> Iterator[tuple[str, nn.Parameter]]:
-        "Tied weights last: Megatron fills its buffers from the back and gives them a bucket of their own, which would overlap the one before it where that ends off a multiple of 128."
-        yield from sorted(super().named_parameters(*args, **options), key=lambda named: getattr(named[1], 'shared_embedding', False))
+        """Tied weights last: Megatron fills its buffers from the back and gives them a bucket of their own,
+        which would overlap the one before it where that ends off a multiple of 128.
+        """
+        yield from sorted(
+            super().named_parameters(*args, **options),
+            key=lambda named: getattr(named[1], 'shared_embedding', False),
+        )
 
     def forward(self, *inputs, **options):
         x = self.received
-        if x is None: return self.module(*inputs, **options).contiguous()
-        if not self.learns_before: x.grad = torch.zeros_like(x)
+        if x is None:
+            return self.module(*inputs, **options).contiguous()
+        if not self.learns_before:
+            x.grad = torch.zeros_like(x)
         return self.module(*inputs, received=x if self.learns_before else x.detach(), **options).contiguous()
 
 # %% ../../nbs/2_parallel/07_data.ipynb #9d938552
@@ -50,96 +63,193 @@ def along_pipeline(mesh: Mesh, numbers: Sequence[int]) -> list[list[int]]:
     dist.all_gather(found, mine, group=mesh.pp.group)
     return [x.tolist() for x in found]
 
+
 def as_trained(chunks: Sequence[nn.Module], config: Any, mesh: Mesh) -> list[Trained]:
     "This rank's stages as Megatron wants them."
-    told = along_pipeline(mesh, [sum(p.numel() for p in chunk.parameters() if p.requires_grad) for chunk in chunks])
-    sizes = [size for turn in zip(*told) for size in turn]                               # in the order of the model
-    return [Trained(chunk, config, sum(sizes[:turn * mesh.pp.size + mesh.pp.rank]) > 0) for turn, chunk in enumerate(chunks)]
+    told = along_pipeline(
+        mesh, [sum(p.numel() for p in chunk.parameters() if p.requires_grad) for chunk in chunks]
+    )
+    # in the order of the model
+    sizes = [size for turn in zip(*told) for size in turn]
+    return [
+        Trained(chunk, config, sum(sizes[: turn * mesh.pp.size + mesh.pp.rank]) > 0)
+        for turn, chunk in enumerate(chunks)
+    ]
 
 # %% ../../nbs/2_parallel/07_data.ipynb #60c567fd
 def tied_parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
     "The parameters that are one weight with another of the pipeline."
-    return [p for chunk in chunks for p in chunk.parameters() if p.requires_grad and getattr(p, 'shared_embedding', False)]
+    return [
+        p
+        for chunk in chunks
+        for p in chunk.parameters()
+        if p.requires_grad and getattr(p, 'shared_embedding', False)
+    ]
+
 
 def tied_axis(chunks: Sequence[nn.Module], mesh: Mesh) -> Axis | None:
     "The axis along the ranks of this pipeline that hold a tied weight; None on the other ranks."
-    held = [place for place, (count,) in enumerate(along_pipeline(mesh, [len(tied_parameters(chunks))])) if count]
+    held = [
+        place for place, (count,) in enumerate(along_pipeline(mesh, [len(tied_parameters(chunks))])) if count
+    ]
     found = None
     for ranks in grid(mesh.layout, mesh.place.world)[held].reshape(len(held), -1).T.tolist() if held else []:
         group = dist.new_group(ranks)
-        if mesh.place.rank in ranks: found = axis(group)
+        if mesh.place.rank in ranks:
+            found = axis(group)
     return found
+
 
 def sum_tied(parameters: Sequence[nn.Parameter], along: Axis) -> None:
     "Gives all copies of a tied weight the sum of their gradients, or of this rank's shares of them."
     held = [p.main_grad if hasattr(p, 'main_grad') else own_part(p.grad) for p in parameters]
     total = along.sum(torch.stack(held).sum(0))
-    for x in held: x.copy_(total)
+    for x in held:
+        x.copy_(total)
 
 # %% ../../nbs/2_parallel/07_data.ipynb #81d6c0b7
 def finish_with(tied: Sequence[nn.Parameter], along: Axis | None) -> Callable[..., None]:
     "Megatron's end of a step's backward passes (reduce, then divide by the count), with tied weights summed."
+
     def finish(chunks, count=None):
         megatron().finalize_model_grads(chunks, count)
-        if along is not None: sum_tied(tied, along)
+        if along is not None:
+            sum_tied(tied, along)
+
     return finish
+
 
 def distributed(trained: Sequence[Trained], config: Any, layout: Layout) -> list[nn.Module]:
     "Megatron's DistributedDataParallel around each stage, and with overlap what pauses its reductions."
     engine, zero1 = megatron(), layout.data_parallel == 'zero1'
-    options = engine.DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=zero1,
-        overlap_grad_reduce=layout.overlap, overlap_param_gather=layout.overlap and zero1)
-    wrapped = [engine.DistributedDataParallel(config, options, chunk, disable_bucketing=turn > 0) for turn, chunk in enumerate(trained)]
+    options = engine.DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=zero1,
+        overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap and zero1,
+    )
+    wrapped = [
+        engine.DistributedDataParallel(config, options, chunk, disable_bucketing=turn > 0)
+        for turn, chunk in enumerate(trained)
+    ]
     pause = [chunk.no_sync for chunk in wrapped]
     config.no_sync_func = None if not layout.overlap else pause if layout.vpp > 1 else pause[0]
     return wrapped
 
+
 def wrap_data_parallel(model: Sequence[nn.Module], config: Any, mesh: Mesh) -> list[nn.Module]:
-    "What Megatron trains, around each of this rank's stages; `config` is the one their layers were made with."
-    for p in (p for chunk in model for p in chunk.parameters()): megatron().set_defaults_if_not_set_tensor_model_parallel_attributes(p)
+    """What Megatron trains, around each of this rank's stages.
+
+    `config` is the one their layers were made with.
+    """
+    for p in (p for chunk in model for p in chunk.parameters()):
+        megatron().set_defaults_if_not_set_tensor_model_parallel_attributes(p)
     trained = as_trained(model, config, mesh)
-    wrapped = [Sharded(chunk, config) for chunk in trained] if mesh.layout.data_parallel == 'fsdp' else distributed(trained, config, mesh.layout)
+    wrapped = (
+        [Sharded(chunk, config) for chunk in trained]
+        if mesh.layout.data_parallel == 'fsdp'
+        else distributed(trained, config, mesh.layout)
+    )
     config.finalize_model_grads_func = finish_with(tied_parameters(model), tied_axis(model, mesh))
     return wrapped
 
 # %% ../../nbs/2_parallel/07_data.ipynb #3c974db7
 def finite(norm: Callable[[], float]) -> Callable[[], float]:
     "The norm of the gradients; FloatingPointError when it is not finite."
+
     def checked():
         found = norm()
-        if not math.isfinite(found): raise FloatingPointError(f'the norm of the gradients is {found}, although the loss is finite; lower optim.lr, or look for broken samples (no weight was changed)')
+        if not math.isfinite(found):
+            raise FloatingPointError(
+                f'the norm of the gradients is {found}, although the loss is finite; lower optim.lr, or look'
+                ' for broken samples (no weight was changed)'
+            )
         return found
+
     return checked
 
-def build_optimizer(wrapped: Sequence[nn.Module], optim: Optim, layout: Layout, dtype: torch.dtype, steps: int) -> tuple[Any, Any]:
-    "Megatron's optimizer and learning-rate schedule for the wrapped stages of this rank and a run of this many steps."
-    engine, masters = megatron(), dtype == torch.bfloat16 and layout.data_parallel != 'fsdp'        # under fsdp the parameters themselves are kept in float32
-    optimizer = engine.get_megatron_optimizer(engine.OptimizerConfig(
-        optimizer='adam', lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.betas[0], adam_beta2=optim.betas[1],
-        adam_eps=optim.eps, clip_grad=optim.clip, bf16=masters, params_dtype=dtype if masters else torch.float32,
-        use_distributed_optimizer=layout.data_parallel == 'zero1'), list(wrapped), use_gloo_process_groups=False)
-    optimizer.count_zeros = lambda: 0         # the chain of optimizers counts zero gradients, and sums them over the ranks, asked or not
-    optimizer.get_grad_norm = finite(optimizer.get_grad_norm)        # asked before every update
-    schedule = engine.OptimizerParamScheduler(optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=optim.warmup,
-        lr_decay_steps=steps + (optim.warmup > 0), lr_decay_style=optim.schedule, start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=0, wd_incr_style='constant')
-    if optim.warmup: schedule.step(1)         # the first update already moves: rate lr/warmup instead of 0
+
+def build_optimizer(
+    wrapped: Sequence[nn.Module], optim: Optim, layout: Layout, dtype: torch.dtype, steps: int
+) -> tuple[Any, Any]:
+    """Megatron's optimizer and learning-rate schedule for the wrapped stages of this rank and a run of this
+    many steps.
+    """
+    # under fsdp the parameters themselves are kept in float32
+    engine, masters = megatron(), dtype == torch.bfloat16 and layout.data_parallel != 'fsdp'
+    optimizer = engine.get_megatron_optimizer(
+        engine.OptimizerConfig(
+            optimizer='adam',
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=optim.clip,
+            bf16=masters,
+            params_dtype=dtype if masters else torch.float32,
+            use_distributed_optimizer=layout.data_parallel == 'zero1',
+        ),
+        list(wrapped),
+        use_gloo_process_groups=False,
+    )
+    # the chain of optimizers counts zero gradients, and sums them over the ranks, asked or not
+    optimizer.count_zeros = lambda: 0
+    optimizer.get_grad_norm = finite(optimizer.get_grad_norm)  # asked before every update
+    schedule = engine.OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup,
+        lr_decay_steps=steps + (optim.warmup > 0),
+        lr_decay_style=optim.schedule,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style='constant',
+    )
+    if optim.warmup:
+        schedule.step(1)  # the first update already moves: rate lr/warmup instead of 0
     return optimizer, schedule
 
 # %% ../../nbs/2_parallel/07_data.ipynb #07264441
-def accumulate(wrapped: Sequence[nn.Module], batches: Iterator[Any], count: int, forward: Callable[[nn.Module, Any], Tensor],
-               loss: Callable[[Tensor, Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    "Runs `count` micro-batches forward and backward, reduces gradients; returns the sums, on this rank, of what `loss(forward(model, batch), batch)` gives: (sum of losses, count, ...). Nothing before the last stage."
+def accumulate(
+    wrapped: Sequence[nn.Module],
+    batches: Iterator[Any],
+    count: int,
+    forward: Callable[[nn.Module, Any], Tensor],
+    loss: Callable[[Tensor, Any], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """Runs `count` micro-batches forward and backward, reduces gradients.
+
+    Returns the sums, on this rank, of what `loss(forward(model, batch), batch)` gives: (sum of losses, count,
+    ...). Nothing before the last stage.
+    """
+
     def forward_step(iterator, model):
         batch = next(iterator)
+
         def of_loss(output):
             total, number, *rest = loss(output, batch)
             return total, number, (total.detach(), number, *rest)
+
         return forward(model, batch), of_loss
+
     for chunk in wrapped:
-        chunk.zero_grad()             # the float32 optimizer leaves p.grad aliased to the buffer; the next backward would count it twice
+        # the float32 optimizer leaves p.grad aliased to the buffer; the next backward would count it twice
+        chunk.zero_grad()
         chunk.zero_grad_buffer()
-    outputs = megatron().get_forward_backward_func()(forward_step_func=forward_step, data_iterator=list(tee(batches, len(wrapped))), model=list(wrapped),
-        num_microbatches=count, seq_length=1, micro_batch_size=1, forward_only=False)
+    outputs = megatron().get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=list(tee(batches, len(wrapped))),
+        model=list(wrapped),
+        num_microbatches=count,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
     return tuple(map(sum, zip(*outputs)))
 
 # %% ../../nbs/2_parallel/07_data.ipynb #f365afeb
@@ -150,5 +260,10 @@ def gradients(wrapped: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
             for bucket in buffer.buckets:
                 mine = bucket.grad_data.chunk(mesh.dp_cp.size)[mesh.dp_cp.rank].clone()
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=mesh.dp_cp.group)
-    trained = {name.removeprefix('module.module.'): p for name, p in wrapped.named_parameters() if p.requires_grad}
-    return {name: p.main_grad.clone() if hasattr(p, 'main_grad') else every_part(p.grad) for name, p in trained.items()}
+    trained = {
+        name.removeprefix('module.module.'): p for name, p in wrapped.named_parameters() if p.requires_grad
+    }
+    return {
+        name: p.main_grad.clone() if hasattr(p, 'main_grad') else every_part(p.grad)
+        for name, p in trained.items()
+    }

@@ -29,13 +29,23 @@ from ..core.device import INSTALL_MINDSPEED, Device, torch_module
 # %% ../../nbs/2_parallel/00_engine.ipynb #97460e49
 class Idle:
     "A stream or event for a device that is always up to date."
-    def __init__(self, *arguments, **options): pass
-    def __enter__(self): return self
-    def __exit__(self, *error): return False
-    def __getattr__(self, name): return lambda *arguments, **options: self
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self
+
 
 class CpuCuda(types.ModuleType):
     "`torch.cuda` as megatron.core sees it on a machine without an accelerator."
+
     Stream = Event = Idle
     current_device = staticmethod(lambda: torch.device('cpu'))
     device_count = staticmethod(lambda: 1)
@@ -46,43 +56,73 @@ class CpuCuda(types.ModuleType):
     stream = staticmethod(lambda stream: contextlib.nullcontext())
     current_stream = default_stream = staticmethod(Idle)
     set_device = synchronize = empty_cache = staticmethod(lambda *arguments: None)
-    memory_allocated = max_memory_allocated = memory_reserved = max_memory_reserved = staticmethod(lambda *arguments: 0)
-    def __getattr__(self, name): return getattr(torch.cuda, name)
+    memory_allocated = max_memory_allocated = memory_reserved = max_memory_reserved = staticmethod(
+        lambda *arguments: 0
+    )
+
+    def __getattr__(self, name):
+        return getattr(torch.cuda, name)
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #f4cd54d7
-FACTORIES = 'tensor zeros ones empty full arange rand randn randint empty_like zeros_like ones_like full_like as_tensor linspace'.split()
+FACTORIES = (
+    'tensor zeros ones empty full arange rand randn randint empty_like zeros_like ones_like full_like'
+    ' as_tensor linspace'.split()
+)
+
 
 def on_cpu(factory: Callable) -> Callable:
     "The factory with `device='cuda'` read as the CPU and without pinned memory."
+
     def make(*arguments, **options):
-        if str(options.get('device', '')).startswith('cuda'): options['device'] = 'cpu'
+        if str(options.get('device', '')).startswith('cuda'):
+            options['device'] = 'cpu'
         options.pop('pin_memory', None)
         return factory(*arguments, **options)
+
     return make
+
 
 class CpuTorch(types.ModuleType):
     "`torch` as megatron.core sees it on a machine without an accelerator."
+
     def __init__(self):
         super().__init__('torch')
         self.cuda = CpuCuda('torch.cuda')
-        self.compile = lambda *arguments, **options: arguments[0] if arguments and callable(arguments[0]) else (lambda function: function)
-        for name in FACTORIES: setattr(self, name, on_cpu(getattr(torch, name)))
-    def __getattr__(self, name): return getattr(torch, name)
+        self.compile = lambda *arguments, **options: (
+            arguments[0] if arguments and callable(arguments[0]) else (lambda function: function)
+        )
+        for name in FACTORIES:
+            setattr(self, name, on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #e2e77409
 class TypeName(str):
     "A name such as 'torch.FloatTensor' or 'torch.npu.FloatTensor' that also equals 'torch.cuda.FloatTensor'."
+
     __hash__ = str.__hash__
-    def __eq__(self, other): return isinstance(other, str) and (str.__eq__(self, other) or str.__eq__(self.replace('torch.npu.', 'torch.'), other.replace('torch.cuda.', 'torch.')))
-    def __ne__(self, other): return not self == other
+
+    def __eq__(self, other):
+        return isinstance(other, str) and (
+            str.__eq__(self, other)
+            or str.__eq__(self.replace('torch.npu.', 'torch.'), other.replace('torch.cuda.', 'torch.'))
+        )
+
+    def __ne__(self, other):
+        return not self == other
+
 
 def answer_with_type() -> None:
     "Lets `Tensor.type()` answer to CUDA's names."
     plain = torch.Tensor.type
+
     def type_name(self, *arguments, **options):
         answer = plain(self, *arguments, **options)
         return TypeName(answer) if isinstance(answer, str) else answer
+
     torch.Tensor.type = type_name
+
 
 def answer_for_cuda() -> None:
     "Lets `Tensor.cuda()` return the tensor and `Tensor.type()` answer to CUDA's names."
@@ -94,51 +134,79 @@ def repair_random(module: Any) -> None:
     "Megatron's random tracker on the CPU's generator, without its warning that the CPU's state changed."
     module._get_cuda_rng_state = lambda *arguments, **options: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *arguments, **options: torch.set_rng_state(state)
-    logging.getLogger(module.__name__).addFilter(lambda record: 'CPU RNG state changed' not in record.getMessage())
+    logging.getLogger(module.__name__).addFilter(
+        lambda record: 'CPU RNG state changed' not in record.getMessage()
+    )
+
 
 def repair_jit(module: Any) -> None:
     "Functions that Megatron would compile run as written."
     module.jit_fuser = lambda function: function
 
+
 def repair_norm(module: Any) -> None:
-    "The norms of single gradients are added in float64: rounded to float32 the sum is almost always the same in any order, so over any pipeline."
-    module.l2_norm_impl = lambda _chunk, _overflow, gradients, _each: (torch.stack([x.norm() for x in gradients[0]]).double().norm(), None)
+    """The norms of single gradients are added in float64: rounded to float32 the sum is almost always the
+    same in any order, so over any pipeline.
+    """
+    module.l2_norm_impl = lambda _chunk, _overflow, gradients, _each: (
+        torch.stack([x.norm() for x in gradients[0]]).double().norm(),
+        None,
+    )
     plain = module.get_grad_norm_fp32
-    module.get_grad_norm_fp32 = lambda gradients, *rest, **options: plain(gradients if len(gradients) else [torch.zeros(1)], *rest, **options)      # or a rank without any would add in float32
+    # or a rank without any would add in float32
+    module.get_grad_norm_fp32 = lambda gradients, *rest, **options: plain(
+        gradients if len(gradients) else [torch.zeros(1)], *rest, **options
+    )
+
 
 def repair_fp8(module: Any) -> None:
     "Quantizing a list of no 8-bit parameters is nothing to do, not an error."
-    if getattr(module, 'HAVE_TE', False): return
+    if getattr(module, 'HAVE_TE', False):
+        return
     quantize = module.quantize_param_shard
-    module.quantize_param_shard = lambda parameters, *rest: quantize(parameters, *rest) if len(parameters) else None
+    module.quantize_param_shard = lambda parameters, *rest: (
+        quantize(parameters, *rest) if len(parameters) else None
+    )
+
 
 def repair_groups(module: Any) -> None:
     "Of the groups that Megatron makes in one call, those of the same ranks are one."
     initialize, create = module.initialize_model_parallel, module.create_group
+
     def initialize_once(*arguments, **options):
         made = {}
+
         def create_once(ranks, **more):
-            if tuple(ranks) not in made: made[tuple(ranks)] = create(ranks, **more)
+            if tuple(ranks) not in made:
+                made[tuple(ranks)] = create(ranks, **more)
             return made[tuple(ranks)]
+
         module.create_group = create_once
-        try: return initialize(*arguments, **options)
-        finally: module.create_group = create
+        try:
+            return initialize(*arguments, **options)
+        finally:
+            module.create_group = create
+
     module.initialize_model_parallel = initialize_once
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #6942c5b3
 class FusedAdamW(torch.optim.AdamW):
     "torch's AdamW in its fused form, the twin of Apex's FusedAdam."
+
     def __init__(self, params: Any, **options: Any):
         super().__init__(params, fused=True, **options)
+
 
 def repair_mappings(module: Any) -> None:
     "An all-reduce also of a tensor that is not contiguous: Megatron sums a copy of it and drops the sum."
     reduce = module._reduce
     module._reduce = lambda x: reduce(x.contiguous())
 
+
 def repair_optimizer(module: Any) -> None:
     "Megatron's Adam is torch's fused one where neither Transformer Engine nor Apex brings its own."
-    if module.Adam is torch.optim.AdamW: module.Adam = FusedAdamW
+    if module.Adam is torch.optim.AdamW:
+        module.Adam = FusedAdamW
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #a7a87aa8
 ANYWHERE = {
@@ -156,20 +224,28 @@ ON_CPU = {
 # %% ../../nbs/2_parallel/00_engine.ipynb #9a928bc6
 class Repairing(importlib.machinery.SourceFileLoader):
     "Loads a module of megatron.core and then repairs it."
+
     def __init__(self, name: str, path: str, repair: Callable[[Any], None]):
         super().__init__(name, path)
         self.repair = repair
+
     def exec_module(self, module):
         super().exec_module(module)
         self.repair(module)
 
+
 class Finder(importlib.abc.MetaPathFinder):
     "Finds the modules of megatron.core as usual, to be repaired after loading."
-    def __init__(self, repair: Callable[[Any], None]): self.repair = repair
+
+    def __init__(self, repair: Callable[[Any], None]):
+        self.repair = repair
+
     def find_spec(self, name, path, target=None):
-        if not (name + '.').startswith('megatron.core.'): return None
+        if not (name + '.').startswith('megatron.core.'):
+            return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader): spec.loader = Repairing(name, spec.loader.path, self.repair)
+        if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = Repairing(name, spec.loader.path, self.repair)
         return spec
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #b03f7916
@@ -177,61 +253,104 @@ def repairs(device: Device) -> Callable[[Any], None]:
     "What is done to every megatron.core module on this device."
     table = {**ANYWHERE, **(ON_CPU if device.name == 'cpu' else {})}
     stand_in = CpuTorch() if device.name == 'cpu' else None
+
     def repair(module):
-        if stand_in is not None and module.__dict__.get('torch') is torch: module.torch = stand_in
-        if module.__name__ in table: table[module.__name__](module)
+        if stand_in is not None and module.__dict__.get('torch') is torch:
+            module.torch = stand_in
+        if module.__name__ in table:
+            table[module.__name__](module)
+
     return repair
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #ce5126a6
 MINDSPEED_OPTIONS = ['--use-flash-attn', '--use-fused-rmsnorm', '--use-fused-swiglu']
-WITHOUT_MINDSPEED = ("MindSpeed is not installed: Megatron's linears, vocabulary, gradient buffers and messages run on the NPU as Megatron wrote them; attention, norms, "
-                     f'rotary embedding, swiglu and AdamW are fused all the same. To install it: {INSTALL_MINDSPEED}')
+WITHOUT_MINDSPEED = (
+    "MindSpeed is not installed: Megatron's linears, vocabulary, gradient buffers and messages run on the"
+    ' NPU as Megatron wrote them; attention, norms, rotary embedding, swiglu and AdamW are fused all the'
+    f' same. To install it: {INSTALL_MINDSPEED}'
+)
+
 
 def load_mindspeed() -> None:
     "Loads MindSpeed's adaptor with the options that it may see."
     arguments, sys.argv = sys.argv, [sys.argv[0], *MINDSPEED_OPTIONS]
-    try: importlib.import_module('mindspeed.megatron_adaptor')
-    finally: sys.argv = arguments
+    try:
+        importlib.import_module('mindspeed.megatron_adaptor')
+    finally:
+        sys.argv = arguments
+
 
 def prepare_npu() -> None:
     "Loads MindSpeed's adaptor, or torch_npu's transfer and a warning where MindSpeed is not installed."
     torch_module('npu')
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    with warnings.catch_warnings(record=True):               # pages of them, about what both do on purpose
-        if importlib.util.find_spec('mindspeed'): load_mindspeed()
+    with warnings.catch_warnings(record=True):  # pages of them, about what both do on purpose
+        if importlib.util.find_spec('mindspeed'):
+            load_mindspeed()
         else:
             importlib.import_module('torch_npu.contrib.transfer_to_npu')
             answer_with_type()
-    root.handlers[:], root.level = handlers, level            # MindSpeed turns on the log of every library
-    torch.cuda.get_device_capability = lambda device=None: (8, 0)        # torch's broadcast compares it; torch_npu's is None, and MindSpeed's takes no device
-    if not importlib.util.find_spec('mindspeed'): warnings.warn(WITHOUT_MINDSPEED, stacklevel=3)
+    root.handlers[:], root.level = handlers, level  # MindSpeed turns on the log of every library
+    # torch's broadcast compares it; torch_npu's is None, and MindSpeed's takes no device
+    torch.cuda.get_device_capability = lambda device=None: (8, 0)
+    if not importlib.util.find_spec('mindspeed'):
+        warnings.warn(WITHOUT_MINDSPEED, stacklevel=3)
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #4d773330
 def prepared_for() -> str | None:
     "The name of the device that this process's Megatron-Core was prepared for, or None."
     return getattr(sys.modules.get('megatron.core'), 'mmkit_device', None)
 
+
 def prepare(device: Device) -> None:
-    "Makes Megatron-Core usable on this device. RuntimeError if it was imported before, or prepared for another device."
-    if prepared_for() == device.name: return
-    if prepared_for(): raise RuntimeError(f'Megatron-Core was prepared for {prepared_for()} in this process; start a new one for {device.name}')
-    if 'megatron.core' in sys.modules: raise RuntimeError('megatron.core was imported before mmkit prepared it; open a mesh first, or start a new process')
-    if device.name == 'cpu': answer_for_cuda()
+    """Makes Megatron-Core usable on this device.
+
+    RuntimeError if it was imported before, or prepared for another device.
+    """
+    if prepared_for() == device.name:
+        return
+    if prepared_for():
+        raise RuntimeError(
+            f'Megatron-Core was prepared for {prepared_for()} in this process; start a new one for'
+            f' {device.name}'
+        )
+    if 'megatron.core' in sys.modules:
+        raise RuntimeError(
+            'megatron.core was imported before mmkit prepared it; open a mesh first, or start a new process'
+        )
+    if device.name == 'cpu':
+        answer_for_cuda()
     sys.meta_path.insert(0, Finder(repairs(device)))
-    if device.name == 'npu': prepare_npu()
-    warnings.filterwarnings('ignore', r'`torch\.distributed\.\w+` is deprecated', FutureWarning)      # Megatron's calls, nothing a user can change
+    if device.name == 'npu':
+        prepare_npu()
+    # Megatron's calls, nothing a user can change
+    warnings.filterwarnings('ignore', r'`torch\.distributed\.\w+` is deprecated', FutureWarning)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                      # it warns about Transformer Engine and Apex, which nobody here needs
+        # it warns about Transformer Engine and Apex, which nobody here needs
+        warnings.simplefilter('ignore')
         importlib.import_module('megatron.core').mmkit_device = device.name
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #027a03be
 NAMES = {
-    'megatron.core.tensor_parallel': ('ColumnParallelLinear', 'RowParallelLinear', 'VocabParallelEmbedding', 'vocab_parallel_cross_entropy',
-        'get_cuda_rng_tracker', 'model_parallel_cuda_manual_seed', 'copy_to_tensor_model_parallel_region', 'scatter_to_sequence_parallel_region',
-        'gather_from_sequence_parallel_region', 'set_defaults_if_not_set_tensor_model_parallel_attributes'),
+    'megatron.core.tensor_parallel': (
+        'ColumnParallelLinear',
+        'RowParallelLinear',
+        'VocabParallelEmbedding',
+        'vocab_parallel_cross_entropy',
+        'get_cuda_rng_tracker',
+        'model_parallel_cuda_manual_seed',
+        'copy_to_tensor_model_parallel_region',
+        'scatter_to_sequence_parallel_region',
+        'gather_from_sequence_parallel_region',
+        'set_defaults_if_not_set_tensor_model_parallel_attributes',
+    ),
     'megatron.core.transformer.transformer_config': ('TransformerConfig',),
-    'megatron.core.distributed': ('DistributedDataParallel', 'DistributedDataParallelConfig', 'finalize_model_grads'),
+    'megatron.core.distributed': (
+        'DistributedDataParallel',
+        'DistributedDataParallelConfig',
+        'finalize_model_grads',
+    ),
     'megatron.core.optimizer': ('get_megatron_optimizer', 'OptimizerConfig'),
     'megatron.core.optimizer_param_scheduler': ('OptimizerParamScheduler',),
     'megatron.core.pipeline_parallel': ('get_forward_backward_func',),
@@ -242,14 +361,25 @@ NAMES = {
 def load_names() -> types.SimpleNamespace:
     "Megatron's names of the table, and `parallel_state`, as one namespace."
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                      # it warns about Transformer Engine and Apex, which nobody here needs
-        found = {name: getattr(importlib.import_module(module), name) for module, names in NAMES.items() for name in names}
-        return types.SimpleNamespace(**found, parallel_state=importlib.import_module('megatron.core.parallel_state'))
+        # it warns about Transformer Engine and Apex, which nobody here needs
+        warnings.simplefilter('ignore')
+        found = {
+            name: getattr(importlib.import_module(module), name)
+            for module, names in NAMES.items()
+            for name in names
+        }
+        return types.SimpleNamespace(
+            **found, parallel_state=importlib.import_module('megatron.core.parallel_state')
+        )
+
 
 LOADED: list[types.SimpleNamespace] = []
 
+
 def megatron() -> types.SimpleNamespace:
     "Megatron-Core's names; `prepare` must have been called."
-    if prepared_for() is None: raise RuntimeError('Megatron-Core is not prepared; open a mesh first (mmkit.parallel.mesh.open_mesh)')
-    if not LOADED: LOADED.append(load_names())
+    if prepared_for() is None:
+        raise RuntimeError('Megatron-Core is not prepared; open a mesh first (mmkit.parallel.mesh.open_mesh)')
+    if not LOADED:
+        LOADED.append(load_names())
     return LOADED[0]

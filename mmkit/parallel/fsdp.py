@@ -25,25 +25,43 @@ def own_part(x: Tensor) -> Tensor:
     "This rank's share of a tensor that is cut over the copies, in the same memory; a whole tensor as it is."
     return x.to_local() if isinstance(x, DTensor) else x
 
+
 def computed_in(parameter: Tensor) -> torch.dtype:
     "The number format in which a parameter takes part in the computation."
     return getattr(parameter, 'computed_in', parameter.dtype)
 
+
 def share_of(value: Tensor, parameter: Tensor) -> Tensor:
     "What this rank keeps of a whole `value` that is cut as `parameter` is."
-    if not isinstance(parameter, DTensor): return value
-    pieces, rank = value.chunk(parameter.device_mesh.size(), parameter.placements[0].dim), parameter.device_mesh.get_local_rank()
+    if not isinstance(parameter, DTensor):
+        return value
+    pieces = value.chunk(parameter.device_mesh.size(), parameter.placements[0].dim)
+    rank = parameter.device_mesh.get_local_rank()
     return pieces[rank] if rank < len(pieces) else value[:0]
+
 
 def whole_of(share: Tensor, parameter: Tensor) -> Tensor:
     "The whole of which this rank keeps `share`, cut as `parameter` is; all copies call it together."
-    if not isinstance(parameter, DTensor): return share
-    return DTensor.from_local(share, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()).full_tensor()
+    if not isinstance(parameter, DTensor):
+        return share
+    return DTensor.from_local(
+        share,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
+
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
-    "Sets a parameter, or this rank's share of it, to the whole `value`, rounded to the format of the computation."
-    own_part(parameter).copy_(share_of(value, parameter).to(computed_in(parameter)))       # as under any other layout, where the shares start from parameters in that format
+    """Sets a parameter, or this rank's share of it, to the whole `value`, rounded to the format of the
+    computation.
+    """
+    # as under any other layout, where the shares start from parameters in that format
+    own_part(parameter).copy_(share_of(value, parameter).to(computed_in(parameter)))
+
 
 def every_part(x: Tensor) -> Tensor:
     "The whole of a tensor on every rank, in the format that it is computed in; all copies call it together."
@@ -59,72 +77,110 @@ def whole_formats(module: nn.Module) -> set[torch.dtype]:
     "Formats of the parameters in a module that are not cut yet."
     return {p.dtype for p in module.parameters() if not isinstance(p, DTensor)}
 
+
 def uniform_parts(module: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
     "The largest modules inside a module whose parameters, where not cut yet, all have this format."
-    if whole_formats(module) == {dtype} and not isinstance(module, (nn.ModuleList, nn.ModuleDict)): return [module]
+    if whole_formats(module) == {dtype} and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [module]
     return [part for child in module.children() for part in uniform_parts(child, dtype)]
+
 
 def in_float32(module: nn.Module) -> None:
     "Gives the parameters that are not cut yet the format in which their shares are kept."
     for p in module.parameters():
-        if not isinstance(p, DTensor): p.data = p.data.float()
+        if not isinstance(p, DTensor):
+            p.data = p.data.float()
+
 
 def shard_unit(module: nn.Module, **options: Any) -> None:
-    "Cuts what is not cut yet in a module: parameters in float32 as one unit, those in each shorter format as another inside it."
+    """Cuts what is not cut yet in a module: parameters in float32 as one unit, those in each shorter format
+    as another inside it.
+    """
     for dtype in whole_formats(module) - {torch.float32}:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         parts = uniform_parts(module, dtype)
-        for part in parts: in_float32(part)
-        if parts: fully_shard(module if parts == [module] else parts, mp_policy=policy, **options)
+        for part in parts:
+            in_float32(part)
+        if parts:
+            fully_shard(module if parts == [module] else parts, mp_policy=policy, **options)
     in_float32(module)
-    if not isinstance(module, FSDPModule): fully_shard(module, **options)
+    if not isinstance(module, FSDPModule):
+        fully_shard(module, **options)
 
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #5fa4cd1c
 def shard(model: nn.Module) -> None:
-    "Cuts a model's parameters, in place, over the copies; their marks (tensor parallel, sequence parallel) stay with them."
-    first, group = next(model.parameters(), None), megatron().parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if first is None: return
+    """Cuts a model's parameters, in place, over the copies.
+
+    Their marks (tensor parallel, sequence parallel) stay with them.
+    """
+    first = next(model.parameters(), None)
+    group = megatron().parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if first is None:
+        return
     marks = {name: {**vars(p), 'computed_in': p.dtype} for name, p in model.named_parameters()}
-    options = dict(mesh=DeviceMesh.from_group(group, first.device.type), shard_placement_fn=cut_along(dist.get_world_size(group)))
-    for layer in [layer for layers in model.modules() if isinstance(layers, nn.ModuleList) for layer in layers]: shard_unit(layer, **options)
+    options = dict(
+        mesh=DeviceMesh.from_group(group, first.device.type),
+        shard_placement_fn=cut_along(dist.get_world_size(group)),
+    )
+    for layer in [
+        layer for layers in model.modules() if isinstance(layers, nn.ModuleList) for layer in layers
+    ]:
+        shard_unit(layer, **options)
     shard_unit(model, **options)
     for name, p in model.named_parameters():
-        for mark, value in marks[name].items(): setattr(p, mark, value)
-    model._get_fsdp_state()._lazy_init()          # else the root is whatever runs first, and that may be one layer of a model that answers
+        for mark, value in marks[name].items():
+            setattr(p, mark, value)
+    # else the root is whatever runs first, and that may be one layer of a model that answers
+    model._get_fsdp_state()._lazy_init()
 
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #4f6da6bb
 class Sharded(nn.Module):
-    "A trained module whose model is cut over the copies, with the doors that Megatron knows from its DistributedDataParallel."
+    """A trained module whose model is cut over the copies, with the doors that Megatron knows from its
+    DistributedDataParallel.
+    """
+
     def __init__(self, module: nn.Module, config: Any):
         super().__init__()
         shard(module.module)
         self.module, self.config = module, config
         self.ddp_config = megatron().DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self.copies = dist.get_world_size(megatron().parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self.copies = dist.get_world_size(
+            megatron().parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
 
-    def forward(self, *inputs, **options): return self.module(*inputs, **options)
+    def forward(self, *inputs, **options):
+        return self.module(*inputs, **options)
 
-    def no_sync(self): return nullcontext()
+    def no_sync(self):
+        return nullcontext()
 
-    def zero_grad_buffer(self) -> None: "There is no buffer: a gradient is a share beside its parameter."
+    def zero_grad_buffer(self) -> None:
+        "There is no buffer: a gradient is a share beside its parameter."
 
-    def finish_grad_sync(self) -> None: "The gradients are reduced when the backward pass is over."
+    def finish_grad_sync(self) -> None:
+        "The gradients are reduced when the backward pass is over."
 
     @torch.no_grad()
     def scale_gradients(self, factor: Tensor) -> None:
         "Makes the mean over the copies their sum, times `factor`."
         found = [own_part(p.grad) for p in self.parameters() if p.grad is not None]
-        if found: torch._foreach_mul_(found, factor * self.copies)
+        if found:
+            torch._foreach_mul_(found, factor * self.copies)
 
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #93a286af
 @contextmanager
 def gathered(*models: nn.Module) -> Iterator[None]:
-    "For the length of a `with`, this rank holds all of models that may be cut, and their forward passes wait for nobody; all copies enter and leave together."
+    """For the length of a `with`, this rank holds all of models that may be cut, and their forward passes
+    wait for nobody; all copies enter and leave together.
+    """
     units = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    try: yield
+    try:
+        yield
     finally:
         for unit in units:
             unit.set_reshard_after_forward(unit not in models, recurse=False)

@@ -18,21 +18,41 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..config import Layout
 from ..core.device import by_device
+from ..core.values import require
 from .engine import megatron
 from .mesh import Mesh
-from ..core.values import require
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #fcb5590e
 def engine_config(mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool) -> Any:
     "Megatron's configuration for layers on this mesh."
-    # layers are given their sizes one by one; hidden_size and heads only have to pass Megatron's check that tp divides them
+    # layers are given their sizes one by one; hidden_size and heads only have to pass Megatron's check that
+    # tp divides them
     return megatron().TransformerConfig(
-        num_layers=1, hidden_size=mesh.tp.size, num_attention_heads=mesh.tp.size, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=mesh.tp.size, sequence_parallel=sequence_parallel, calculate_per_token_loss=True,
-        variable_seq_lengths=True, moe_token_dispatcher_type='alltoall',       # no two micro-batches are equally long; the other dispatcher refuses that
-        deallocate_pipeline_outputs=False,                                     # on gloo a message may still be read when its tensor would be freed
-        overlap_p2p_comm=mesh.layout.vpp > 1, batch_p2p_comm=mesh.layout.vpp == 1, microbatch_group_size_per_vp_stage=mesh.pp.size,   # batched, two messages to one peer swap
-        gradient_accumulation_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False)
+        num_layers=1,
+        hidden_size=mesh.tp.size,
+        num_attention_heads=mesh.tp.size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=mesh.tp.size,
+        sequence_parallel=sequence_parallel,
+        calculate_per_token_loss=True,
+        # no two micro-batches are equally long; the other dispatcher refuses that
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type='alltoall',
+        # on gloo a message may still be read when its tensor would be freed
+        deallocate_pipeline_outputs=False,
+        # batched, two messages to one peer swap
+        overlap_p2p_comm=mesh.layout.vpp > 1,
+        batch_p2p_comm=mesh.layout.vpp == 1,
+        microbatch_group_size_per_vp_stage=mesh.pp.size,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
 
 def as_allocated(weight: Tensor) -> None:
     "An initialisation that leaves the weight as it is: it will be read from a folder."
@@ -40,14 +60,35 @@ def as_allocated(weight: Tensor) -> None:
 # %% ../../nbs/2_parallel/04_layers.ipynb #a59193e5
 def column_linear(config: Any, inputs: int, outputs: int, bias: bool) -> nn.Module:
     "Megatron's linear with its outputs cut over the ranks; use it by `apply_linear`."
-    return megatron().ColumnParallelLinear(inputs, outputs, config=config, init_method=as_allocated, bias=bias, gather_output=False, skip_bias_add=True)
+    return megatron().ColumnParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=as_allocated,
+        bias=bias,
+        gather_output=False,
+        skip_bias_add=True,
+    )
+
 
 def row_linear(config: Any, inputs: int, outputs: int, bias: bool) -> nn.Module:
     "Megatron's linear with its inputs cut over the ranks and its results summed; use it by `apply_linear`."
-    return megatron().RowParallelLinear(inputs, outputs, config=config, init_method=as_allocated, bias=bias, input_is_parallel=True, skip_bias_add=False)
+    return megatron().RowParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=as_allocated,
+        bias=bias,
+        input_is_parallel=True,
+        skip_bias_add=False,
+    )
+
 
 def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    "The output of one of Megatron's linears for x (s b inputs). A bias that it left over is added in place: Megatron writes the whole output a second time for it."
+    """The output of one of Megatron's linears for x (s b inputs).
+
+    A bias that it left over is added in place: Megatron writes the whole output a second time for it.
+    """
     output, bias = linear(x)
     return output if bias is None else output.add_(bias)
 
@@ -56,42 +97,66 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     "x (... n) over the root mean square of its rows, times weight (n)."
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
+
 def npu_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     "`rms_norm` by the NPU's kernel."
     import torch_npu
+
     require(weight.shape == x.shape[-1:], f'a weight of {tuple(weight.shape)} for rows of {x.shape[-1]}')
     return torch_npu.npu_rms_norm(x, weight, epsilon=epsilon)[0]
 
+
 rms_norm = by_device(rms_norm, npu=npu_rms_norm)
+
 
 class Norm(nn.Module):
     "RMS norm over the last dim."
+
     def __init__(self, config: Any, size: int, epsilon: float):
         super().__init__()
         self.epsilon = epsilon
         self.weight = nn.Parameter(torch.empty(size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor: return rms_norm(x, self.weight, self.epsilon)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #396a06d9
 def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
     "The layer's output, of which nothing but the inputs is kept for the backward pass."
-    with set_checkpoint_early_stop(False): return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)     # a layer left halfway would not let its parameters go
+    # a layer left halfway would not let its parameters go
+    with set_checkpoint_early_stop(False):
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
 
 def recompute(layout: Layout, number: int, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    "The output of layer number `number` (from 0) of a tower on a stage; where the layout wants it, the layer is run again in the backward pass."
-    chosen = layout.recompute == 'full' and (layout.recompute_layers is None or number < layout.recompute_layers)
+    """The output of layer number `number` (from 0) of a tower on a stage.
+
+    Where the layout wants it, the layer is run again in the backward pass.
+    """
+    chosen = layout.recompute == 'full' and (
+        layout.recompute_layers is None or number < layout.recompute_layers
+    )
     return recomputed(layer, *inputs) if chosen and torch.is_grad_enabled() else layer(*inputs)
 
-def activated(linear: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor, recompute: bool) -> Tensor:
+
+def activated(
+    linear: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor, recompute: bool
+) -> Tensor:
     "linear(activation(x)); with `recompute`, only x is kept for the backward pass."
-    if not (recompute and torch.is_grad_enabled()): return apply_linear(linear, activation(x))
+    if not (recompute and torch.is_grad_enabled()):
+        return apply_linear(linear, activation(x))
     made, kept = recomputed(activation, x), x.detach()
-    same = lambda saved, place=made.data_ptr(), shape=made.shape: None if saved.data_ptr() == place and saved.numel() == shape.numel() else saved
+
+    def same(saved, place=made.data_ptr(), shape=made.shape):  # noqa: B008
+        return None if saved.data_ptr() == place and saved.numel() == shape.numel() else saved
+
     def back(saved: Tensor | None) -> Tensor:
-        with torch.no_grad(): return activation(kept) if saved is None else saved
-    with torch.autograd.graph.saved_tensors_hooks(same, back): return apply_linear(linear, made)
+        with torch.no_grad():
+            return activation(kept) if saved is None else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(same, back):
+        return apply_linear(linear, made)
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #fcef74c6
 def swiglu(x: Tensor) -> Tensor:
@@ -99,27 +164,47 @@ def swiglu(x: Tensor) -> Tensor:
     gate, value = x.chunk(2, -1)
     return F.silu(gate) * value
 
+
 def npu_swiglu(x: Tensor) -> Tensor:
     "`swiglu` by the NPU's kernel."
     import torch_npu
+
     require(x.shape[-1] % 2 == 0, f'{x.shape[-1]} numbers are no gate and value side by side')
-    return torch_npu.npu_swiglu(x.contiguous(), dim=-1)             # it reads memory in order, whatever the strides
+    # it reads memory in order, whatever the strides
+    return torch_npu.npu_swiglu(x.contiguous(), dim=-1)
+
 
 swiglu = by_device(swiglu, npu=npu_swiglu)
 
+
 class Mlp(nn.Module):
-    "Column linear, activation, row linear: (... inputs) -> (... outputs); with `recompute`, the activation is computed again in the backward pass."
-    def __init__(self, config: Any, inputs: int, hidden: int, outputs: int, bias: bool, gated: bool, recompute: bool = False):
+    """Column linear, activation, row linear: (... inputs) -> (... outputs).
+
+    With `recompute`, the activation is computed again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        bias: bool,
+        gated: bool,
+        recompute: bool = False,
+    ):
         super().__init__()
         self.activation, self.recompute = swiglu if gated else F.gelu, recompute
         self.linear_fc1 = column_linear(config, inputs, hidden * (2 if gated else 1), bias)
         self.linear_fc2 = row_linear(config, hidden, outputs, bias)
 
-    def forward(self, x: Tensor) -> Tensor: return activated(self.linear_fc2, self.activation, apply_linear(self.linear_fc1, x), self.recompute)
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self.linear_fc2, self.activation, apply_linear(self.linear_fc1, x), self.recompute)
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #3235e96f
 class Layer(nn.Module):
     "x + attention(norm(x)), then x + mlp(norm(x)), on (s b width)."
+
     def __init__(self, config: Any, width: int, epsilon: float, attention: nn.Module, mlp: nn.Module):
         super().__init__()
         self.input_layernorm, self.self_attention = Norm(config, width, epsilon), attention
@@ -133,23 +218,41 @@ class Layer(nn.Module):
 def npu_rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
     "x (b s h d) turned by the NPU's kernel with cosines and sines (b or 1, s, d), in their format."
     import torch_npu
+
     (b, s, h, d), pairs = x.shape, mode == 'interleave'
     fits = cos.shape == sin.shape and len(cos) in ((1,) if pairs else (1, b)) and cos.shape[1:] == (s, d)
-    require(fits, f'cosines of {tuple(cos.shape)} and sines of {tuple(sin.shape)} for queries or keys of {tuple(x.shape)}')
-    require(d % 2 == 0 and d < 896 and (b * h < 1000 if pairs else max(b, h) < 1000), f'the NPU turns no {b} rows of {h} heads of {d}: heads are even and below 896, '
-            + ('rows times heads' if pairs else 'rows, and heads,') + ' below 1000')
-    return torch_npu.npu_rotary_mul(x.to(cos.dtype), cos[:, :, None], sin[:, :, None], rotary_mode=mode).to(x.dtype)
+    require(
+        fits,
+        f'cosines of {tuple(cos.shape)} and sines of {tuple(sin.shape)} for queries or keys of'
+        f' {tuple(x.shape)}',
+    )
+    require(
+        d % 2 == 0 and d < 896 and (b * h < 1000 if pairs else max(b, h) < 1000),
+        f'the NPU turns no {b} rows of {h} heads of {d}: heads are even and below 896, '
+        + ('rows times heads' if pairs else 'rows, and heads,')
+        + ' below 1000',
+    )
+    return torch_npu.npu_rotary_mul(x.to(cos.dtype), cos[:, :, None], sin[:, :, None], rotary_mode=mode).to(
+        x.dtype
+    )
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #96b5c2dc
 def slice_sequence(x: Tensor, config: Any) -> Tensor:
     "This rank's share of (s b h) under sequence parallel, else all of it."
     return megatron().scatter_to_sequence_parallel_region(x) if config.sequence_parallel else x
 
+
 def whole_sequence(x: Tensor, config: Any) -> Tensor:
     "All of (s b h) on every rank; gradients are summed over the ranks on the way back."
-    if config.sequence_parallel: return megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
+    if config.sequence_parallel:
+        return megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
     return megatron().copy_to_tensor_model_parallel_region(x)
+
 
 def same_sequence(x: Tensor, config: Any) -> Tensor:
     "All of (s b h) on every rank, where all ranks go on to compute the same."
-    return megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False) if config.sequence_parallel else x
+    return (
+        megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        if config.sequence_parallel
+        else x
+    )

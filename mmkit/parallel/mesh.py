@@ -23,6 +23,7 @@ from .engine import megatron, prepare
 @dataclass(frozen=True)
 class Axis:
     "One axis of the mesh: this rank's place on it, its size, and the group that talks along it."
+
     rank: int
     size: int
     group: Any
@@ -35,16 +36,19 @@ class Axis:
 # %% ../../nbs/2_parallel/02_mesh.ipynb #4c798873
 @dataclass(frozen=True)
 class Mesh:
-    "The ranks of a run as a grid: a data-parallel replica has its layers on `pp` ranks, their weights on `tp`, its tokens on `cp`; `dp` copies share the data."
+    """The ranks of a run as a grid: a data-parallel replica has its layers on `pp` ranks, their weights on
+    `tp`, its tokens on `cp`; `dp` copies share the data.
+    """
+
     layout: Layout
     device: Device
     place: Place
     tp: Axis
     cp: Axis
-    ulysses: Axis               # the part of cp that exchanges heads
-    ring: Axis                  # the part of cp that passes keys and values round
+    ulysses: Axis  # the part of cp that exchanges heads
+    ring: Axis  # the part of cp that passes keys and values round
     dp: Axis
-    dp_cp: Axis                 # all ranks that hold parts of the same gradient
+    dp_cp: Axis  # all ranks that hold parts of the same gradient
     pp: Axis
 
     @property
@@ -62,8 +66,11 @@ class Mesh:
         "Whether this rank is the one that writes what its copy of the model makes."
         return self.tp.rank == self.cp.rank == self.pp.rank == 0
 
-    def __enter__(self): return self
-    def __exit__(self, *error): close_mesh()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        close_mesh()
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #c3776327
 def grid(layout: Layout, world: int) -> np.ndarray:
@@ -71,46 +78,80 @@ def grid(layout: Layout, world: int) -> np.ndarray:
     return np.arange(world).reshape(layout.pp, layout.replicas(world), layout.cp, layout.tp)
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #0f3980d8
-MEETINGS: list[dist.Store] = []         # the launch's meeting place, and one more entry for every world that was opened at it
+# the launch's meeting place, and one more entry for every world that was opened at it
+MEETINGS: list[dist.Store] = []
+
 
 def join_world(device: Device, here: Place, minutes: float) -> None:
-    "Joins this process to the others of its launch, or makes it a world of one; every world meets under a name of its own."
+    """Joins this process to the others of its launch, or makes it a world of one.
+
+    Every world meets under a name of its own.
+    """
     limit = timedelta(minutes=minutes)
-    if not MEETINGS: MEETINGS.append(next(dist.rendezvous('env://', timeout=limit))[0] if here.launched else dist.HashStore())
-    store = dist.PrefixStore(f'world {len(MEETINGS)}', MEETINGS[0])      # under an old name a fast rank would read the others' old addresses
+    if not MEETINGS:
+        MEETINGS.append(
+            next(dist.rendezvous('env://', timeout=limit))[0] if here.launched else dist.HashStore()
+        )
+    # under an old name a fast rank would read the others' old addresses
+    store = dist.PrefixStore(f'world {len(MEETINGS)}', MEETINGS[0])
     MEETINGS.append(store)
     dist.init_process_group(device.backend, timeout=limit, store=store, rank=here.rank, world_size=here.world)
+
 
 def axis(group: Any) -> Axis:
     "The axis along a process group, seen from this rank."
     return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #0e995858
-def open_mesh(layout: Layout = Layout(), device: Device | None = None, seed: int = 42, minutes: float = 30) -> Mesh:
-    "This rank's mesh; `minutes` is how long a rank waits for the others. Use it in a `with`, or call `close_mesh` at the end."
+def open_mesh(
+    layout: Layout = Layout(), device: Device | None = None, seed: int = 42, minutes: float = 30
+) -> Mesh:
+    """This rank's mesh; `minutes` is how long a rank waits for the others.
+
+    Use it in a `with`, or call `close_mesh` at the end.
+    """
     device, here = device or pick_device(), place()
     layout.replicas(here.world)
     prepare(device)
     device.prepare(here.local_rank)
-    if dist.is_initialized(): raise RuntimeError('a mesh is already open in this process; close it first (close_mesh())')
+    if dist.is_initialized():
+        raise RuntimeError('a mesh is already open in this process; close it first (close_mesh())')
     join_world(device, here, minutes)
     state = megatron().parallel_state
-    state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None, context_parallel_size=layout.cp,
-        hierarchical_context_parallel_sizes=[layout.ulysses, layout.ring], create_gloo_process_groups=False)
+    state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        hierarchical_context_parallel_sizes=[layout.ulysses, layout.ring],
+        create_gloo_process_groups=False,
+    )
     inner, outer = state.get_hierarchical_context_parallel_groups()
-    groups = (state.get_tensor_model_parallel_group(), state.get_context_parallel_group(), inner, outer,
-        state.get_data_parallel_group(), state.get_data_parallel_group(with_context_parallel=True), state.get_pipeline_model_parallel_group())
+    groups = (
+        state.get_tensor_model_parallel_group(),
+        state.get_context_parallel_group(),
+        inner,
+        outer,
+        state.get_data_parallel_group(),
+        state.get_data_parallel_group(with_context_parallel=True),
+        state.get_pipeline_model_parallel_group(),
+    )
     mesh = Mesh(layout, device, here, *map(axis, groups))
     seed_everything(seed)
     return mesh
 
+
 def close_mesh() -> None:
     "Leaves the world; without a mesh it does nothing."
-    if not dist.is_initialized(): return
+    if not dist.is_initialized():
+        return
     state = megatron().parallel_state
     state.destroy_model_parallel()
-    # What Megatron forgets to forget: the next mesh may be a pipeline, and a group that somebody still holds keeps its threads.
-    state._EMBEDDING_GLOBAL_RANKS = state._POSITION_EMBEDDING_GLOBAL_RANKS = state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+    # What Megatron forgets to forget: the next mesh may be a pipeline, and a group that somebody still holds
+    # keeps its threads.
+    state._EMBEDDING_GLOBAL_RANKS = state._POSITION_EMBEDDING_GLOBAL_RANKS = (
+        state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP
+    ) = None
     state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS.clear()
     dist.destroy_process_group()
 

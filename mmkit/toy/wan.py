@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,16 +22,21 @@ from ..core.values import require
 from .qwen import DIRECTIONS, EMOJI, sprite
 from .vae import fit_codec
 
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+    from transformers import UMT5EncoderModel
+
 # %% ../../nbs/1_toy/02_wan.ipynb #5e828965
 STARS = ('red heart', 'car', 'dog', 'banana')
 LANES = (-4, 0, 4)
-GRID, SIDE, DOT, FRAMES = 24, 12, 2, 9          # dots of a frame, dots of a picture, pixels of a dot
+GRID, SIDE, DOT, FRAMES = 24, 12, 2, 9  # dots of a frame, dots of a picture, pixels of a dot
 SIZE = GRID * DOT
 
 
 def small_picture(name: str) -> np.ndarray:
     "The emoji on white, uint8 (12, 12, 3)."
     from PIL import Image
+
     glyph = sprite(name)
     square = Image.new('RGBA', (max(glyph.size),) * 2, 'white')
     square.alpha_composite(glyph, tuple((square.width - n) // 2 for n in glyph.size))
@@ -46,28 +51,37 @@ def video_clip(picture: np.ndarray, direction: str, lane: int = 0) -> np.ndarray
     for number, frame in enumerate(clip):
         way = number - FRAMES // 2
         x, y = middle + dx * way + abs(dy) * lane, middle + dy * way + abs(dx) * lane
-        frame[y:y + SIDE, x:x + SIDE] = picture
+        frame[y : y + SIDE, x : x + SIDE] = picture
     return clip.repeat(DOT, 1).repeat(DOT, 2)
 
 # %% ../../nbs/1_toy/02_wan.ipynb #09ac5d38
 def video_caption(name: str, direction: str) -> str:
     "What a clip shows, such as 'a red heart moves left'."
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name} moves {direction}"
+    return f'{"an" if name[0] in "aeiou" else "a"} {name} moves {direction}'
 
 
 def read_caption(caption: str) -> tuple[str, str]:
     "(name, direction) of a caption."
     thing, _, direction = caption.rpartition(' moves ')
     name = thing.partition(' ')[2]
-    require(name in EMOJI and direction in DIRECTIONS, f'{caption!r} is not of the form {video_caption("red heart", "left")!r}')
+    require(
+        name in EMOJI and direction in DIRECTIONS,
+        f'{caption!r} is not of the form {video_caption("red heart", "left")!r}',
+    )
     return name, direction
 
 
-def video_clips(names: Sequence[str] = STARS, change: Callable[[np.ndarray], np.ndarray] = np.asarray) -> tuple[np.ndarray, list[str]]:
-    "All clips uint8 (n, 9, 48, 48, 3), one per name, direction and lane, of pictures that are changed first, and their captions."
+def video_clips(
+    names: Sequence[str] = STARS, change: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> tuple[np.ndarray, list[str]]:
+    """All clips uint8 (n, 9, 48, 48, 3), one per name, direction and lane, of pictures that are changed
+    first, and their captions.
+    """
     pictures = {name: change(small_picture(name)) for name in names}
     shown = [(name, direction, lane) for name in names for direction in DIRECTIONS for lane in LANES]
-    return np.stack([video_clip(pictures[name], direction, lane) for name, direction, lane in shown]), [video_caption(name, way) for name, way, _ in shown]
+    return np.stack([video_clip(pictures[name], direction, lane) for name, direction, lane in shown]), [
+        video_caption(name, way) for name, way, _ in shown
+    ]
 
 # %% ../../nbs/1_toy/02_wan.ipynb #1dc53f2a
 def outline(picture: np.ndarray) -> np.ndarray:
@@ -93,7 +107,7 @@ def disc(picture: np.ndarray, soft: bool = False) -> np.ndarray:
 def centred(rows: np.ndarray) -> np.ndarray:
     "Rows without their mean, of length 1; nearly flat rows stay short."
     rows = rows - rows.mean(-1, keepdims=True)
-    return rows / np.sqrt(np.maximum((rows ** 2).sum(-1, keepdims=True), 1e-3 * rows.shape[-1]))
+    return rows / np.sqrt(np.maximum((rows**2).sum(-1, keepdims=True), 1e-3 * rows.shape[-1]))
 
 
 def windows(frames: np.ndarray, side: int, margin: int = 2) -> np.ndarray:
@@ -105,7 +119,11 @@ def windows(frames: np.ndarray, side: int, margin: int = 2) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Verdict:
-    "What the judge found: all together, every frame right, the way right, no jump; the share of right frames, correlation and what is left over."
+    """What the judge found: all together, every frame right, the way right, no jump.
+
+    The share of right frames, correlation and what is left over.
+    """
+
     strict: bool
     shape: bool
     way: bool
@@ -129,27 +147,44 @@ class Judge:
     def __init__(self, names: Sequence[str] = STARS):
         self.names = list(names) + [name for name in EMOJI if name not in names]
         pictures = [small_picture(name) for name in self.names]
-        traps = [make(picture) for picture in pictures[:len(names)] for make in (silhouette, disc, lambda p: disc(p, soft=True))]
+        traps = [
+            make(picture)
+            for picture in pictures[: len(names)]
+            for make in (silhouette, disc, lambda p: disc(p, soft=True))
+        ]
         self.pictures = np.stack(pictures + traps).astype(np.float32) / 127.5 - 1
         self.templates = centred(windows(self.pictures, SIDE)[:, 0])
 
     def __call__(self, clip: np.ndarray, caption: str) -> Verdict:
         "The Verdict on a uint8 clip."
         name, direction = read_caption(caption)
-        require(clip.shape[1:] == (SIZE, SIZE, 3), f'the judge looks at frames of {SIZE}x{SIZE} pixels, not at {clip.shape[1:]}')
-        asked, frames = self.names.index(name), clip.reshape(len(clip), GRID, DOT, GRID, DOT, 3).mean((2, 4), dtype=np.float32) / 127.5 - 1
-        scores = centred(windows(frames, SIDE)) @ self.templates.T                      # t, places, candidates
+        require(
+            clip.shape[1:] == (SIZE, SIZE, 3),
+            f'the judge looks at frames of {SIZE}x{SIZE} pixels, not at {clip.shape[1:]}',
+        )
+        asked = self.names.index(name)
+        frames = clip.reshape(len(clip), GRID, DOT, GRID, DOT, 3).mean((2, 4), dtype=np.float32) / 127.5 - 1
+        # t, places, candidates
+        scores = centred(windows(frames, SIDE)) @ self.templates.T
         place, best = scores[..., asked].argmax(1), scores.max(1)
         y, x = np.divmod(place, GRID - SIDE + 1)
         left = np.array([self.residual(frame, asked, *spot) for frame, *spot in zip(frames, y, x)])
         right = (best.argmax(1) == asked) & (best[:, asked] >= 0.85) & (left <= 0.4)
         way, smooth = moves_right(np.diff(np.stack([x, y], 1), axis=0), direction)
-        return Verdict(bool(right.all()) and way and smooth, bool(right.all()), way, smooth, float(right.mean()), float(best[:, asked].mean()), float(left.mean()))
+        return Verdict(
+            bool(right.all()) and way and smooth,
+            bool(right.all()),
+            way,
+            smooth,
+            float(right.mean()),
+            float(best[:, asked].mean()),
+            float(left.mean()),
+        )
 
     def residual(self, frame: np.ndarray, asked: int, y: int, x: int) -> float:
         "What differs between a frame and the asked picture on white, relative to the picture."
         drawn, picture = np.ones_like(frame), self.pictures[asked]
-        drawn[y:y + SIDE, x:x + SIDE] = picture
+        drawn[y : y + SIDE, x : x + SIDE] = picture
         return ((frame - drawn) ** 2).sum() / ((picture - 1) ** 2).sum()
 
 # %% ../../nbs/1_toy/02_wan.ipynb #a6401a1b
@@ -162,10 +197,12 @@ def score(judge: Judge, clips: Sequence[np.ndarray], captions: Sequence[str]) ->
 def write_exact(path: str | Path, frames: np.ndarray, fps: int = 8) -> Path:
     "Writes uint8 (t, h, w, 3) as an mp4 that gives every value back; returns the path."
     import av
+
     with av.open(str(path), 'w') as file:
         stream = file.add_stream('libx264rgb', rate=fps, options={'qp': '0', 'threads': '1'})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'rgb24'
-        for frame in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')))
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')))
         file.mux(stream.encode())
     return Path(path)
 
@@ -178,7 +215,9 @@ def write_videos(folder: str | Path, names: Sequence[str] = STARS, fps: int = 8)
     for number, (clip, caption) in enumerate(zip(*video_clips(names))):
         path = f'clips/{number:02d}_{caption.replace(" ", "_")}.mp4'
         write_exact(folder / path, clip, fps)
-        records.append(dict(path=path, cap=caption, num_frames=FRAMES, fps=fps, resolution=dict(height=SIZE, width=SIZE)))
+        records.append(
+            dict(path=path, cap=caption, num_frames=FRAMES, fps=fps, resolution=dict(height=SIZE, width=SIZE))
+        )
     (folder / 'data.json').write_text(json.dumps(records, indent=1), encoding='utf-8')
     return folder / 'data.json'
 
@@ -187,6 +226,7 @@ def write_json(path: Path, value: Any) -> None:
     "Writes a value as indented JSON."
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
+
 LETTERS = 'abcdefghijklmnopqrstuvwxyz0123456789.,'
 
 
@@ -194,41 +234,70 @@ def tiny_vocabulary(texts: Sequence[str]) -> list[tuple[str, float]]:
     "UMT5's special entries, 256 bytes, letters and the words of the texts, each with its score."
     words = sorted({word for text in texts for word in text.split()})
     letters = ('▁', *(letter for letter in LETTERS if '▁' + letter not in words))
-    return [(name, 0.0) for name in ('<pad>', '</s>', '<unk>')] + [(f'<0x{byte:02X}>', -20.0) for byte in range(256)] + \
-        [(letter, -10.0) for letter in letters] + [('▁' + word, -1.0) for word in words]
+    return (
+        [(name, 0.0) for name in ('<pad>', '</s>', '<unk>')]
+        + [(f'<0x{byte:02X}>', -20.0) for byte in range(256)]
+        + [(letter, -10.0) for letter in letters]
+        + [('▁' + word, -1.0) for word in words]
+    )
 
 # %% ../../nbs/1_toy/02_wan.ipynb #4c8ad4fa
 def tiny_umt5_tokenizer(folder: str | Path, texts: Sequence[str], room: int = 512) -> int:
-    "Writes a tokenizer folder that knows the words of the texts and says that a model sees `room` tokens; returns how many entries it has."
+    """Writes a tokenizer folder that knows the words of the texts and says that a model sees `room` tokens.
+
+    Returns how many entries it has.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
     Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.Unigram(tiny_vocabulary(texts), unk_id=2, byte_fallback=True))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace(prepend_scheme='always')
-    tokenizer.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(single='$A </s>', pair='$A </s> $B </s>', special_tokens=[('</s>', 1)])
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ('<pad>', '</s>', '<unk>')])
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always')
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single='$A </s>', pair='$A </s> $B </s>', special_tokens=[('</s>', 1)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in ('<pad>', '</s>', '<unk>')]
+    )
     tokenizer.save(str(Path(folder) / 'tokenizer.json'))
-    write_json(Path(folder) / 'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', pad_token='<pad>', eos_token='</s>', unk_token='<unk>',
-               model_max_length=room, clean_up_tokenization_spaces=False))
+    write_json(
+        Path(folder) / 'tokenizer_config.json',
+        dict(
+            tokenizer_class='PreTrainedTokenizerFast',
+            pad_token='<pad>',
+            eos_token='</s>',
+            unk_token='<unk>',
+            model_max_length=room,
+            clean_up_tokenization_spaces=False,
+        ),
+    )
     return tokenizer.get_vocab_size()
 
 # %% ../../nbs/1_toy/02_wan.ipynb #f6e9e31d
 def start_as_wan(model: 'WanTransformer3DModel') -> None:
     "Gives a transformer the first weights of the original Wan code."
     from torch import nn
+
     condition = model.condition_embedder
     for part in model.modules():
-        if isinstance(part, nn.Linear): nn.init.xavier_uniform_(part.weight)
-        if getattr(part, 'bias', None) is not None: nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+        if getattr(part, 'bias', None) is not None:
+            nn.init.zeros_(part.bias)
     nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
     for embedder in (condition.text_embedder, condition.time_embedder):
-        for part in (embedder.linear_1, embedder.linear_2): nn.init.normal_(part.weight, std=0.02)
+        for part in (embedder.linear_1, embedder.linear_2):
+            nn.init.normal_(part.weight, std=0.02)
     nn.init.zeros_(model.proj_out.weight)
 
 
 def start_random(model: Any) -> None:
     "Gives every weight a random value, none of them 0 or 1, so that a lost or swapped one shows."
     import torch
+
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.2)
         p.data.copy_(noise + 1 if 'norm' in name and name.endswith('weight') else noise)
@@ -237,55 +306,147 @@ def start_random(model: Any) -> None:
 def tiny_text_encoder(words: int, width: int = 64) -> 'UMT5EncoderModel':
     "A random UMT5 encoder of two layers."
     from transformers import UMT5Config, UMT5EncoderModel
-    return UMT5EncoderModel(UMT5Config(vocab_size=words, d_model=width, d_kv=16, num_heads=4, d_ff=128, num_layers=2, dropout_rate=0.0)).eval()
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=words, d_model=width, d_kv=16, num_heads=4, d_ff=128, num_layers=2, dropout_rate=0.0
+        )
+    ).eval()
 
 
 def write_index(folder: Path, image: bool) -> None:
-    "Writes model_index.json. The codec is no class of diffusers, so a pipeline gets it by hand: `from_pretrained(folder, vae=open_vae(folder))`."
+    """Writes model_index.json.
+
+    The codec is no class of diffusers, so a pipeline gets it by hand: `from_pretrained(folder,
+    vae=open_vae(folder))`.
+    """
     real = (folder / 'vae' / 'config.json').read_text(encoding='utf-8').find('AutoencoderKLWan') > 0
-    parts = dict(scheduler=['diffusers', 'UniPCMultistepScheduler'], text_encoder=['transformers', 'UMT5EncoderModel'], tokenizer=['transformers', 'PreTrainedTokenizerFast'],
-                 transformer=['diffusers', 'WanTransformer3DModel'], vae=['diffusers', 'AutoencoderKLWan'] if real else [None, None])
-    if image: parts |= dict(image_encoder=['transformers', 'CLIPVisionModel'], image_processor=['transformers', 'CLIPImageProcessor'])
-    write_json(folder / 'model_index.json', dict(_class_name='WanImageToVideoPipeline' if image else 'WanPipeline', _diffusers_version='0.35.0', **parts))
+    parts = dict(
+        scheduler=['diffusers', 'UniPCMultistepScheduler'],
+        text_encoder=['transformers', 'UMT5EncoderModel'],
+        tokenizer=['transformers', 'PreTrainedTokenizerFast'],
+        transformer=['diffusers', 'WanTransformer3DModel'],
+        vae=['diffusers', 'AutoencoderKLWan'] if real else [None, None],
+    )
+    if image:
+        parts |= dict(
+            image_encoder=['transformers', 'CLIPVisionModel'],
+            image_processor=['transformers', 'CLIPImageProcessor'],
+        )
+    write_json(
+        folder / 'model_index.json',
+        dict(
+            _class_name='WanImageToVideoPipeline' if image else 'WanPipeline',
+            _diffusers_version='0.35.0',
+            **parts,
+        ),
+    )
 
 # %% ../../nbs/1_toy/02_wan.ipynb #6052a98d
 def tiny_image_encoder(folder: Path, width: int = 32) -> None:
     "Writes a random CLIP vision model and its processor settings into a pipeline folder."
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, CLIPVisionModel
-    model = CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14))
+
+    model = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+    )
     model.save_pretrained(folder / 'image_encoder')
-    weights = {f'vision_model.{name.removeprefix("vision_model.")}': value.contiguous() for name, value in model.state_dict().items() if 'position_ids' not in name}
-    save_file(weights, folder / 'image_encoder' / 'model.safetensors', metadata=dict(format='pt'))       # the published names; transformers 5 writes others, which 4 cannot read
+    weights = {
+        f'vision_model.{name.removeprefix("vision_model.")}': value.contiguous()
+        for name, value in model.state_dict().items()
+        if 'position_ids' not in name
+    }
+    # the published names; transformers 5 writes others, which 4 cannot read
+    save_file(weights, folder / 'image_encoder' / 'model.safetensors', metadata=dict(format='pt'))
     (folder / 'image_processor').mkdir(exist_ok=True)
-    write_json(folder / 'image_processor' / 'preprocessor_config.json', dict(
-        image_processor_type='CLIPImageProcessor', crop_size=dict(height=28, width=28), size=dict(shortest_edge=28), do_center_crop=True, do_convert_rgb=True, do_normalize=True,
-        do_rescale=True, do_resize=True, resample=3, rescale_factor=1 / 255, image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]))
+    write_json(
+        folder / 'image_processor' / 'preprocessor_config.json',
+        dict(
+            image_processor_type='CLIPImageProcessor',
+            crop_size=dict(height=28, width=28),
+            size=dict(shortest_edge=28),
+            do_center_crop=True,
+            do_convert_rgb=True,
+            do_normalize=True,
+            do_rescale=True,
+            do_resize=True,
+            resample=3,
+            rescale_factor=1 / 255,
+            image_mean=[0.48145466, 0.4578275, 0.40821073],
+            image_std=[0.26862954, 0.26130258, 0.27577711],
+        ),
+    )
 
 
-def tiny_transformer(channels: int, layers: int, heads: int, head_dim: int, ffn: int, text_dim: int, image: bool) -> 'WanTransformer3DModel':
+def tiny_transformer(
+    channels: int, layers: int, heads: int, head_dim: int, ffn: int, text_dim: int, image: bool
+) -> 'WanTransformer3DModel':
     "A Wan transformer for latents of `channels`."
     from diffusers import WanTransformer3DModel
+
     more = dict(image_dim=32, added_kv_proj_dim=heads * head_dim) if image else {}
-    return WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=head_dim, in_channels=2 * channels + 4 if image else channels,
-                                 out_channels=channels, text_dim=text_dim, freq_dim=64, ffn_dim=ffn, num_layers=layers, rope_max_seq_len=64, **more)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=2 * channels + 4 if image else channels,
+        out_channels=channels,
+        text_dim=text_dim,
+        freq_dim=64,
+        ffn_dim=ffn,
+        num_layers=layers,
+        rope_max_seq_len=64,
+        **more,
+    )
 
 # %% ../../nbs/1_toy/02_wan.ipynb #7732921e
-def tiny_wan(folder: str | Path, *, codec: Any = None, image: bool = False, layers: int = 4, heads: int = 4, head_dim: int = 32, ffn: int = 512,
-             text_dim: int = 64, names: Sequence[str] = STARS, room: int = 512, seed: int = 0, random_all: bool = False) -> Path:
-    "Writes a whole Wan2.1 folder in diffusers' form for the clips of the names; returns it. `codec`: anything with save_pretrained, default the fitted LinearCodec; `room`: the tokens of a caption that the model is to see."
+def tiny_wan(
+    folder: str | Path,
+    *,
+    codec: Any = None,
+    image: bool = False,
+    layers: int = 4,
+    heads: int = 4,
+    head_dim: int = 32,
+    ffn: int = 512,
+    text_dim: int = 64,
+    names: Sequence[str] = STARS,
+    room: int = 512,
+    seed: int = 0,
+    random_all: bool = False,
+) -> Path:
+    """Writes a whole Wan2.1 folder in diffusers' form for the clips of the names; returns it.
+
+    `codec`: anything with save_pretrained, default the fitted LinearCodec; `room`: the tokens of a caption
+    that the model is to see.
+    """
     import torch
     from diffusers import UniPCMultistepScheduler
+
     folder, (clips, captions) = Path(folder), video_clips(names)
     codec = codec or fit_codec(torch.from_numpy(clips).permute(0, 4, 1, 2, 3) / 127.5 - 1, side=8)
     codec.save_pretrained(folder / 'vae')
-    with torch.random.fork_rng(devices=[]):                                         # the caller's random numbers stay as they are
+    # the caller's random numbers stay as they are
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tiny_text_encoder(tiny_umt5_tokenizer(folder / 'tokenizer', captions, room), text_dim).save_pretrained(folder / 'text_encoder')
+        tiny_text_encoder(
+            tiny_umt5_tokenizer(folder / 'tokenizer', captions, room), text_dim
+        ).save_pretrained(folder / 'text_encoder')
         model = tiny_transformer(codec.config.z_dim, layers, heads, head_dim, ffn, text_dim, image)
         start_random(model) if random_all else start_as_wan(model)
         model.save_pretrained(folder / 'transformer')
-        if image: tiny_image_encoder(folder)
-    UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000).save_pretrained(folder / 'scheduler')
+        if image:
+            tiny_image_encoder(folder)
+    UniPCMultistepScheduler(
+        prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+    ).save_pretrained(folder / 'scheduler')
     write_index(folder, image)
     return folder

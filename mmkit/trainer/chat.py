@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from ..config import Config, Data, Layout
-from ..datasets.conversation import question as to_question
 from ..core.device import pick_device
+from ..datasets.conversation import question as to_question
 from ..models.generate import drawn
 from ..parallel.mesh import Mesh, open_mesh
 from .qwen2_5_vl import QwenTask, answer, examine, read_questions
@@ -30,39 +30,69 @@ from .weights import load_weights
 def picture_tag(image: Any, height: int = 96) -> str:
     "HTML of a picture (file or PIL), scaled to a height in pixels."
     from PIL import Image
+
     picture = (image if isinstance(image, Image.Image) else Image.open(image)).convert('RGB')
     picture.thumbnail((4 * height, 2 * height))
     file = io.BytesIO()
     picture.save(file, 'JPEG', quality=85)
-    return f'<img height="{height}" style="display:inline" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return (
+        f'<img height="{height}" style="display:inline"'
+        f' src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    )
+
 
 @dataclass(frozen=True)
 class Answer:
     "What was asked, about which pictures, and what the model said."
+
     question: str
     text: str
     images: tuple = ()
 
-    def __str__(self): return self.text
+    def __str__(self):
+        return self.text
 
     def _repr_html_(self):
-        pictures, asked = ''.join(picture_tag(image) for image in self.images), self.question.replace('<image>', '').strip()
-        return f'<div>{pictures}<br><span style="color:#888">{html.escape(asked)}</span><br><b>{html.escape(self.text)}</b></div>'
+        pictures = ''.join(picture_tag(image) for image in self.images)
+        asked = self.question.replace('<image>', '').strip()
+        return (
+            f'<div>{pictures}<br><span'
+            f' style="color:#888">{html.escape(asked)}</span><br><b>{html.escape(self.text)}</b></div>'
+        )
 
 # %% ../../nbs/6_trainer/09_chat.ipynb #b81b8415
 @dataclass(frozen=True)
 class Chat:
     "A loaded model that answers questions."
+
     folder: Path
     model: list[nn.Module]
     mesh: Mesh
     data: Data
 
-    def ask(self, question: str | Sequence[dict], images: Sequence = (), videos: Sequence = (), *, room: int = 128,
-            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Answer:
+    def ask(
+        self,
+        question: str | Sequence[dict],
+        images: Sequence = (),
+        videos: Sequence = (),
+        *,
+        room: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Answer:
         "The answer, of at most `room` tokens: the likeliest one at temperature 0, else drawn."
         record = to_question(question, images, videos, self.data)
-        said, = answer(self.model, self.mesh, self.folder, self.data, [record], room, drawn(temperature, top_k, top_p, seed))
+        (said,) = answer(
+            self.model,
+            self.mesh,
+            self.folder,
+            self.data,
+            [record],
+            room,
+            drawn(temperature, top_k, top_p, seed),
+        )
         return Answer(record.turns[-1].content, said, tuple(record.images))
 
     def ask_file(self, file: str | Path, media_dir: str | Path = '.', count: int = 10**9) -> list[dict]:
@@ -72,17 +102,35 @@ class Chat:
 
 # %% ../../nbs/6_trainer/09_chat.ipynb #c9ee9dae
 @contextmanager
-def open_chat(folder: str | Path, device: str | None = None, dtype: str | None = None, data: Data = Data(), layout: Layout = Layout()) -> Iterator[Chat]:
-    "A Chat with the model of a Hugging Face folder, for the length of a `with`; under a layout every rank gets every answer."
+def open_chat(
+    folder: str | Path,
+    device: str | None = None,
+    dtype: str | None = None,
+    data: Data = Data(),
+    layout: Layout = Layout(),
+) -> Iterator[Chat]:
+    """A Chat with the model of a Hugging Face folder, for the length of a `with`.
+
+    Under a layout every rank gets every answer.
+    """
     with open_mesh(layout, pick_device(device)) as mesh:
         task = QwenTask(Config(weights=str(folder), layout=layout))
         model = task.model(mesh, getattr(torch, dtype or mesh.device.dtype))
         load_weights(model, task.source, task.towers, mesh)
         yield Chat(Path(folder), model, mesh, data)
 
-def chat(folder: str | Path, question: str | Sequence[dict], images: Sequence = (), videos: Sequence = (), **options: Any) -> Answer:
+
+def chat(
+    folder: str | Path,
+    question: str | Sequence[dict],
+    images: Sequence = (),
+    videos: Sequence = (),
+    **options: Any,
+) -> Answer:
     "One answer of the model in a Hugging Face folder; options as in `Chat.ask`."
-    with open_chat(folder) as talk: return talk.ask(question, images, videos, **options)
+    with open_chat(folder) as talk:
+        return talk.ask(question, images, videos, **options)
+
 
 def exact_match(found: Sequence[dict]) -> float:
     "The share of answers that are the expected ones to the letter."

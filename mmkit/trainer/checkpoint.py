@@ -32,18 +32,33 @@ from ..converters.folders import HFFolder, hub_name, open_safetensors
 from ..converters.weights import pieces
 from ..converters.writing import behind
 from ..core.files import STATE, TRAINING, check_manifest, load_json, sync_folder, write_atomic
-from ..parallel.fsdp import computed_in, own_part, share_of, whole_of
+from ..core.values import require
+from ..parallel.fsdp import computed_in, share_of, whole_of
 from ..parallel.mesh import Mesh
 from ..parallel.optimizer_state import MOMENTS, OptimizerState, adam_steps, set_adam_steps
 from .step import EMA
 from .task import Task
-from .weights import Files, bytes_of, complete, layout_of, room_beside, shared_folder, from_rank0, weight_files, whole_tensors, whole_weights, write_tensors
-from ..core.values import require
+from mmkit.trainer.weights import (
+    Files,
+    bytes_of,
+    complete,
+    from_rank0,
+    layout_of,
+    room_beside,
+    shared_folder,
+    weight_files,
+    whole_tensors,
+    whole_weights,
+    write_tensors,
+)
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #0f36fbe7
 @dataclass(frozen=True, eq=False)
 class Training:
-    "What changes while a model is trained: this rank's stages, bare and wrapped, optimizer, schedule, average."
+    """What changes while a model is trained: this rank's stages, bare and wrapped, optimizer, schedule,
+    average.
+    """
+
     model: list[nn.Module]
     wrapped: list[nn.Module]
     optimizer: Any
@@ -53,45 +68,86 @@ class Training:
 
     def named(self) -> dict[int, dict[str, nn.Parameter]]:
         "The trained parameters by number of stage and name."
-        return {chunk.stage.index: {name: p for name, p in chunk.named_parameters() if p.requires_grad} for chunk in self.model}
+        return {
+            chunk.stage.index: {name: p for name, p in chunk.named_parameters() if p.requires_grad}
+            for chunk in self.model
+        }
+
 
 def kinds(parameter: nn.Parameter, averaged: bool) -> tuple[str, ...]:
     "What is written of a trained parameter beside its weight."
     exact = computed_in(parameter) == torch.float32
     return MOMENTS + ('master',) * (averaged or not exact) + ('average',) * (averaged and not exact)
 
+
 def whole(training: Training, kind: str, parameter: nn.Parameter) -> Tensor:
     "One kind for the whole of a parameter; all copies call it together."
-    if kind != 'average': return training.moments.whole(parameter, kind)
+    if kind != 'average':
+        return training.moments.whole(parameter, kind)
     return whole_of(training.average.of(parameter), parameter)
+
 
 @torch.no_grad()
 def fill_kind(training: Training, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
     "Sets one kind of a parameter from the whole of it."
-    if kind != 'average': training.moments.fill(parameter, kind, value)
-    elif training.average.live: training.average.of(parameter).copy_(share_of(value.to(parameter.device), parameter))
+    if kind != 'average':
+        training.moments.fill(parameter, kind, value)
+    elif training.average.live:
+        training.average.of(parameter).copy_(share_of(value.to(parameter.device), parameter))
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #23534cf9
 class Asked(dict):
     "Tensors by name, each made when it is asked for."
-    def get(self, name: str, default: Any = None) -> Any: return self[name]() if name in self else default
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name]() if name in self else default
+
 
 def whole_kind(training: Training, task: Task, mesh: Mesh, kind: str) -> Iterator[tuple[str, Tensor]]:
-    "One kind for every parameter that has it, whole, by Hugging Face name, one after the other, on all ranks."
+    """One kind for every parameter that has it, whole, by Hugging Face name, one after the other, on all
+    ranks.
+    """
     averaged = bool(training.average.decay)
-    held = {k: Asked({name: partial(whole, training, kind, p) for name, p in named.items() if kind in kinds(p, averaged)}) for k, named in training.named().items()}
+    held = {
+        k: Asked(
+            {
+                name: partial(whole, training, kind, p)
+                for name, p in named.items()
+                if kind in kinds(p, averaged)
+            }
+        )
+        for k, named in training.named().items()
+    }
     return whole_tensors(held, task.towers, mesh)
+
 
 def state_files(training: Training, task: Task, mesh: Mesh) -> dict[str, Files]:
     "The files of every kind: one for each weight file, with the same tensors as far as they are trained."
     named, averaged, places = training.named(), bool(training.average.decay), task.like.places
-    mine = {hub: kinds(named[k][piece.mm], averaged) for k, chunk in enumerate(pieces(task.towers)) for piece in chunk if piece.mm in named.get(k, ()) for hub in piece.hf}
+    mine = {
+        hub: kinds(named[k][piece.mm], averaged)
+        for k, chunk in enumerate(pieces(task.towers))
+        for piece in chunk
+        if piece.mm in named.get(k, ())
+        for hub in piece.hf
+    }
     every = [mine] * mesh.pp.size
     dist.all_gather_object(every, mine, group=mesh.pp.group)
     have, found = {hub: some for each in every for hub, some in each.items()}, {}
     for kind in (*MOMENTS, 'master', 'average'):
-        tables = [{own: (hub, torch.float32, task.like.shape(hub)) for hub, (place, own) in places.items() if place == file and kind in have.get(hub, ())} for file in task.like.shards]
-        found[kind] = {f'{TRAINING}/optimizer-{kind}-{n:05d}-of-{len(tables):05d}.safetensors': table for n, table in enumerate(tables, 1) if table}
+        tables = [
+            {
+                own: (hub, torch.float32, task.like.shape(hub))
+                for hub, (place, own) in places.items()
+                if place == file and kind in have.get(hub, ())
+            }
+            for file in task.like.shards
+        ]
+        found[kind] = {
+            f'{TRAINING}/optimizer-{kind}-{n:05d}-of-{len(tables):05d}.safetensors': table
+            for n, table in enumerate(tables, 1)
+            if table
+        }
     return found
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #23826693
@@ -100,17 +156,29 @@ def versions() -> dict[str, str]:
     "Which versions trained; looked up once, which takes a while."
     return {name: version(name) for name in ('torch', 'megatron-core', 'safetensors')}
 
+
 def describe_state(training: Training, task: Task, mesh: Mesh, config: Config, step: int) -> dict[str, Any]:
     "What state.json holds; all ranks call it."
     steps = torch.tensor(adam_steps(training.moments), device=mesh.at)
     dist.all_reduce(steps, dist.ReduceOp.MAX)
-    return dict(step=step, samples=step * config.loop.global_batch, ledger=task.ledger, frozen=list(config.freeze), optimizer=config.loop.save_optimizer,
-        adam_steps=int(steps), average_steps=training.average.steps if training.average.decay else 0, layout=asdict(config.layout), ranks=mesh.place.world, versions=versions())
+    return dict(
+        step=step,
+        samples=step * config.loop.global_batch,
+        ledger=task.ledger,
+        frozen=list(config.freeze),
+        optimizer=config.loop.save_optimizer,
+        adam_steps=int(steps),
+        average_steps=training.average.steps if training.average.decay else 0,
+        layout=asdict(config.layout),
+        ranks=mesh.place.world,
+        versions=versions(),
+    )
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #029e7024
 def checkpoints(run: str | Path) -> list[Path]:
     "The saved steps of a run, oldest first."
     return sorted(Path(run, 'checkpoints').glob('step-' + '[0-9]' * 7))
+
 
 def remove(folder: Path) -> None:
     "Removes a checkpoint; one that is half removed no longer bears its name."
@@ -118,46 +186,87 @@ def remove(folder: Path) -> None:
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
+
 def drop_old(run: Path, keep: int, newest: Path) -> None:
     "With `keep`, removes all checkpoints of a run but the last `keep`, when the newest is as it should be."
     check_manifest(newest, contents=False)
-    for folder in checkpoints(run)[:-keep] if keep else (): remove(folder)
+    for folder in checkpoints(run)[:-keep] if keep else ():
+        remove(folder)
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #d1422ba9
 def has_room(size: int, mesh: Mesh, report: Callable[[str], None] = print) -> bool:
-    "Whether copies of `size` bytes, spread over the ranks, leave a fifth of the machine's free memory; `report` gets a sentence if not."
-    needed, free = size * min(mesh.place.world, mesh.device.count()) // mesh.place.world, psutil.virtual_memory().available
-    if needed <= 0.8 * free: return True
-    report(f'training waits for this checkpoint: copies of it need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free')
+    """Whether copies of `size` bytes, spread over the ranks, leave a fifth of the machine's free memory.
+
+    `report` gets a sentence if not.
+    """
+    needed = size * min(mesh.place.world, mesh.device.count()) // mesh.place.world
+    free = psutil.virtual_memory().available
+    if needed <= 0.8 * free:
+        return True
+    report(
+        f'training waits for this checkpoint: copies of it need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB'
+        ' of memory are free'
+    )
     return False
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #5481c020
 class Saving:
-    "Step `step` on its way to `checkpoints/step-0000100` of a run; all ranks begin it together, and when each is `ready`, or before, end it together."
-    def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int, background: bool = False):
-        self.target, self.task, self.mesh, self.keep = Path(run, 'checkpoints', f'step-{step:07d}'), task, mesh, config.loop.keep_checkpoints
-        self.layout, state = layout_of(training.model, task.towers, mesh, task.like), describe_state(training, task, mesh, config, step)
+    """Step `step` on its way to `checkpoints/step-0000100` of a run.
+
+    All ranks begin it together, and when each is `ready`, or before, end it together.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        task: Task,
+        mesh: Mesh,
+        config: Config,
+        run: str | Path,
+        step: int,
+        background: bool = False,
+    ):
+        self.target = Path(run, 'checkpoints', f'step-{step:07d}')
+        self.task, self.mesh, self.keep = task, mesh, config.loop.keep_checkpoints
+        self.layout = layout_of(training.model, task.towers, mesh, task.like)
+        state = describe_state(training, task, mesh, config, step)
         weights = weight_files(task.like, self.layout, Path(task.like.path).relative_to(task.root))
         states = state_files(training, task, mesh) if config.loop.save_optimizer else {}
-        size = sum(map(bytes_of, (weights, *states.values()))) + room_beside(Path(task.root), Path(task.like.path).relative_to(task.root), self.target)
-        if mesh.first:
-            for left in self.target.parent.glob('.*.partial'): shutil.rmtree(left)
+        size = sum(map(bytes_of, (weights, *states.values())))
+        size += room_beside(Path(task.root), Path(task.like.path).relative_to(task.root), self.target)
+        for left in self.target.parent.glob('.*.partial') if mesh.first else ():
+            shutil.rmtree(left)
         self.background = background = background and from_rank0(mesh, lambda: has_room(size, mesh))
         self.room, self.pen, self.written = ExitStack(), ExitStack(), {}
         self.folder = self.room.enter_context(shared_folder(self.target, size, mesh))
         later = self.pen.enter_context(behind(*[math.inf] * background))
-        put = partial(write_tensors, folder=self.folder, mesh=mesh, later=later, written=self.written, copies=background or bool(training.average.decay))          # averages give the parameters back before the last of them is written
-        with training.average.used(): put(whole_weights(training.model, task.towers, mesh), weights)
+        # averages give the parameters back before the last of them is written
+        put = partial(
+            write_tensors,
+            folder=self.folder,
+            mesh=mesh,
+            later=later,
+            written=self.written,
+            copies=background or bool(training.average.decay),
+        )
+        with training.average.used():
+            put(whole_weights(training.model, task.towers, mesh), weights)
         for number, (kind, files) in enumerate(states.items(), 1):
-            if files: put(whole_kind(training, task, mesh, kind), files, first=number)
-        if mesh.first: write_atomic(self.folder / STATE, json.dumps(state, indent=1))
+            if files:
+                put(whole_kind(training, task, mesh, kind), files, first=number)
+        if mesh.first:
+            write_atomic(self.folder / STATE, json.dumps(state, indent=1))
         self.last = later(0, len, ())
 
     @property
-    def ready(self) -> bool: return self.last.done()                    # this rank's files are written
+    def ready(self) -> bool:
+        return self.last.done()  # this rank's files are written
 
     def end(self) -> Path:
-        "The checkpoint, once all ranks have written their files; raises what writing raised. Older ones go as `loop.keep_checkpoints` says."
+        """The checkpoint, once all ranks have written their files; raises what writing raised.
+
+        Older ones go as `loop.keep_checkpoints` says.
+        """
         with self.room.pop_all():
             self.pen.close()
             complete(self.folder, Path(self.task.root), self.task.like, self.layout, self.written, self.mesh)
@@ -167,11 +276,15 @@ class Saving:
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #df208e3e
 class Saver:
     "Saves steps of a run, one after the other; all ranks call it."
+
     def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path):
-        self.begin, self.background, self.saving = partial(Saving, training, task, mesh, config, run), config.loop.save_in_background, None
+        self.begin = partial(Saving, training, task, mesh, config, run)
+        self.background = config.loop.save_in_background
+        self.saving = None
 
     @property
-    def busy(self) -> bool: return self.saving is not None and not self.saving.ready
+    def busy(self) -> bool:
+        return self.saving is not None and not self.saving.ready
 
     def end(self) -> Path | None:
         "Waits for what is on its way."
@@ -182,7 +295,10 @@ class Saver:
         "Begins to save a step, and with `wait`, or where nothing is saved in the background, ends it."
         self.end()
         self.saving = self.begin(step, self.background and not wait)
-        if not self.saving.background: self.end()              # what has no copies must be written before it changes
+        # what has no copies must be written before it changes
+        if not self.saving.background:
+            self.end()
+
 
 def save(training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path, step: int) -> Path:
     "Saves a step as `checkpoints/step-0000100` of the run; all ranks call it."
@@ -190,25 +306,63 @@ def save(training: Training, task: Task, mesh: Mesh, config: Config, run: str | 
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #b7e36fb7
 def latest(run: str | Path, report: Callable[[str], None] = print) -> Path:
-    "The newest checkpoint of a run whose manifest holds; FileNotFoundError if there is none. `report` gets a sentence for each damaged one."
+    """The newest checkpoint of a run whose manifest holds; FileNotFoundError if there is none.
+
+    `report` gets a sentence for each damaged one.
+    """
     found = checkpoints(run)
     for folder in reversed(found):
-        try: check_manifest(folder)
-        except (ValueError, OSError) as error: report(why := f'{folder.name} is damaged and passed over: {error}')
-        else: return folder
-    raise FileNotFoundError(f'{run} has no whole checkpoint' + (f' among {len(found)}; the oldest: {why}' if found else '; set loop.save_every, or let the run reach its end'))
+        try:
+            check_manifest(folder)
+        except (ValueError, OSError) as error:
+            report(why := f'{folder.name} is damaged and passed over: {error}')
+        else:
+            return folder
+    raise FileNotFoundError(
+        f'{run} has no whole checkpoint'
+        + (
+            f' among {len(found)}; the oldest: {why}'
+            if found
+            else '; set loop.save_every, or let the run reach its end'
+        )
+    )
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #ba8240f9
-STATE_KINDS = dict(step=int, samples=int, ledger=dict, frozen=list, optimizer=bool, adam_steps=int, average_steps=int, layout=dict, ranks=int)
+STATE_KINDS = dict(
+    step=int,
+    samples=int,
+    ledger=dict,
+    frozen=list,
+    optimizer=bool,
+    adam_steps=int,
+    average_steps=int,
+    layout=dict,
+    ranks=int,
+)
+
 
 def read_state(folder: Path) -> dict[str, Any]:
     "What state.json of a checkpoint says; a ValueError names what in it is not as a training writes it."
     state, path = load_json(folder / STATE, limit=100_000_000), folder / STATE
-    require(isinstance(state, dict), f'{path} holds a {type(state).__name__}, not the state of a training: use an older checkpoint')
-    wrong = [name for name, kind in STATE_KINDS.items() if type(state.get(name)) is not kind or kind is int and not 0 <= state[name] < 2**62]
-    require(not wrong, f'{path} says {wrong[0] if wrong else ""}={str(state.get(wrong[0]) if wrong else "")[:40]!r}, which no training writes: use an older checkpoint')
+    require(
+        isinstance(state, dict),
+        f'{path} holds a {type(state).__name__}, not the state of a training: use an older checkpoint',
+    )
+    wrong = [
+        name
+        for name, kind in STATE_KINDS.items()
+        if type(state.get(name)) is not kind or (kind is int and not 0 <= state[name] < 2**62)
+    ]
+    require(
+        not wrong,
+        f'{path} says {wrong[0] if wrong else ""}={str(state.get(wrong[0]) if wrong else "")[:40]!r}, which'
+        ' no training writes: use an older checkpoint',
+    )
     named = re.fullmatch(r'step-(\d{7})', folder.name)
-    require(not named or int(named[1]) == state['step'], f'{path} says step={state["step"]}, but its folder is {folder.name}: use another checkpoint')
+    require(
+        not named or int(named[1]) == state['step'],
+        f'{path} says step={state["step"]}, but its folder is {folder.name}: use another checkpoint',
+    )
     return state
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #da7ab055
@@ -216,78 +370,152 @@ def set_aside(run: Path, step: int, report: Callable[[str], None]) -> None:
     "Renames the checkpoints behind a step, from which a run goes on another way; `report` gets a sentence."
     for folder in [folder for folder in checkpoints(run) if int(folder.name[5:]) > step]:
         number = next(n for n in range(1, 10**6) if not folder.with_name(f'aside-{n}-{folder.name}').exists())
-        report(f'{folder.name} is behind the step that training goes on from: it is now {folder.rename(folder.with_name(f"aside-{number}-{folder.name}")).name}')
-    if (run / 'checkpoints').is_dir(): sync_folder(run / 'checkpoints')
+        report(
+            f'{folder.name} is behind the step that training goes on from: it is now'
+            f' {folder.rename(folder.with_name(f"aside-{number}-{folder.name}")).name}'
+        )
+    if (run / 'checkpoints').is_dir():
+        sync_folder(run / 'checkpoints')
+
 
 def newest_whole(config: Config, run: Path, report: Callable[[str], None]) -> Path:
     "`latest`, or a ValueError that says what now."
-    try: return latest(run, report)
-    except FileNotFoundError as error: raise ValueError(f'{error}; the weights that training began with are in {config.weights}, and a new run folder begins with them') from None
+    try:
+        return latest(run, report)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f'{error}; the weights that training began with are in {config.weights}, and a new run folder'
+            ' begins with them'
+        ) from None
+
 
 def find_start(config: Config, run: Path, report: Callable[[str], None] = print) -> Path | None:
-    "The checkpoint that a run begins with, as `config.resume` says, checked; None where it begins with `config.weights`. `report` gets one message if others are passed over or put aside."
+    """The checkpoint that a run begins with, as `config.resume` says, checked.
+
+    None where it begins with `config.weights`. `report` gets one message if others are passed over or put
+    aside.
+    """
     wanted, own, notes = config.resume, checkpoints(run), []
     if isinstance(wanted, int):
         found = run / 'checkpoints' / f'step-{wanted:07d}'
-        require(found in own, f'resume={wanted}: {run} has no step {wanted}; it has {[int(folder.name[5:]) for folder in own]}')
+        require(
+            found in own,
+            f'resume={wanted}: {run} has no step {wanted}; it has {[int(folder.name[5:]) for folder in own]}',
+        )
         check_manifest(found)
-    elif own: found = newest_whole(config, run, notes.append)
-    elif wanted in ('latest', 'weights-only'): return None
+    elif own:
+        found = newest_whole(config, run, notes.append)
+    elif wanted in ('latest', 'weights-only'):
+        return None
     else:
-        require((found := Path(wanted)).is_dir(), f'resume={wanted!r} is none of latest, weights-only, the number of a step, or the folder of a checkpoint')
+        require(
+            (found := Path(wanted)).is_dir(),
+            f'resume={wanted!r} is none of latest, weights-only, the number of a step, or the folder of a'
+            ' checkpoint',
+        )
         check_manifest(found)
-    require((found / STATE).is_file(), f'{found} has no {STATE}, so it is no checkpoint of a run: give it as weights')
+    require(
+        (found / STATE).is_file(),
+        f'{found} has no {STATE}, so it is no checkpoint of a run: give it as weights',
+    )
     read_state(found)
     set_aside(run, int(found.name[5:]) if found in own else 0, notes.append)
-    if notes: report('; '.join(notes))
+    if notes:
+        report('; '.join(notes))
     return found
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #dde97c0b
-def compare_ledger(state: Mapping[str, Any], task: Task, config: Config, report: Callable[[str], None] = print) -> None:
-    "Returns when the samples after a checkpoint are those that would have come; ValueError in one sentence if not, and with resume=weights-only a note."
-    now, before = {**task.ledger, 'frozen': list(config.freeze)}, {**state['ledger'], 'frozen': state['frozen']}
-    differ = [f'{name} was {before.get(name)} and is {now.get(name)}' for name in {**before, **now} if now.get(name) != before.get(name)]
+def compare_ledger(
+    state: Mapping[str, Any], task: Task, config: Config, report: Callable[[str], None] = print
+) -> None:
+    """Returns when the samples after a checkpoint are those that would have come.
+
+    ValueError in one sentence if not, and with resume=weights-only a note.
+    """
+    now = {**task.ledger, 'frozen': list(config.freeze)}
+    before = {**state['ledger'], 'frozen': state['frozen']}
+    differ = [
+        f'{name} was {before.get(name)} and is {now.get(name)}'
+        for name in {**before, **now}
+        if now.get(name) != before.get(name)
+    ]
     differ = ['other samples in its data' if one.startswith('samples was') else one for one in differ]
-    if not differ: return
-    said = f'what this run goes on from was trained with other settings, as its {STATE} tells: {"; ".join(differ)}'
-    require(config.resume == 'weights-only', f'{said}; set them back, or say resume=weights-only to take its weights and step alone')
+    if not differ:
+        return
+    said = (
+        f'what this run goes on from was trained with other settings, as its {STATE} tells:'
+        f' {"; ".join(differ)}'
+    )
+    require(
+        config.resume == 'weights-only',
+        f'{said}; set them back, or say resume=weights-only to take its weights and step alone',
+    )
     report(said)
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #7e2ce50f
 def open_states(folder: Path, like: HFFolder) -> dict[str, dict[str, tuple[Any, str]]]:
-    "Where the tensors of every kind lie in a checkpoint: open file and own name, by the hub's name; a ValueError names one that belongs to no weight of `like`, or is not of its shape in float32."
+    """Where the tensors of every kind lie in a checkpoint: open file and own name, by the hub's name.
+
+    A ValueError names one that belongs to no weight of `like`, or is not of its shape in float32.
+    """
     found = defaultdict(dict)
     for path in sorted((folder / TRAINING).glob('optimizer-*.safetensors')):
         shard = open_safetensors(path)
         for own in shard.keys():
             hub, held = hub_name(own), shard.get_slice(own)
             wanted = (like.shape(hub), 'F32') if hub in like.places else 'no weight'
-            require((tuple(held.get_shape()), held.get_dtype()) == wanted, f'{path} holds {own} as {held.get_dtype()} {held.get_shape()} where the model has {wanted}: use an older checkpoint')
+            require(
+                (tuple(held.get_shape()), held.get_dtype()) == wanted,
+                f'{path} holds {own} as {held.get_dtype()} {held.get_shape()} where the model has {wanted}:'
+                ' use an older checkpoint',
+            )
             found[path.name.split('-')[1]][hub] = shard, own
     return found
 
+
 def load_states(folder: Path, training: Training, task: Task, mesh: Mesh) -> None:
-    "Fills masters, moments and average of this rank's trained parameters from a checkpoint, reading one tensor at a time."
+    """Fills masters, moments and average of this rank's trained parameters from a checkpoint, reading one
+    tensor at a time.
+    """
     found, named = open_states(folder, task.like), training.named()
-    for piece, p in ((piece, named[k][piece.mm]) for k, chunk in enumerate(pieces(task.towers)) for piece in chunk if piece.mm in named.get(k, ())):
+    for piece, p in (
+        (piece, named[k][piece.mm])
+        for k, chunk in enumerate(pieces(task.towers))
+        for piece in chunk
+        if piece.mm in named.get(k, ())
+    ):
         for kind in ('master', *MOMENTS, 'average'):
             places = [found[kind].get(hub) for hub in piece.hf]
-            require(all(places) or kind not in MOMENTS, f'{folder} has no {kind} of {piece.hf[0]}: say resume=weights-only to begin with a new optimizer')
-            if not all(places): continue
+            require(
+                all(places) or kind not in MOMENTS,
+                f'{folder} has no {kind} of {piece.hf[0]}: say resume=weights-only to begin with a new'
+                ' optimizer',
+            )
+            if not all(places):
+                continue
             full = piece.rule.pack.pack(*(shard.get_tensor(own) for shard, own in places))
             fill_kind(training, kind, p, piece.rule.split.cut(full, mesh.tp.size)[mesh.tp.rank])
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #991d7275
 def restore(folder: Path, training: Training, task: Task, mesh: Mesh, config: Config) -> dict[str, Any]:
-    "Brings optimizer, schedule and average to where they were when the checkpoint was saved; returns its state.json."
+    """Brings optimizer, schedule and average to where they were when the checkpoint was saved.
+
+    Returns its state.json.
+    """
     state = read_state(folder)
     training.schedule.step(state['step'])
-    if config.resume == 'weights-only': return state
-    require(state['optimizer'], f'{folder} was saved without the optimizer (loop.save_optimizer=false): say resume=weights-only to begin with a new one')
+    if config.resume == 'weights-only':
+        return state
+    require(
+        state['optimizer'],
+        f'{folder} was saved without the optimizer (loop.save_optimizer=false): say resume=weights-only to'
+        ' begin with a new one',
+    )
     load_states(folder, training, task, mesh)
     set_adam_steps(training.moments, state['adam_steps'])
     training.average.steps = state['average_steps']
     return state
+
 
 def weights_in(folder: Path, task: Task) -> HFFolder:
     "The weights of a checkpoint."

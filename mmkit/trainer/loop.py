@@ -28,20 +28,24 @@ from ..config import Config, load_config
 from ..converters.folders import HFFolder
 from ..core.device import pick_device
 from ..core.files import Jsonl
+from ..core.ranks import leave
 from ..parallel.data import build_optimizer, wrap_data_parallel
 from ..parallel.fsdp import gathered
 from ..parallel.layers import engine_config
 from ..parallel.mesh import Mesh, open_mesh
 from ..parallel.optimizer_state import OptimizerState
-from ..core.ranks import leave
 from .checkpoint import Saver, Training, compare_ledger, find_start, restore, weights_in
 from .step import EMA, StepMetrics, megatron_log_line, train_step
 from .task import Task, open_task
-from .weights import load_weights, from_rank0
+from .weights import from_rank0, load_weights
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #d2985508
-def build(config: Config, task: Task, mesh: Mesh, source: HFFolder | None = None) -> tuple[list[nn.Module], list[nn.Module], torch.dtype]:
-    "The stages of the model that this rank holds, with the weights of `source` (default: the task's), the same wrapped for training, and their number format."
+def build(
+    config: Config, task: Task, mesh: Mesh, source: HFFolder | None = None
+) -> tuple[list[nn.Module], list[nn.Module], torch.dtype]:
+    """The stages of the model that this rank holds, with the weights of `source` (default: the task's), the
+    same wrapped for training, and their number format.
+    """
     dtype = getattr(torch, config.dtype or mesh.device.dtype)
     model, layers = task.model(mesh, dtype), engine_config(mesh, dtype, mesh.layout.sequence_parallel)
     wrapped = wrap_data_parallel(model, layers, mesh)
@@ -50,59 +54,100 @@ def build(config: Config, task: Task, mesh: Mesh, source: HFFolder | None = None
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #93d2053d
 def begin(config: Config, task: Task, mesh: Mesh, folder: Path) -> tuple[Training, dict[str, Any]]:
-    "Model, optimizer and schedule as they are to begin with, and the state.json of the checkpoint they come from ({'step': 0} without one)."
-    at_once = lambda words: print(words, flush=True)
+    """Model, optimizer and schedule as they are to begin with, and the state.json of the checkpoint they come
+    from ({'step': 0} without one).
+    """
+
+    def at_once(words):
+        return print(words, flush=True)
+
     start = from_rank0(mesh, lambda: find_start(config, folder, at_once))
     model, wrapped, dtype = build(config, task, mesh, weights_in(start, task) if start else None)
     optimizer, schedule = build_optimizer(wrapped, config.optim, config.layout, dtype, config.loop.steps)
-    training = Training(model, wrapped, optimizer, schedule, EMA(model, config.loop.ema), OptimizerState(optimizer, mesh))
+    training = Training(
+        model, wrapped, optimizer, schedule, EMA(model, config.loop.ema), OptimizerState(optimizer, mesh)
+    )
     state = restore(start, training, task, mesh, config) if start else {'step': 0}
     if mesh.first:
         (folder / 'samples').mkdir(parents=True, exist_ok=True)
         Jsonl(folder / 'metrics.jsonl').keep(lambda record: record['step'] <= state['step'])
-        if start: at_once(f'goes on from {start} with step {state["step"] + 1}')
+        if start:
+            at_once(f'goes on from {start} with step {state["step"] + 1}')
     return training, state
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #aa6dadd9
 def due(every: int, step: int, last: bool = False) -> bool:
     "Whether something that happens every so many steps (0: never) happens after this one."
-    return last or bool(every) and step % every == 0
+    return last or (bool(every) and step % every == 0)
 
-def after_step(record: StepMetrics, config: Config, task: Task, mesh: Mesh, training: Training, folder: Path, now: bool = False) -> bool:
-    "Takes a step's weights into the average and writes what is due into the run folder; returns whether a checkpoint is due, as it also is when one is asked for `now`."
+
+def after_step(
+    record: StepMetrics,
+    config: Config,
+    task: Task,
+    mesh: Mesh,
+    training: Training,
+    folder: Path,
+    now: bool = False,
+) -> bool:
+    """Takes a step's weights into the average and writes what is due into the run folder.
+
+    Returns whether a checkpoint is due, as it also is when one is asked for `now`.
+    """
     loop, step = config.loop, record.step
     if mesh.first:
         Jsonl(folder / 'metrics.jsonl').append(asdict(record))
         print(megatron_log_line(record, loop.steps, loop.global_batch), flush=True)
-    sampled, saved = due(loop.sample_every, step, bool(loop.sample_prompts) and step == loop.steps), due(loop.save_every, step, now or step == loop.steps)
-    for chunk in (chunk for chunk in training.wrapped if (sampled or saved or loop.ema) and chunk.ddp_config.overlap_param_gather): chunk.start_param_sync(force_sync=True)
+    sampled = due(loop.sample_every, step, bool(loop.sample_prompts) and step == loop.steps)
+    saved = due(loop.save_every, step, now or step == loop.steps)
+    for chunk in (
+        chunk
+        for chunk in training.wrapped
+        if (sampled or saved or loop.ema) and chunk.ddp_config.overlap_param_gather
+    ):
+        chunk.start_param_sync(force_sync=True)
     training.average.update()
     if sampled:
-        with training.average.used(), gathered(*training.model): task.sample(training.model, mesh, folder / 'samples' / f'step-{step:07d}.json')
+        with training.average.used(), gathered(*training.model):
+            task.sample(training.model, mesh, folder / 'samples' / f'step-{step:07d}.json')
     return saved
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #23d5ce86
 def neighbour_died(ranks: list[psutil.Process]) -> bool:
     "Whether one of the processes has ended."
-    try: return any(not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE for rank in ranks)
-    except psutil.NoSuchProcess: return True
+    try:
+        return any(not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE for rank in ranks)
+    except psutil.NoSuchProcess:
+        return True
+
 
 @contextmanager
 def asked_to_stop() -> Iterator[list]:
-    "A list that holds something once this process got SIGTERM; it ends at once if a neighbour, another child of its parent, has died then or dies later."
+    """A list that holds something once this process got SIGTERM.
+
+    It ends at once if a neighbour, another child of its parent, has died then or dies later.
+    """
     heard, ranks, (ear, mouth) = [], psutil.Process().parent().children(), os.pipe()
+
     def listen():
         while number := os.read(ear, 1):
-            if number[0] == signal.SIGTERM: heard.append(number)
-            if heard: break
+            if number[0] == signal.SIGTERM:
+                heard.append(number)
+            if heard:
+                break
         while heard and not over.wait(0.2):
-            if neighbour_died(ranks): leave(143)
+            if neighbour_died(ranks):
+                leave(143)
+
     over, thread = threading.Event(), threading.Thread(target=listen, daemon=True)
-    if threading.current_thread() is not threading.main_thread(): raise RuntimeError('train in the main thread of a process, which alone hears signals')
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError('train in the main thread of a process, which alone hears signals')
     os.set_blocking(mouth, False)
-    before, woken = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    woken = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
     thread.start()
-    try: yield heard
+    try:
+        yield heard
     finally:
         over.set()
         signal.set_wakeup_fd(woken)
@@ -118,17 +163,24 @@ def any_rank(mesh: Mesh, *own: bool) -> list[bool]:
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return [bool(one) for one in found.tolist()]
 
+
 @contextmanager
 def kept_when_broken(saver: Saver) -> Iterator[None]:
-    "For the length of a `with`, numbers that are not finite, which every rank meets in the same step, cost no checkpoint that is on its way."
-    try: yield
+    """For the length of a `with`, numbers that are not finite, which every rank meets in the same step, cost
+    no checkpoint that is on its way.
+    """
+    try:
+        yield
     except FloatingPointError:
         saver.end()
         raise
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #c70c6ba9
 def fit(config: Config, folder: str | Path) -> list[StepMetrics]:
-    "Trains as `config` says and writes into the run folder, going on from a checkpoint if there is one; every rank calls it and gets the records of the steps it made."
+    """Trains as `config` says and writes into the run folder, going on from a checkpoint if there is one.
+
+    Every rank calls it and gets the records of the steps it made.
+    """
     folder, records = Path(folder), []
     with open_mesh(config.layout, pick_device(config.device), config.seed) as mesh, asked_to_stop() as asked:
         config.check(mesh.place.world)
@@ -137,15 +189,22 @@ def fit(config: Config, folder: str | Path) -> list[StepMetrics]:
         done, saved, saver = state['step'], time.monotonic(), Saver(training, task, mesh, config, folder)
         with closing(task.batches(mesh, done)) as steps, kept_when_broken(saver):
             for step, batches in enumerate(islice(steps, max(config.loop.steps - done, 0)), done + 1):
-                if step == done + 1 and done: compare_ledger(state, task, config, print if mesh.first else lambda words: None)
-                records.append(train_step(step, training.wrapped, training.optimizer, training.schedule, task, mesh, batches))
+                if step == done + 1 and done:
+                    compare_ledger(state, task, config, print if mesh.first else lambda words: None)
+                records.append(
+                    train_step(
+                        step, training.wrapped, training.optimizer, training.schedule, task, mesh, batches
+                    )
+                )
                 late = mesh.first and 0 < 60 * config.loop.save_minutes < time.monotonic() - saved
                 stop, late, busy = any_rank(mesh, bool(asked), late, saver.busy)
-                if not busy: saver.end()
+                if not busy:
+                    saver.end()
                 if after_step(records[-1], config, task, mesh, training, folder, stop or late):
                     saver.save(step, wait=stop or step == config.loop.steps)
                     saved = time.monotonic()
-                if stop: break
+                if stop:
+                    break
     return records
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #1ceada27
@@ -154,4 +213,6 @@ def main(folder: str | Path) -> None:
     fit(load_config(Path(folder) / 'config.json'), folder)
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #d55a232a
-if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1])      # as a module; a notebook has no __file__
+# as a module; a notebook has no __file__
+if __name__ == '__main__' and '__file__' in globals():
+    main(sys.argv[1])

@@ -17,31 +17,53 @@ from itertools import islice
 from pathlib import Path
 
 from ..config import Config, Layout
-from ..datasets.turns import split_files
 from ..core.device import pick_device
 from ..core.files import Jsonl, load_json
-from ..models.costs import Cost, Videos, Talks, Tower, gathers, qwen_costs, reduces, wan_costs
-from ..models.shapes import QwenShape, WanShape, shape_of, text_room, transformer_of
-from ..parallel.stages import LayerSplit, Stage, Stages, balanced, stages
 from ..core.values import require
+from ..datasets.turns import split_files
+from ..models.costs import Cost, Talks, Tower, Videos, gathers, qwen_costs, reduces, wan_costs
+from ..models.shapes import QwenShape, WanShape, shape_of, text_room
+from ..parallel.stages import LayerSplit, Stage, Stages, balanced, stages
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #b893c3d9
 def check_files(config: Config) -> None:
     "Raises a one-line ValueError when something that the config names is not there."
     video = config.video
-    for kind, path in [('weights', config.weights), ('processor', config.processor), *(('data.files', file) for file in split_files(config.data.files)),
-                       ('video.features', video.features), ('video.source', video.source), ('loop.sample_prompts', config.loop.sample_prompts)]:
-        require(path is None or Path(path).exists(), f'{kind}={path!r} is not there: correct the path (relative paths start in {Path.cwd()})')
-    require(config.task != 'qwen2_5_vl' or config.data.files, 'data.files is empty: name one or more JSON or JSONL files')
+    for kind, path in [
+        ('weights', config.weights),
+        ('processor', config.processor),
+        *(('data.files', file) for file in split_files(config.data.files)),
+        ('video.features', video.features),
+        ('video.source', video.source),
+        ('loop.sample_prompts', config.loop.sample_prompts),
+    ]:
+        require(
+            path is None or Path(path).exists(),
+            f'{kind}={path!r} is not there: correct the path (relative paths start in {Path.cwd()})',
+        )
+    require(
+        config.task != 'qwen2_5_vl' or config.data.files,
+        'data.files is empty: name one or more JSON or JSONL files',
+    )
+
 
 def check_config(config: Config, ranks: int | None) -> int:
-    "The number of ranks to start (None: as many as there are devices); raises a one-line ValueError when the config cannot run here."
-    if ranks is not None: config.check(ranks)
+    """The number of ranks to start (None: as many as there are devices).
+
+    Raises a one-line ValueError when the config cannot run here.
+    """
+    if ranks is not None:
+        config.check(ranks)
     check_files(config)
     shape_of(config).check(config.layout)
     device = pick_device(config.device)
-    if ranks is None: config.check(ranks := device.count())
-    require(device.name == 'cpu' or ranks <= device.count(), f'ranks={ranks} and this machine has {device.count()} {device.name} devices: use at most {device.count()} ranks')
+    if ranks is None:
+        config.check(ranks := device.count())
+    require(
+        device.name == 'cpu' or ranks <= device.count(),
+        f'ranks={ranks} and this machine has {device.count()} {device.name} devices: use at most'
+        f' {device.count()} ranks',
+    )
     return ranks
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #e3f8625d
@@ -49,33 +71,52 @@ def fullest_talks(config: Config, shape: QwenShape) -> Talks:
     "What a micro-batch of conversations holds at most."
     vision, length, count = shape.vision, config.data.max_length, config.loop.micro_batch
     cell = vision.patch * vision.merge
-    side = min(math.isqrt(config.data.image_max_pixels) // cell, math.isqrt(max(length - 8, 1)))           # in tokens; some words go round them
+    # in tokens; some words go round them
+    side = min(math.isqrt(config.data.image_max_pixels) // cell, math.isqrt(max(length - 8, 1)))
     grid = (1, side * vision.merge, side * vision.merge)
     return Talks((length,) * count, (grid,) * count if side else (), (length - side**2) * count)
+
 
 def largest_size(config: Config) -> tuple[int, int, int]:
     "Frames, rows and columns of the largest clip's latents."
     video, root, clips = config.video, Path(config.processor or config.weights), config.video.clips
     index = Path(video.features or '') / 'index.jsonl'
-    kept = [tuple(entry['size']) for entry in Jsonl(index).read() if 'size' in entry] if video.features else []
+    kept = (
+        [tuple(entry['size']) for entry in Jsonl(index).read() if 'size' in entry] if video.features else []
+    )
     file = root / 'vae' / 'config.json'
     codec = load_json(file) if file.is_file() else {}
     time, space = codec.get('scale_factor_temporal') or 4, codec.get('scale_factor_spatial') or 8
-    cut = (clips.num_frames, *((clips.max_height, clips.max_width) if clips.max_height else (math.isqrt(clips.max_hxw),) * 2))
+    cut = (
+        clips.num_frames,
+        *((clips.max_height, clips.max_width) if clips.max_height else (math.isqrt(clips.max_hxw),) * 2),
+    )
     frames, height, width = max(kept, key=math.prod, default=cut)
     return (frames - 1) // time + 1, height // space, width // space
+
 
 def fullest_videos(config: Config, shape: WanShape) -> Videos:
     "What a micro-batch of clips holds at most."
     latents = tuple(size // patch * patch for size, patch in zip(largest_size(config), shape.patch))
-    return Videos(config.loop.micro_batch, latents, text_room(config.processor or config.weights), 257 if shape.image_width else 0)                 # CLIP's 16 x 16 patches, and one for the whole
+    # CLIP's 16 x 16 patches, and one for the whole
+    return Videos(
+        config.loop.micro_batch,
+        latents,
+        text_room(config.processor or config.weights),
+        257 if shape.image_width else 0,
+    )
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #449208d9
-PARTS = {'vision': ('vision', 'merger'), 'text': ('text', 'text'), 'wan': ('wan', 'wan')}           # of the layers of a tower, and of what comes behind them
+# of the layers of a tower, and of what comes behind them
+PARTS = {'vision': ('vision', 'merger'), 'text': ('text', 'text'), 'wan': ('wan', 'wan')}
+
 
 @dataclass(frozen=True)
 class Part:
-    "A piece of a stage: its costs, whether it `learns`, whether something in front of it does so that it `passes` gradients on, and whether it is run again."
+    """A piece of a stage: its costs, whether it `learns`, whether something in front of it does so that it
+    `passes` gradients on, and whether it is run again.
+    """
+
     cost: Cost
     learns: bool
     passes: bool
@@ -92,86 +133,155 @@ class Part:
 
     def kept(self, selective: bool) -> float:
         "Bytes kept for the backward pass of a micro-batch."
-        if not (self.learns or self.passes): return 0
+        if not (self.learns or self.passes):
+            return 0
         return self.cost.enters if self.recompute else self.cost.kept - (self.cost.spared if selective else 0)
 
     @property
     def sent(self) -> float:
         "Bytes sent for a micro-batch, forward and backward."
-        return self.cost.sent * (2 if self.recompute else 1) + (self.cost.returned if self.learns or self.passes else 0)
+        return self.cost.sent * (2 if self.recompute else 1) + (
+            self.cost.returned if self.learns or self.passes else 0
+        )
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #000bbc22
 def alone(tower: Tower) -> Tower:
     "The costs of a tower all of which one stage holds: a tied weight is there once."
-    return replace(tower, first=replace(tower.first, tied=0), last=replace(tower.last, weights=tower.last.weights - tower.last.tied, tied=0))
+    return replace(
+        tower,
+        first=replace(tower.first, tied=0),
+        last=replace(tower.last, weights=tower.last.weights - tower.last.tied, tied=0),
+    )
+
 
 def parts_of(stage: Stage, towers: dict[str, Tower], config: Config) -> list[Part]:
-    "The pieces of a stage, in order; what learns in front of a piece, on this stage or another, wants its gradients."
+    """The pieces of a stage, in order.
+
+    What learns in front of a piece, on this stage or another, wants its gradients.
+    """
     layout, found, before = config.layout, [], False
     for name, tower in towers.items():
         held, (inside, behind) = stage.layers[name], (part not in config.freeze for part in PARTS[name])
-        if len(held) == len(tower.layers): tower = alone(tower)
+        if len(held) == len(tower.layers):
+            tower = alone(tower)
         chosen = len(tower.layers) if layout.recompute_layers is None else layout.recompute_layers
-        if held and held.start == 0: found.append(Part(tower.first, inside, before))
+        if held and held.start == 0:
+            found.append(Part(tower.first, inside, before))
         before = before or inside
-        found += [Part(tower.layers[k], inside, before, layout.recompute == 'full' and before and k - held.start < chosen) for k in held]
-        if held and held.stop == len(tower.layers): found.append(Part(tower.last, behind, before))
+        found += [
+            Part(
+                tower.layers[k],
+                inside,
+                before,
+                layout.recompute == 'full' and before and k - held.start < chosen,
+            )
+            for k in held
+        ]
+        if held and held.stop == len(tower.layers):
+            found.append(Part(tower.last, behind, before))
         before = before or behind
     return found
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #e660cc9f
 def in_flight(place: int, count: int, layout: Layout) -> list[int]:
-    "How many micro-batches each of a rank's stages has run forward and not yet backward when most are, under Megatron's schedules."
-    if layout.vpp == 1: return [min(count, layout.pp - place)]
+    """How many micro-batches each of a rank's stages has run forward and not yet backward when most are,
+    under Megatron's schedules.
+    """
+    if layout.vpp == 1:
+        return [min(count, layout.pp - place)]
     ahead = min(2 * (layout.pp - place - 1) + (layout.vpp - 1) * layout.pp + 1, count * layout.vpp)
-    turns = [unit // layout.pp % layout.vpp for unit in range(ahead)]                    # pp micro-batches through one stage, then through the next
+    # pp micro-batches through one stage, then through the next
+    turns = [unit // layout.pp % layout.vpp for unit in range(ahead)]
     return [turns.count(turn) for turn in range(layout.vpp)]
 
-def standing(parts: Sequence[Part], layout: Layout, replicas: int, size: int, average: bool) -> dict[str, float]:
+
+def standing(
+    parts: Sequence[Part], layout: Layout, replicas: int, size: int, average: bool
+) -> dict[str, float]:
     "Bytes of weights, gradients and optimizer state on a rank, of which `replicas` ranks hold the like."
-    total = lambda name, learning: sum(getattr(part.cost, name) for part in parts if part.learns or not learning)
-    weights, exact, all_learning = total('weights', True), total('exact', True), total('weights', True) + total('exact', True)
+
+    def total(name, learning):
+        return sum(getattr(part.cost, name) for part in parts if part.learns or not learning)
+
+    weights = total('weights', True)
+    exact = total('exact', True)  # noqa: F841
+    all_learning = total('weights', True) + total('exact', True)
     masters = (weights * 4 if size < 4 and layout.data_parallel != 'fsdp' else 0) + 8 * all_learning
     share = {'ddp': (1, 1), 'zero1': (1, replicas), 'fsdp': (replicas, replicas)}[layout.data_parallel]
-    held = 4 * (total('weights', False) + total('exact', False)) if layout.data_parallel == 'fsdp' else size * total('weights', False) + 4 * total('exact', False)
-    return {'weights': held / share[0], 'gradients': 4 * all_learning / share[0], 'optimizer': masters / share[1] + (4 * all_learning / share[0] if average else 0)}
+    held = (
+        4 * (total('weights', False) + total('exact', False))
+        if layout.data_parallel == 'fsdp'
+        else size * total('weights', False) + 4 * total('exact', False)
+    )
+    return {
+        'weights': held / share[0],
+        'gradients': 4 * all_learning / share[0],
+        'optimizer': masters / share[1] + (4 * all_learning / share[0] if average else 0),
+    }
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #a853ee73
 def passing(parts: Sequence[Part], layout: Layout, size: int) -> float:
-    "Bytes that are there for a moment: the gradient of the largest weight, what a layer makes that is frozen or run again, what fsdp gathers."
+    """Bytes that are there for a moment: the gradient of the largest weight, what a layer makes that is
+    frozen or run again, what fsdp gathers.
+    """
     learning = [part for part in parts if part.learns]
-    again = max((part.cost.kept for part in parts if part.recompute or not (part.learns or part.passes)), default=0)
-    if layout.data_parallel != 'fsdp': return again + size * max((part.cost.widest for part in learning), default=0)
-    whole = lambda part: size * part.cost.weights + 4 * part.cost.exact
+    again = max(
+        (part.cost.kept for part in parts if part.recompute or not (part.learns or part.passes)), default=0
+    )
+    if layout.data_parallel != 'fsdp':
+        return again + size * max((part.cost.widest for part in learning), default=0)
+
+    def whole(part):
+        return size * part.cost.weights + 4 * part.cost.exact
+
     layer = max((part for part in parts if part.cost.enters), key=whole, default=Part(Cost(), False, False))
-    ends = sum(whole(part) for part in parts if not part.cost.enters)                          # they stay until the step is over
-    return again + max(ends, 2 * whole(layer))                      # or a layer and the next one; gradients come when activations have gone
+    # they stay until the step is over
+    ends = sum(whole(part) for part in parts if not part.cost.enters)
+    # or a layer and the next one; gradients come when activations have gone
+    return again + max(ends, 2 * whole(layer))
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #115b6aab
 def shared_bytes(parts: Sequence[Part], layout: Layout, replicas: int, size: int, count: int) -> float:
     "Bytes that a rank sends in a step to share gradients and parameters with the other replicas."
-    bytes_of = lambda found: sum(size * part.cost.weights + 4 * part.cost.exact for part in found)
+
+    def bytes_of(found):
+        return sum(size * part.cost.weights + 4 * part.cost.exact for part in found)
+
     learning = [part for part in parts if part.learns]
     gradients = 4 * sum(part.cost.weights + part.cost.exact for part in learning)
-    joined = reduces(4 * sum(part.cost.tokenwise for part in learning), layout.tp) if layout.sequence_parallel else 0
-    tied = [part.cost.tied for part in learning if part.cost.tied]                           # words as they come in and as they go out, on two ranks or on one
+    joined = (
+        reduces(4 * sum(part.cost.tokenwise for part in learning), layout.tp)
+        if layout.sequence_parallel
+        else 0
+    )
+    # words as they come in and as they go out, on two ranks or on one
+    tied = [part.cost.tied for part in learning if part.cost.tied]
     joined += reduces(4 * tied[0], 2) if len(tied) == 1 else 0
-    if layout.data_parallel == 'ddp': return joined + reduces(gradients, replicas)
-    if layout.data_parallel == 'zero1': return joined + gathers(gradients + bytes_of(learning), replicas)
-    twice = [part for part in parts if part.cost.enters and (part.learns or part.passes)]                    # layers are let go after the forward pass
+    if layout.data_parallel == 'ddp':
+        return joined + reduces(gradients, replicas)
+    if layout.data_parallel == 'zero1':
+        return joined + gathers(gradients + bytes_of(learning), replicas)
+    # layers are let go after the forward pass
+    twice = [part for part in parts if part.cost.enters and (part.learns or part.passes)]
     return joined + count * gathers(bytes_of(parts) + bytes_of(twice) + gradients, replicas)
+
 
 def handed_on(stage: Stage, towers: dict[str, Tower]) -> float:
     "Bytes that a stage hands to the next for a micro-batch."
-    if stage.last: return 0
-    begun = [(towers[name], held) for name, held in stage.layers.items() if held.stop]         # an empty stage hands on what it was given
+    if stage.last:
+        return 0
+    # an empty stage hands on what it was given
+    begun = [(towers[name], held) for name, held in stage.layers.items() if held.stop]
     tower, held = begun[-1]
     return tower.emerges if held.stop == len(tower.layers) else tower.leaves
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #146783f0
 @dataclass(frozen=True)
 class Place:
-    "What a rank at one place of the pipeline needs and does in a step: parameters, bytes in memory by kind, operations, bytes sent, and the share of the time that it waits."
+    """What a rank at one place of the pipeline needs and does in a step: parameters, bytes in memory by kind,
+    operations, bytes sent, and the share of the time that it waits.
+    """
+
     stages: tuple[Stage, ...]
     parameters: int
     memory: dict[str, float]
@@ -180,31 +290,69 @@ class Place:
     waits: float = 0.0
 
     @property
-    def total(self) -> float: return sum(self.memory.values())
+    def total(self) -> float:
+        return sum(self.memory.values())
 
-def place_of(held: Sequence[Stage], everywhere: Stages, towers: dict[str, Tower], config: Config, world: int, size: int, inputs: float) -> Place:
-    "What the rank with the stages `held` needs and does; `inputs` are the bytes of a micro-batch, all of which wait on the device for a step."
+
+def place_of(
+    held: Sequence[Stage],
+    everywhere: Stages,
+    towers: dict[str, Tower],
+    config: Config,
+    world: int,
+    size: int,
+    inputs: float,
+) -> Place:
+    """What the rank with the stages `held` needs and does.
+
+    `inputs` are the bytes of a micro-batch, all of which wait on the device for a step.
+    """
     layout, count = config.layout, config.check(world)
     replicas = layout.replicas(world) * layout.cp
     each = [parts_of(stage, towers, config) for stage in held]
     parts = [part for found in each for part in found]
     flying = in_flight(held[0].index % layout.pp, count, layout)
-    kept = sum(number * sum(part.kept(layout.recompute == 'selective') for part in found) for number, found in zip(flying, each))
-    memory = standing(parts, layout, replicas, size, bool(config.loop.ema)) | {'inputs': count * inputs, 'activations': kept, 'passing': passing(parts, layout, size)}
-    between = sum(handed_on(stage, towers) + (handed_on(everywhere[stage.index - 1], towers) if stage.index else 0) for stage in held)
-    sent = count * (sum(part.sent for part in parts) + between) + shared_bytes(parts, layout, replicas, size, count)
-    return Place(tuple(held), round(sum(part.cost.weights + part.cost.exact for part in parts)), memory, count * sum(part.flops for part in parts), sent)
+    kept = sum(
+        number * sum(part.kept(layout.recompute == 'selective') for part in found)
+        for number, found in zip(flying, each)
+    )
+    memory = standing(parts, layout, replicas, size, bool(config.loop.ema)) | {
+        'inputs': count * inputs,
+        'activations': kept,
+        'passing': passing(parts, layout, size),
+    }
+    between = sum(
+        handed_on(stage, towers) + (handed_on(everywhere[stage.index - 1], towers) if stage.index else 0)
+        for stage in held
+    )
+    sent = count * (sum(part.sent for part in parts) + between) + shared_bytes(
+        parts, layout, replicas, size, count
+    )
+    return Place(
+        tuple(held),
+        round(sum(part.cost.weights + part.cost.exact for part in parts)),
+        memory,
+        count * sum(part.flops for part in parts),
+        sent,
+    )
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #f8cac2a1
 def amount(number: float, unit: str) -> str:
     "A number with the prefix that makes it short: 1024 to the next for bytes, 1000 for all else."
     base, small = (1024, ' KMGTP') if unit == 'B' else (1000, ' kMGTPE')
     power = min(int(math.log(number, base) + 1e-9), len(small) - 1) if number >= 1 else 0
-    return f'{number / base**power:.{0 if power == 0 else 2 if number / base**power < 100 else 0}f} {small[power].strip()}{unit}'.rstrip()
+    return (
+        f'{number / base**power:.{0 if power == 0 else 2 if number / base**power < 100 else 0}f}'
+        f' {small[power].strip()}{unit}'.rstrip()
+    )
+
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    "What a run needs: its stages, the micro-batch it was counted for, how many of them a step has, and every place of the pipeline."
+    """What a run needs: its stages, the micro-batch it was counted for, how many of them a step has, and
+    every place of the pipeline.
+    """
+
     stages: Stages
     load: Talks | Videos
     count: int
@@ -214,52 +362,114 @@ class Plan:
     def table(self) -> list[list[str]]:
         "Head and rows of the table."
         kinds = list(self.places[0].memory)
-        shown = lambda place: ', '.join(f'{tower} {held.start}-{held.stop - 1}' for stage in place.stages for tower, held in stage.layers.items() if held) or 'none'
-        rows = [[str(k), shown(place), amount(place.parameters, ''), *(amount(place.memory[kind], 'B') for kind in kinds), amount(place.total, 'B'), amount(place.flops, 'FLOP'), amount(place.sent, 'B'), f'{place.waits:.0%}']
-                for k, place in enumerate(self.places)]
+
+        def shown(place):
+            return (
+                ', '.join(
+                    f'{tower} {held.start}-{held.stop - 1}'
+                    for stage in place.stages
+                    for tower, held in stage.layers.items()
+                    if held
+                )
+                or 'none'
+            )
+
+        rows = [
+            [
+                str(k),
+                shown(place),
+                amount(place.parameters, ''),
+                *(amount(place.memory[kind], 'B') for kind in kinds),
+                amount(place.total, 'B'),
+                amount(place.flops, 'FLOP'),
+                amount(place.sent, 'B'),
+                f'{place.waits:.0%}',
+            ]
+            for k, place in enumerate(self.places)
+        ]
         return [['place', 'layers', 'parameters', *kinds, 'memory', 'a step', 'sends', 'waits'], *rows]
 
     def __repr__(self) -> str:
         table = self.table()
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ['  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table]
-        return '\n'.join([f'For every rank at a place of the pipeline, {self.count} micro-batches a step, each of them {self.load}', *lines, *[self.advice] * bool(self.advice)])
+        return '\n'.join(
+            [
+                (
+                    f'For every rank at a place of the pipeline, {self.count} micro-batches a step, each of'
+                    f' them {self.load}'
+                ),
+                *lines,
+                *[self.advice] * bool(self.advice),
+            ]
+        )
 
     def _repr_html_(self) -> str:
         head, *rows = ([escape(cell) for cell in row] for row in self.table())
         cells = ''.join('<tr>' + ''.join(f'<td>{cell}</td>' for cell in row) + '</tr>' for row in rows)
-        return f'{self.stages._repr_html_()}<table><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr>{cells}</table><small>{self.count} micro-batches a step, each of them {escape(str(self.load))}. {escape(self.advice)}</small>'
+        return (
+            f'{self.stages._repr_html_()}<table><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr>{cells}</table><small>{self.count}'  # noqa: E501
+            f' micro-batches a step, each of them {escape(str(self.load))}. {escape(self.advice)}</small>'
+        )
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #2f93f2de
 def rows_for(config: Config, towers: dict[str, Tower]) -> dict[str, LayerSplit]:
-    "Rows of layers that make the largest stage as cheap as it can be for the load that the costs were counted for."
+    """Rows of layers that make the largest stage as cheap as it can be for the load that the costs were
+    counted for.
+    """
     whole, costs = Stage(0, 1, {name: range(len(tower.layers)) for name, tower in towers.items()}), {}
     flops = iter([part.flops for part in parts_of(whole, towers, config)])
     for name, tower in towers.items():
         first, *layers, last = islice(flops, len(tower.layers) + 2)
-        costs[name] = [first + layers[0], *layers[1:-1], layers[-1] + last] if len(layers) > 1 else [first + layers[0] + last]
+        costs[name] = (
+            [first + layers[0], *layers[1:-1], layers[-1] + last]
+            if len(layers) > 1
+            else [first + layers[0] + last]
+        )
     return balanced(costs, config.layout)
+
 
 def advise(slowest: float, rows: dict[str, LayerSplit], better: float) -> str:
     "A sentence about another cut if its slowest rank has at least 5 % less to do."
-    if better > 0.95 * slowest: return ''
+    if better > 0.95 * slowest:
+        return ''
     given = json.dumps({tower: [list(row) for row in each] for tower, each in rows.items()})
-    return f"With layout.layers='{given}' the slowest rank would do {1 - better / slowest:.0%} less for such micro-batches."
+    return (
+        f"With layout.layers='{given}' the slowest rank would do {1 - better / slowest:.0%} less for such"
+        ' micro-batches.'
+    )
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #c81049a9
 def plan(config: Config, ranks: int, load: Talks | Videos | None = None) -> Plan:
-    "The plan of a run on so many ranks, whose micro-batches hold `load` (default: as much as the settings allow); ValueError when the layout cannot be."
-    require(config.task in ('qwen2_5_vl', 'wan2_1'), f'task={config.task!r} is your own, and a plan knows the costs of qwen2_5_vl and wan2_1 only; launch it with loop.steps=3 to see what it needs')
+    """The plan of a run on so many ranks, whose micro-batches hold `load` (default: as much as the settings
+    allow); ValueError when the layout cannot be.
+    """
+    require(
+        config.task in ('qwen2_5_vl', 'wan2_1'),
+        f'task={config.task!r} is your own, and a plan knows the costs of qwen2_5_vl and wan2_1 only; launch'
+        ' it with loop.steps=3 to see what it needs',
+    )
     shape, layout = shape_of(config), config.layout
     shape.check(layout)
     size = {'float32': 4, 'bfloat16': 2}[config.dtype or pick_device(config.device).dtype]
     load = load or (fullest_talks if config.task == 'qwen2_5_vl' else fullest_videos)(config, shape)
     towers = (qwen_costs if config.task == 'qwen2_5_vl' else wan_costs)(shape, load, layout, size)
+
     def places_of(layout):
         every = stages(shape.costs, layout)
-        places = [place_of(every.of(place), every, towers, config, ranks, size, load.size(shape)) for place in range(layout.pp)]
+        places = [
+            place_of(every.of(place), every, towers, config, ranks, size, load.size(shape))
+            for place in range(layout.pp)
+        ]
         return every, places, max(place.flops for place in places)
+
     every, places, slowest = places_of(layout)
     rows, count = rows_for(config, towers), config.check(ranks)
     step = slowest * (1 + (layout.pp - 1) / layout.vpp / count)
-    return Plan(every, load, count, tuple(replace(place, waits=1 - place.flops / step) for place in places), advise(slowest, rows, places_of(replace(layout, layers=rows))[2]))
+    return Plan(
+        every,
+        load,
+        count,
+        tuple(replace(place, waits=1 - place.flops / step) for place in places),
+        advise(slowest, rows, places_of(replace(layout, layers=rows))[2]),
+    )

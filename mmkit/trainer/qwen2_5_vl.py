@@ -20,10 +20,17 @@ from torch import Tensor, nn
 from ..config import Config, Data
 from ..converters.folders import HFFolder, open_weights
 from ..converters.qwen2_5_vl import qwen2_5_vl_towers
-from ..datasets.conversation import Conversations, check_files, collate_conversations, encode_prompt, find_media, open_encoder
+from ..core.files import write_atomic
+from mmkit.datasets.conversation import (
+    Conversations,
+    check_files,
+    collate_conversations,
+    encode_prompt,
+    find_media,
+    open_encoder,
+)
 from ..datasets.order import ledger, ordered_batches, stream
 from ..datasets.turns import BadRecord, Conversation, check_record, read_raw, split_files, to_conversation
-from ..core.files import write_atomic
 from ..models.generate import Pick, generate, likeliest
 from ..models.qwen2_5_vl import Qwen2_5_VL, freeze, position_ids
 from ..models.shapes import QwenShape, layer_splits, shape_of
@@ -32,11 +39,15 @@ from ..parallel.pipeline import build_stages
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #1a4b8a35
 def weights_of(labels: Tensor, samples: Tensor, meaning: str) -> tuple[Tensor, Tensor]:
-    "The weight (s,) of every token's loss in the sum of a row, and the whole number that the sum is divided by; tokens without a label (-100) have none."
+    """The weight (s,) of every token's loss in the sum of a row, and the whole number that the sum is divided
+    by; tokens without a label (-100) have none.
+    """
     labelled = (labels >= 0).float()
     counts = labelled.new_zeros(int(samples.max()) + 1).index_add_(0, samples, labelled)
-    if meaning == 'token': return labelled, labelled.sum().int()
-    if meaning == 'micro_batch': return labelled / labelled.sum().clamp(min=1), labelled.any().int()
+    if meaning == 'token':
+        return labelled, labelled.sum().int()
+    if meaning == 'micro_batch':
+        return labelled / labelled.sum().clamp(min=1), labelled.any().int()
     return labelled / counts[samples].clamp(min=1), (counts > 0).sum().int()
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #fb94e65d
@@ -44,83 +55,157 @@ def positions(shape: QwenShape, input_ids: Tensor, grid: Tensor, seconds: Tensor
     "The model's `position_ids` for tensors."
     return torch.from_numpy(position_ids(shape, input_ids.numpy(), grid.numpy(), seconds.numpy()))
 
+
 def to_device(batch: dict, device: torch.device) -> dict:
     "The micro-batch with its tensors on the device; lengths and grids stay, they are read on the host."
-    return {name: x if name in ('lengths', 'grid') else x.to(device, non_blocking=True) for name, x in batch.items()}
+    return {
+        name: x if name in ('lengths', 'grid') else x.to(device, non_blocking=True)
+        for name, x in batch.items()
+    }
+
 
 def pack(samples: list[dict], multiple: int, pad: int) -> dict:
-    "Samples as one packed micro-batch that knows its number of `tokens` without padding; broken samples that were replaced are named on the log."
+    """Samples as one packed micro-batch that knows its number of `tokens` without padding.
+
+    Broken samples that were replaced are named on the log.
+    """
     batch = collate_conversations(samples, multiple, pad)
-    for index, reason in batch.replaced: print(f'sample {index} was replaced by the next good one: {reason}', flush=True)
+    for index, reason in batch.replaced:
+        print(f'sample {index} was replaced by the next good one: {reason}', flush=True)
     batch['tokens'] = torch.tensor(sum(len(sample['input_ids']) for sample in samples))
     return batch
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #f05ca506
 def read_questions(file: str | Path, data: Data, count: int) -> list[Conversation]:
-    "The first `count` conversations of a file, each with its answer and its pictures there. Raises ValueError naming the first that is not so."
+    """The first `count` conversations of a file, each with its answer and its pictures there.
+
+    Raises ValueError naming the first that is not so.
+    """
     found = []
     for number, raw in enumerate(read_raw(str(file))[:count]):
         try:
             found.append(to_conversation(raw, data.columns))
             check_record(found[-1])
             check_files(found[-1], data.media_dir, os.path.isfile)
-        except BadRecord as error: raise ValueError(f'{file}: conversation {number} cannot be asked: {error}') from None
+        except BadRecord as error:
+            raise ValueError(f'{file}: conversation {number} cannot be asked: {error}') from None
     return found
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #137e0647
 class QwenTask:
     "Fine-tuning Qwen2.5-VL on conversations."
+
     def __init__(self, config: Config):
-        self.config, self.like, self.shape = config, HFFolder(config.processor or config.weights), shape_of(config)
+        self.config = config
+        self.like = HFFolder(config.processor or config.weights)
+        self.shape = shape_of(config)
         self.towers = qwen2_5_vl_towers(self.like.config, *layer_splits(self.shape, config.layout).values())
         self.source = open_weights(config.weights, self.towers)
         self.root, self.places = self.like.path, partial(positions, self.shape)
-        self.asked = read_questions(config.loop.sample_prompts, config.data, config.loop.sample_count) if config.loop.sample_prompts else []
+        self.asked = (
+            read_questions(config.loop.sample_prompts, config.data, config.loop.sample_count)
+            if config.loop.sample_prompts
+            else []
+        )
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
         chunks = build_stages(Qwen2_5_VL, self.shape, mesh, dtype)
-        for chunk in chunks: freeze(chunk, self.config.freeze)
+        for chunk in chunks:
+            freeze(chunk, self.config.freeze)
         return chunks
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
-        "For every step, this rank's packed micro-batches; their lengths are multiples of `layout.sequence_multiple`."
-        data, loop, dataset = self.config.data, self.config.loop, Conversations(self.config.data, self.like.path, self.places)
-        if mesh.first and dataset.report.dropped: print(dataset.report, flush=True)
-        order = ordered_batches(len(dataset), loop.global_batch, loop.micro_batch, mesh.dp.rank, mesh.dp.size, self.config.seed, first_step, data.shuffle)
-        self.ledger = ledger(order, [[Path(file).name, Path(file).stat().st_size] for file in split_files(data.files)])
+        """For every step, this rank's packed micro-batches.
+
+        Their lengths are multiples of `layout.sequence_multiple`.
+        """
+        data = self.config.data
+        loop = self.config.loop
+        dataset = Conversations(self.config.data, self.like.path, self.places)
+        if mesh.first and dataset.report.dropped:
+            print(dataset.report, flush=True)
+        order = ordered_batches(
+            len(dataset),
+            loop.global_batch,
+            loop.micro_batch,
+            mesh.dp.rank,
+            mesh.dp.size,
+            self.config.seed,
+            first_step,
+            data.shuffle,
+        )
+        self.ledger = ledger(
+            order, [[Path(file).name, Path(file).stat().st_size] for file in split_files(data.files)]
+        )
         collate = partial(pack, multiple=mesh.layout.sequence_multiple, pad=dataset.encoder.pad)
         with closing(stream(dataset, order, collate, data.workers)) as steps:
-            for step in steps: yield [to_device(batch, mesh.at) for batch in step]
+            for step in steps:
+                yield [to_device(batch, mesh.at) for batch in step]
 
     def forward(self, model: nn.Module, batch: dict) -> Tensor:
-        return model(batch | dict(weights=weights_of(batch['labels'], batch['samples'], self.config.loop.loss_reduction)[0]))
+        return model(
+            batch
+            | dict(weights=weights_of(batch['labels'], batch['samples'], self.config.loop.loss_reduction)[0])
+        )
 
     def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        "Cross-entropy of a micro-batch in nats: (sum, count) in the meaning of `loop.loss_reduction`, and no parts (2 0)."
-        return output.sum(), weights_of(batch['labels'], batch['samples'], self.config.loop.loss_reduction)[1], output.new_zeros(2, 0)
+        """Cross-entropy of a micro-batch in nats: (sum, count) in the meaning of `loop.loss_reduction`, and
+        no parts (2 0).
+        """
+        return (
+            output.sum(),
+            weights_of(batch['labels'], batch['samples'], self.config.loop.loss_reduction)[1],
+            output.new_zeros(2, 0),
+        )
 
     def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
-        "Answers the first held-out conversations and writes question, answer, expected answer and picture of each as JSON."
+        """Answers the first held-out conversations and writes question, answer, expected answer and picture
+        of each as JSON.
+        """
         found = examine(model, mesh, self.like.path, self.config.data, self.asked)
-        if mesh.first: write_atomic(file, json.dumps(found, ensure_ascii=False, indent=1))
+        if mesh.first:
+            write_atomic(file, json.dumps(found, ensure_ascii=False, indent=1))
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #e534497d
-def answer(model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Data, records: list, room: int = 64, pick: Pick = likeliest, at_once: int = 32) -> list[str]:
+def answer(
+    model: Sequence[nn.Module],
+    mesh: Mesh,
+    folder: str | Path,
+    data: Data,
+    records: list,
+    room: int = 64,
+    pick: Pick = likeliest,
+    at_once: int = 32,
+) -> list[str]:
     "The model's answer to each record (a conversation that ends with a question), in batches of `at_once`."
     encoder = open_encoder(folder, data)
     tokenizer, said = encoder.tokenizer, []
     stop = [tokenizer.convert_tokens_to_ids(word) for word in ('<|im_end|>', '<|endoftext|>')]
     for start in range(0, len(records), at_once):
-        prompts = [encode_prompt(record, encoder=encoder, positions=partial(positions, model[0].shape)) for record in records[start:start + at_once]]
-        asked = prompts + prompts[:1] * (-len(prompts) % mesh.tp.size)               # rows are cut over the ranks under sequence parallel
+        prompts = [
+            encode_prompt(record, encoder=encoder, positions=partial(positions, model[0].shape))
+            for record in records[start : start + at_once]
+        ]
+        # rows are cut over the ranks under sequence parallel
+        asked = prompts + prompts[:1] * (-len(prompts) % mesh.tp.size)
         batch = to_device(pack(asked, mesh.tp.size, encoder.pad), mesh.at)
         ids = generate(model, batch, len(asked), stop, mesh, room, pick)
-        said += [tokenizer.decode(row, skip_special_tokens=True) for row in ids[:len(prompts)]]
+        said += [tokenizer.decode(row, skip_special_tokens=True) for row in ids[: len(prompts)]]
     return said
 
-def examine(model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Data, records: Sequence[Conversation]) -> list[dict]:
+
+def examine(
+    model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Data, records: Sequence[Conversation]
+) -> list[dict]:
     "Answers to conversations whose last answers are known, each as {question, answer, expected, image}."
     asked = [replace(record, turns=record.turns[:-1]) for record in records]
     said = answer(model, mesh, folder, data, asked)
-    return [dict(question=record.turns[-2].content, answer=text, expected=record.turns[-1].content,
-        image=str(find_media(record.images[0], data.media_dir)) if record.images else None) for record, text in zip(records, said)]
+    return [
+        dict(
+            question=record.turns[-2].content,
+            answer=text,
+            expected=record.turns[-1].content,
+            image=str(find_media(record.images[0], data.media_dir)) if record.images else None,
+        )
+        for record, text in zip(records, said)
+    ]

@@ -24,27 +24,41 @@ import torch
 from torch import Tensor
 
 from ..config import Layout, Sampling
-from ..core.values import require
 from ..converters.folders import HFFolder
 from ..converters.wan2_1 import wan2_1_towers
+from ..core.device import pick_device
+from ..core.files import load_json, write_atomic
+from ..core.values import require
 from ..datasets.clips import cover
 from ..datasets.features import pad_text
 from ..datasets.media import read_picture
 from ..datasets.video import video_html
-from ..core.device import pick_device
-from ..core.files import load_json, write_atomic
-from ..models.codecs import Tiles, clean_caption, decode_video, encode_first_frame, encode_image, encode_text, check_encoders, find_part, open_image_encoder, open_text_encoder, open_vae, write_video
+from mmkit.models.codecs import (
+    Tiles,
+    check_encoders,
+    clean_caption,
+    decode_video,
+    encode_first_frame,
+    encode_image,
+    encode_text,
+    find_part,
+    open_image_encoder,
+    open_text_encoder,
+    open_vae,
+    write_video,
+)
 from ..models.denoise import as_one, make_latents, starting_noise
 from ..models.shapes import WanShape, layer_splits, text_room
 from ..models.wan2_1 import Wan2_1, grid_of
 from ..parallel.mesh import Mesh, open_mesh
 from ..parallel.pipeline import build_stages
-from .weights import load_weights, from_rank0
+from .weights import from_rank0, load_weights
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #e96ad553
 @dataclass(frozen=True, eq=False)
 class Clip:
     "What a prompt became: uint8 frames (t h w 3), frames per second, and the file that holds them, if any."
+
     prompt: str
     frames: np.ndarray
     fps: int = 16
@@ -53,7 +67,8 @@ class Clip:
     @cached_property
     def video(self) -> bytes:
         "The clip as an mp4."
-        with TemporaryDirectory() as room: return write_video(Path(room) / 'clip.mp4', self.frames, self.fps).read_bytes()
+        with TemporaryDirectory() as room:
+            return write_video(Path(room) / 'clip.mp4', self.frames, self.fps).read_bytes()
 
     def __repr__(self) -> str:
         size = 'x'.join(str(side) for side in self.frames.shape[:3])
@@ -61,45 +76,80 @@ class Clip:
 
     def _repr_html_(self) -> str:
         shown = video_html(self.video, self.frames, min(max(self.frames.shape[1], 192), 320))
-        return f'<div style="display:inline-block;margin:4px">{shown}<br><b>{html.escape(self.prompt)}</b></div>'
+        return (
+            f'<div style="display:inline-block;margin:4px">{shown}<br><b>{html.escape(self.prompt)}</b></div>'
+        )
+
 
 class Videos(tuple):
     "Clips, which draw themselves together."
-    def _repr_html_(self) -> str: return ''.join(clip._repr_html_() for clip in self)
+
+    def _repr_html_(self) -> str:
+        return ''.join(clip._repr_html_() for clip in self)
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #11696d56
 def open_shape(folder: str | Path) -> WanShape:
-    "The shape of the transformer in a pipeline folder; a folder that is no whole Wan2.1 pipeline raises ValueError."
+    """The shape of the transformer in a pipeline folder.
+
+    A folder that is no whole Wan2.1 pipeline raises ValueError.
+    """
     index = Path(folder) / 'model_index.json'
     require(index.is_file(), f'{folder} has no model_index.json: give a diffusers folder of Wan2.1')
     facts = load_json(index)
-    require(facts.get('_class_name') in ('WanPipeline', 'WanImageToVideoPipeline'), f'{index} is of a {facts.get("_class_name")}; generate takes WanPipeline and WanImageToVideoPipeline')
+    require(
+        facts.get('_class_name') in ('WanPipeline', 'WanImageToVideoPipeline'),
+        f'{index} is of a {facts.get("_class_name")}; generate takes WanPipeline and WanImageToVideoPipeline',
+    )
     newer = [name for name in ('boundary_ratio', 'expand_timesteps') if facts.get(name)]
-    require(not newer, f'{index} sets {", ".join(newer)}: that is Wan2.2, whose sampling is another; video takes Wan2.1')
+    require(
+        not newer,
+        f'{index} sets {", ".join(newer)}: that is Wan2.2, whose sampling is another; video takes Wan2.1',
+    )
     shape = WanShape.from_hf(load_json(find_part(folder, 'transformer') / 'config.json'))
-    require(not shape.image_positions, f'{folder} continues from a first to a last frame; generate takes models with a first frame or none')
+    require(
+        not shape.image_positions,
+        f'{folder} continues from a first to a last frame; generate takes models with a first frame or none',
+    )
     check_encoders(folder, shape.image_width is not None)
     return shape
+
 
 def sampling_of(folder: str | Path, **changes: Any) -> Sampling:
     "The Sampling that a pipeline folder's scheduler asks for, with changes."
     facts = load_json(Path(folder) / 'scheduler' / 'scheduler_config.json')
     kind = 'euler' if facts.get('_class_name') == 'FlowMatchEulerDiscreteScheduler' else 'unipc'
-    return Sampling(**dict(scheduler=kind, shift=float(facts.get('flow_shift', facts.get('shift', 1.0)))) | changes)
+    return Sampling(
+        **dict(scheduler=kind, shift=float(facts.get('flow_shift', facts.get('shift', 1.0)))) | changes
+    )
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #2feb95a6
 def latent_size(sampling: Sampling, vae: Any, shape: WanShape) -> tuple[int, int, int, int]:
-    "Channels, frames, rows and columns of a clip's latents; what codec and model cannot make raises ValueError."
+    """Channels, frames, rows and columns of a clip's latents.
+
+    What codec and model cannot make raises ValueError.
+    """
     codec, (deep, *flat) = vae.config, shape.patch
     for name, patch in zip(('height', 'width'), flat):
         size, step = getattr(sampling, name), codec.scale_factor_spatial * patch
         near = max(size // step, 1) * step
-        require(size % step == 0, f'sampling.{name}={size} is not a multiple of {step} (codec {codec.scale_factor_spatial} x patch {patch}); use {near} or {near + step}')
+        require(
+            size % step == 0,
+            f'sampling.{name}={size} is not a multiple of {step} (codec {codec.scale_factor_spatial} x patch'
+            f' {patch}); use {near} or {near + step}',
+        )
     step = codec.scale_factor_temporal
     frames = (sampling.num_frames - 1) // step + 1
-    require((sampling.num_frames - 1) % step == 0 and frames % deep == 0, f'sampling.num_frames={sampling.num_frames} is not 1 + {step}k with 1 + k a multiple of {deep} (codec and patch)')
+    require(
+        (sampling.num_frames - 1) % step == 0 and frames % deep == 0,
+        f'sampling.num_frames={sampling.num_frames} is not 1 + {step}k with 1 + k a multiple of {deep} (codec'
+        ' and patch)',
+    )
     given = codec.z_dim + step if shape.image_width else 0
-    require(shape.in_channels == codec.z_dim + given, f'the transformer takes {shape.in_channels} channels; codec and condition have {codec.z_dim} + {given}: the parts are not of one pipeline')
+    require(
+        shape.in_channels == codec.z_dim + given,
+        f'the transformer takes {shape.in_channels} channels; codec and condition have {codec.z_dim} +'
+        f' {given}: the parts are not of one pipeline',
+    )
     size = (frames, *(side // codec.scale_factor_spatial for side in (sampling.height, sampling.width)))
     grid_of(torch.empty(1, shape.in_channels, *size, device='meta'), shape)
     return codec.z_dim, *size
@@ -107,14 +157,22 @@ def latent_size(sampling: Sampling, vae: Any, shape: WanShape) -> tuple[int, int
 # %% ../../nbs/6_trainer/01_sampling.ipynb #3eedd5e8
 def to_frame(image: Any, height: int, width: int) -> np.ndarray:
     "uint8 (height, width, 3) of a picture: a path, a PIL image or uint8 (h, w, 3)."
-    if not isinstance(image, np.ndarray): image = np.asarray(read_picture(image))
-    require(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, f'a picture of {image.dtype} {image.shape}: give a path, a PIL image or uint8 (h, w, 3)')
+    if not isinstance(image, np.ndarray):
+        image = np.asarray(read_picture(image))
+    require(
+        image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3,
+        f'a picture of {image.dtype} {image.shape}: give a path, a PIL image or uint8 (h, w, 3)',
+    )
     return cover(image, height, width)
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #ce41b8d8
 @dataclass(frozen=True, eq=False)
 class VideoPipeline:
-    "A pipeline folder that makes clips, with the transformer of the folder or one that is `given`. What is read stays, so do the vectors of captions (`prompt_embeds`)."
+    """A pipeline folder that makes clips, with the transformer of the folder or one that is `given`.
+
+    What is read stays, so do the vectors of captions (`prompt_embeds`).
+    """
+
     folder: Path
     mesh: Mesh
     dtype: torch.dtype = torch.float32
@@ -123,7 +181,8 @@ class VideoPipeline:
     prompt_embeds: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
-    def shape(self) -> WanShape: return open_shape(self.folder)
+    def shape(self) -> WanShape:
+        return open_shape(self.folder)
 
     @cached_property
     def vae(self) -> torch.nn.Module:
@@ -133,29 +192,62 @@ class VideoPipeline:
     @cached_property
     def model(self) -> Sequence[Wan2_1]:
         "The stages of the transformer that this rank holds, with its part of the weights."
-        if self.given is not None: return self.given
+        if self.given is not None:
+            return self.given
         source, rows = HFFolder(self.folder / 'transformer'), layer_splits(self.shape, self.mesh.layout)
         model = build_stages(Wan2_1, self.shape, self.mesh, self.dtype)
         load_weights(model, source, wan2_1_towers(source.config, rows['wan']), self.mesh)
         return [chunk.eval().requires_grad_(False) for chunk in model]
 
-    def generate(self, prompts: str | Sequence[str], *, images: Any = None, sampling: Sampling | None = None, output: str | Path | None = None,
-             at_once: int = 1, progress: bool = True) -> Videos:
-        "A clip for each prompt, `at_once` of them together; each is written into the folder `output` as soon as it is made. Copies of the model share the prompts, and each returns its own clips."
-        return generate_videos(self, prompts, images, sampling or sampling_of(self.folder), output, at_once, progress)
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        images: Any = None,
+        sampling: Sampling | None = None,
+        output: str | Path | None = None,
+        at_once: int = 1,
+        progress: bool = True,
+    ) -> Videos:
+        """A clip for each prompt, `at_once` of them together.
+
+        Each is written into the folder `output` as soon as it is made. Copies of the model share the prompts,
+        and each returns its own clips.
+        """
+        return generate_videos(
+            self, prompts, images, sampling or sampling_of(self.folder), output, at_once, progress
+        )
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #ac0d975b
-def check_request(pipeline: VideoPipeline, prompts: str | Sequence[str], images: Any, sampling: Sampling) -> tuple[list[str], list[np.ndarray] | None]:
-    "The prompts as a list, and a frame of the clip's size for each when the model continues pictures. Raises ValueError when they do not fit the model."
+def check_request(
+    pipeline: VideoPipeline, prompts: str | Sequence[str], images: Any, sampling: Sampling
+) -> tuple[list[str], list[np.ndarray] | None]:
+    """The prompts as a list, and a frame of the clip's size for each when the model continues pictures.
+
+    Raises ValueError when they do not fit the model.
+    """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    require(prompts and all(isinstance(prompt, str) for prompt in prompts), f'prompts={prompts!r}: give a text or some of them')
+    require(
+        prompts and all(isinstance(prompt, str) for prompt in prompts),
+        f'prompts={prompts!r}: give a text or some of them',
+    )
     wanted = pipeline.shape.image_width is not None
-    require(wanted or images is None, f'{pipeline.folder} makes clips of text alone; leave images out, or give an i2v folder')
-    require(not wanted or images is not None, f'{pipeline.folder} continues pictures; give images, one for each prompt')
+    require(
+        wanted or images is None,
+        f'{pipeline.folder} makes clips of text alone; leave images out, or give an i2v folder',
+    )
+    require(
+        not wanted or images is not None,
+        f'{pipeline.folder} continues pictures; give images, one for each prompt',
+    )
     latent_size(sampling, pipeline.vae, pipeline.shape)
-    if not wanted: return prompts, None
+    if not wanted:
+        return prompts, None
     images = list(images) if isinstance(images, (list, tuple)) else [images]
-    require(len(images) == len(prompts), f'{len(prompts)} prompts and {len(images)} images: give one for each prompt')
+    require(
+        len(images) == len(prompts),
+        f'{len(prompts)} prompts and {len(images)} images: give one for each prompt',
+    )
     return prompts, [to_frame(image, sampling.height, sampling.width) for image in images]
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #2bfa0dd7
@@ -164,8 +256,12 @@ def encode_new(pipeline: VideoPipeline, captions: Sequence[str], room: int) -> d
     encoder = open_text_encoder(pipeline.folder, pipeline.dtype, pipeline.mesh.at)
     found = {caption: encode_text(encoder, caption, room).cpu() for caption in captions}
     for caption in (caption for caption, text in found.items() if len(text) == room):
-        warnings.warn(f'{caption[:40]!r}... fills all {room} tokens that the model sees; what is beyond is cut off', stacklevel=2)
+        warnings.warn(
+            f'{caption[:40]!r}... fills all {room} tokens that the model sees; what is beyond is cut off',
+            stacklevel=2,
+        )
     return found
+
 
 def encode_prompts(pipeline: VideoPipeline, prompts: Sequence[str]) -> Tensor:
     "The vectors (n room d) of prompts, zeros behind each; the first rank encodes the new ones for all."
@@ -174,58 +270,131 @@ def encode_prompts(pipeline: VideoPipeline, prompts: Sequence[str]) -> Tensor:
         pipeline.prompt_embeds.update(from_rank0(pipeline.mesh, lambda: encode_new(pipeline, new, room)))
     return pad_text([pipeline.prompt_embeds[caption] for caption in captions], room)
 
+
 def look(pipeline: VideoPipeline, frames: Sequence[np.ndarray], count: int) -> tuple[Tensor, Tensor]:
-    "What a model is told of the first frames of clips of `count` frames: masks and latents (n 4+c f h w), and CLIP's vectors (n m d)."
+    """What a model is told of the first frames of clips of `count` frames: masks and latents (n 4+c f h w),
+    and CLIP's vectors (n m d).
+    """
     encoder = open_image_encoder(pipeline.folder, device=pipeline.mesh.at)
     image = torch.stack([encode_image(encoder, frame).cpu() for frame in frames])
     return torch.stack([encode_first_frame(pipeline.vae, frame, count).cpu() for frame in frames]), image
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #4581b56a
-def generate_latents(pipeline: VideoPipeline, prompts: Sequence[str], frames: Sequence[np.ndarray] | None, sampling: Sampling, at_once: int = 1,
-                 watch: Callable[[int], None] = lambda step: None, numbers: Sequence[int] | None = None) -> Iterator[Tensor]:
-    "The latents (c f h w) in float32 of all clips or those with these numbers, one after the other; `watch` is told every step of every batch."
+def generate_latents(
+    pipeline: VideoPipeline,
+    prompts: Sequence[str],
+    frames: Sequence[np.ndarray] | None,
+    sampling: Sampling,
+    at_once: int = 1,
+    watch: Callable[[int], None] = lambda step: None,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
+    """The latents (c f h w) in float32 of all clips or those with these numbers, one after the other.
+
+    `watch` is told every step of every batch.
+    """
     size, place = latent_size(sampling, pipeline.vae, pipeline.shape), pipeline.mesh.at
     words, nothing = encode_prompts(pipeline, [*prompts, sampling.negative]).split([len(prompts), 1])
     first, image = look(pipeline, frames, sampling.num_frames) if frames else (None, None)
     numbers = range(len(prompts)) if numbers is None else numbers
     for start in range(0, len(numbers), at_once):
-        some = list(numbers[start:start + at_once])
-        batch = [x if x is None else x[some].to(place) for x in (words, nothing.expand_as(words), first, image)]
+        some = list(numbers[start : start + at_once])
+        batch = [
+            x if x is None else x[some].to(place) for x in (words, nothing.expand_as(words), first, image)
+        ]
         noise = starting_noise(size, [sampling.seed + number for number in some]).to(place)
-        yield from make_latents(as_one(pipeline.model, pipeline.mesh), *batch[:2], noise, sampling, *batch[2:], watch=watch)
+        yield from make_latents(
+            as_one(pipeline.model, pipeline.mesh), *batch[:2], noise, sampling, *batch[2:], watch=watch
+        )
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #7906f6a1
 def new_files(output: str | Path, prompts: Sequence[str]) -> list[Path]:
-    "A file name for each prompt in a folder, as `03_a_dog_runs.mp4`, with numbers after those that are there."
+    """A file name for each prompt in a folder, as `03_a_dog_runs.mp4`, with numbers after those that are
+    there.
+    """
     folder = Path(output)
-    taken = [int(found[1]) for path in (folder.iterdir() if folder.is_dir() else ()) if (found := re.match(r'(\d+)_', path.name))]
+    taken = [
+        int(found[1])
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (found := re.match(r'(\d+)_', path.name))
+    ]
     words = [re.sub(r'\W+', '_', prompt.lower()).strip('_')[:60] or 'clip' for prompt in prompts]
-    return [folder / f'{number:02d}_{word}.mp4' for number, word in enumerate(words, max(taken, default=-1) + 1)]
+    return [
+        folder / f'{number:02d}_{word}.mp4' for number, word in enumerate(words, max(taken, default=-1) + 1)
+    ]
 
-def generate_videos(pipeline: VideoPipeline, prompts: str | Sequence[str], images: Any, sampling: Sampling, output: str | Path | None, at_once: int, progress: bool) -> Videos:
+
+def generate_videos(
+    pipeline: VideoPipeline,
+    prompts: str | Sequence[str],
+    images: Any,
+    sampling: Sampling,
+    output: str | Path | None,
+    at_once: int,
+    progress: bool,
+) -> Videos:
     "The clips that this copy of the model makes of a request, each written as soon as it is made."
     from tqdm.auto import tqdm
+
     mesh, (prompts, frames) = pipeline.mesh, check_request(pipeline, prompts, images, sampling)
     require(at_once >= 1, f'at_once={at_once} must be at least 1')
     paths = [None] * len(prompts) if output is None else from_rank0(mesh, lambda: new_files(output, prompts))
-    if output is not None: Path(output).mkdir(parents=True, exist_ok=True)
+    if output is not None:
+        Path(output).mkdir(parents=True, exist_ok=True)
     mine, made = range(mesh.dp.rank, len(prompts), mesh.dp.size), []
-    with tqdm(total=-(-len(mine) // at_once) * sampling.steps, desc='video', unit=' steps', disable=not progress or not mesh.first) as bar:
-        for number, latents in zip(mine, generate_latents(pipeline, prompts, frames, sampling, at_once, lambda step: bar.update(), mine)):
-            made.append(Clip(prompts[number], decode_video(pipeline.vae, latents), sampling.fps, paths[number]))
-            if output is not None and mesh.first_of_replica: write_atomic(paths[number], made[-1].video)
+    with tqdm(
+        total=-(-len(mine) // at_once) * sampling.steps,
+        desc='video',
+        unit=' steps',
+        disable=not progress or not mesh.first,
+    ) as bar:
+        for number, latents in zip(
+            mine,
+            generate_latents(pipeline, prompts, frames, sampling, at_once, lambda step: bar.update(), mine),
+        ):
+            made.append(
+                Clip(prompts[number], decode_video(pipeline.vae, latents), sampling.fps, paths[number])
+            )
+            if output is not None and mesh.first_of_replica:
+                write_atomic(paths[number], made[-1].video)
     return Videos(made)
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #38f60d94
 @contextmanager
-def open_pipeline(folder: str | Path, device: str | None = None, dtype: str | None = None, tiles: Tiles | None = None, layout: Layout = Layout()) -> Iterator[VideoPipeline]:
-    "A VideoPipeline on a pipeline folder, for the length of a `with`; `dtype` is that of transformer and text encoder."
+def open_pipeline(
+    folder: str | Path,
+    device: str | None = None,
+    dtype: str | None = None,
+    tiles: Tiles | None = None,
+    layout: Layout = Layout(),
+) -> Iterator[VideoPipeline]:
+    """A VideoPipeline on a pipeline folder, for the length of a `with`.
+
+    `dtype` is that of transformer and text encoder.
+    """
     open_shape(folder)
     with open_mesh(layout, pick_device(device)) as mesh:
-        require(mesh.dp.size == 1, f'{mesh.place.world} ranks would make the same clips {mesh.dp.size} times; give layout=Layout(tp={mesh.place.world}) or Layout(pp={mesh.place.world}), or fewer ranks')
+        require(
+            mesh.dp.size == 1,
+            f'{mesh.place.world} ranks would make the same clips {mesh.dp.size} times; give'
+            f' layout=Layout(tp={mesh.place.world}) or Layout(pp={mesh.place.world}), or fewer ranks',
+        )
         yield VideoPipeline(Path(folder), mesh, getattr(torch, dtype or mesh.device.dtype), tiles)
 
-def generate(folder: str | Path, prompts: str | Sequence[str], *, device: str | None = None, dtype: str | None = None, tiles: Tiles | None = None,
-         layout: Layout = Layout(), **options: Any) -> Videos:
-    "The clips that a pipeline folder makes of prompts; options (images, sampling, output, at_once, progress) as in `VideoPipeline.video`."
-    with open_pipeline(folder, device, dtype, tiles, layout) as pipeline: return pipeline.generate(prompts, **options)
+
+def generate(
+    folder: str | Path,
+    prompts: str | Sequence[str],
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    tiles: Tiles | None = None,
+    layout: Layout = Layout(),
+    **options: Any,
+) -> Videos:
+    """The clips that a pipeline folder makes of prompts.
+
+    Options (images, sampling, output, at_once, progress) as in `VideoPipeline.video`.
+    """
+    with open_pipeline(folder, device, dtype, tiles, layout) as pipeline:
+        return pipeline.generate(prompts, **options)

@@ -26,7 +26,10 @@ from .task import Task
 # %% ../../nbs/6_trainer/06_step.ipynb #294d1338
 @dataclass(frozen=True)
 class StepMetrics:
-    "What a step left: loss, rate, norm of the gradient before clipping, seconds, tokens, bytes, and the mean losses of parts that a task shows apart."
+    """What a step left: loss, rate, norm of the gradient before clipping, seconds, tokens, bytes, and the
+    mean losses of parts that a task shows apart.
+    """
+
     step: int
     loss: float
     lr: float
@@ -42,24 +45,32 @@ class StepMetrics:
 def megatron_log_line(record: StepMetrics, steps: int, global_batch: int) -> str:
     "The record as a line of MindSpeed-MM's training log."
     clock = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.time))
-    return (f' [{clock}] iteration {record.step:8d}/{steps:8d} | consumed samples: {record.step * global_batch:12d} | '
-        f'elapsed time per iteration (ms): {record.seconds * 1000:.1f} | learning rate: {record.lr:.6E} | global batch size: {global_batch:5d} | '
-        f'tokens per sample: {record.tokens / global_batch:.6E} | loss: {record.loss:.6E} | loss scale: 1.0 | grad norm: {record.grad_norm:.3f} | '
-        'number of skipped iterations:   0 | number of nan iterations:   0 |')
+    return (
+        f' [{clock}] iteration {record.step:8d}/{steps:8d} | consumed samples:'
+        f' {record.step * global_batch:12d} | elapsed time per iteration (ms): {record.seconds * 1000:.1f} |'
+        f' learning rate: {record.lr:.6E} | global batch size: {global_batch:5d} | tokens per sample:'
+        f' {record.tokens / global_batch:.6E} | loss: {record.loss:.6E} | loss scale: 1.0 | grad norm:'
+        f' {record.grad_norm:.3f} | number of skipped iterations:   0 | number of nan iterations:   0 |'
+    )
 
 # %% ../../nbs/6_trainer/06_step.ipynb #9bfd7881
 def split_high_low(x: torch.Tensor) -> torch.Tensor:
     "Numbers as two in float32 each (2 n): the nearest, and what is left."
     near = x.flatten().float()
-    return torch.stack([near, (x.flatten() - near.to(x.dtype)).float().nan_to_num()])            # infinity leaves nothing
+    # infinity leaves nothing
+    return torch.stack([near, (x.flatten() - near.to(x.dtype)).float().nan_to_num()])
+
 
 def totals(mesh: Mesh, *numbers: Any) -> list[float]:
-    "The numbers of the last stage of the pipeline, tensors among them flattened, summed over the data-parallel copies and the ranks that share their tokens."
+    """The numbers of the last stage of the pipeline, tensors among them flattened, summed over the
+    data-parallel copies and the ranks that share their tokens.
+    """
     parts = [split_high_low(torch.as_tensor(n, device=mesh.at)) for n in numbers]
     mine = broadcast_from_stage(torch.cat(parts, 1) if parts else None, mesh.pp.size - 1, mesh)
     every = mine.new_zeros(mesh.dp_cp.size, *mine.shape)
     every[mesh.dp_cp.rank] = mine
     return mesh.dp_cp.sum(every).cpu().double().sum((0, 1)).tolist()
+
 
 def of_all_ranks(number: int, mesh: Mesh) -> tuple[int, ...]:
     "The whole number that each rank gives, in the order of ranks."
@@ -68,29 +79,60 @@ def of_all_ranks(number: int, mesh: Mesh) -> tuple[int, ...]:
     dist.all_reduce(found)
     return tuple(found.tolist())
 
+
 def means(sums: Sequence[float], counts: Sequence[float]) -> tuple[float | None, ...]:
     "Each sum divided by its count; None where nothing was counted."
     return tuple(total / count if count else None for total, count in zip(sums, counts))
 
 # %% ../../nbs/6_trainer/06_step.ipynb #0656e2bd
-def train_step(step: int, wrapped: Sequence[nn.Module], optimizer: Any, schedule: Any, task: Task, mesh: Mesh, batches: Sequence[dict]) -> StepMetrics:
-    "Trains on this rank's micro-batches of step number `step` (from 1); FloatingPointError when the loss is not finite."
+def train_step(
+    step: int,
+    wrapped: Sequence[nn.Module],
+    optimizer: Any,
+    schedule: Any,
+    task: Task,
+    mesh: Mesh,
+    batches: Sequence[dict],
+) -> StepMetrics:
+    """Trains on this rank's micro-batches of step number `step` (from 1).
+
+    FloatingPointError when the loss is not finite.
+    """
     start = time.perf_counter()
     found = accumulate(wrapped, iter(batches), len(batches), task.forward, task.loss)
     tokens, total, count, *rest = totals(mesh, sum(batch['tokens'] for batch in batches), *found)
-    count, tokens = count / mesh.cp.size, tokens / mesh.cp.size            # every rank of cp tells those of the whole row
+    # every rank of cp tells those of the whole row
+    count, tokens = count / mesh.cp.size, tokens / mesh.cp.size
     loss = total / max(count, 1)
-    if not math.isfinite(loss): raise FloatingPointError(f'step {step}: the loss is {loss}; lower optim.lr, set optim.clip, or look for broken samples')
-    lr = schedule.get_lr({})                # not from the optimizer: a stage may have nothing to train
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f'step {step}: the loss is {loss}; lower optim.lr, set optim.clip, or look for broken samples'
+        )
+    lr = schedule.get_lr({})  # not from the optimizer: a stage may have nothing to train
     _, grad_norm, _ = optimizer.step()
     schedule.step(1)
     mesh.device.wait()
     seconds, half = time.perf_counter() - start, len(rest) // 2
-    return StepMetrics(step, loss, lr, float(grad_norm), seconds, int(tokens), tokens / seconds, of_all_ranks(mesh.device.peak_memory(), mesh), time.time(), means(rest[:half], rest[half:]))
+    return StepMetrics(
+        step,
+        loss,
+        lr,
+        float(grad_norm),
+        seconds,
+        int(tokens),
+        tokens / seconds,
+        of_all_ranks(mesh.device.peak_memory(), mesh),
+        time.time(),
+        means(rest[:half], rest[half:]),
+    )
 
 # %% ../../nbs/6_trainer/06_step.ipynb #e5a43ead
 class EMA:
-    "An exponential moving average of the trained parameters of this rank's stages; with decay 0 it keeps nothing and changes nothing."
+    """An exponential moving average of the trained parameters of this rank's stages.
+
+    With decay 0 it keeps nothing and changes nothing.
+    """
+
     def __init__(self, model: Sequence[nn.Module], decay: float):
         self.decay, self.steps = decay, 0
         self.live = [p for chunk in model for p in chunk.parameters() if p.requires_grad] if decay else []
@@ -106,14 +148,18 @@ class EMA:
         "Takes in the parameters as they are after a step."
         share = 1 - min(self.decay, (self.steps + 1) / (self.steps + 10))
         self.steps += 1
-        if self.live: torch._foreach_lerp_(self.kept, [own_part(p).float() for p in self.live], share)
+        if self.live:
+            torch._foreach_lerp_(self.kept, [own_part(p).float() for p in self.live], share)
 
     @contextmanager
     def used(self) -> Iterator[None]:
         "For the length of a `with`, the model has the averaged parameters."
         own = [own_part(p.detach()).clone() for p in self.live]
         with torch.no_grad():
-            for p, value in zip(self.live, self.kept): own_part(p).copy_(value)
-            try: yield
+            for p, value in zip(self.live, self.kept):
+                own_part(p).copy_(value)
+            try:
+                yield
             finally:
-                for p, value in zip(self.live, own): own_part(p).copy_(value)
+                for p, value in zip(self.live, own):
+                    own_part(p).copy_(value)

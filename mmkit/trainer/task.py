@@ -16,32 +16,40 @@ from torch import Tensor, nn
 from ..config import Config
 from ..converters.folders import HFFolder, MMFolder
 from ..converters.weights import Tower
+from ..core.values import require
 from ..models.shapes import own_class
 from ..parallel.mesh import Mesh
 from .qwen2_5_vl import QwenTask
 from .wan2_1 import WanTask
-from ..core.values import require
 
 # %% ../../nbs/6_trainer/04_task.ipynb #dd04368b
 class Task(Protocol):
     "What the trainer must know about a model."
-    towers: tuple[Tower, ...]                    # the table of its tensors
-    source: HFFolder | MMFolder                  # where its weights come from
-    like: HFFolder                               # the folder that saved weights look like
-    root: Path                                   # that folder, or the pipeline folder of which it is a part
-    ledger: dict[str, Any]                       # what decides which samples a step holds; known once `batches` has begun
+
+    towers: tuple[Tower, ...]  # the table of its tensors
+    source: HFFolder | MMFolder  # where its weights come from
+    like: HFFolder  # the folder that saved weights look like
+    root: Path  # that folder, or the pipeline folder of which it is a part
+    # what decides which samples a step holds; known once `batches` has begun
+    ledger: dict[str, Any]
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
-        "The stages of the model that this rank holds (one, the whole model, without a pipeline), with empty weights, frozen parts marked."
+        """The stages of the model that this rank holds (one, the whole model, without a pipeline), with empty
+        weights, frozen parts marked.
+        """
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
         "For every step from `first_step` on, this rank's micro-batches."
 
     def forward(self, model: nn.Module, batch: dict) -> Tensor:
-        "What a stage makes of a micro-batch: the last one what `loss` takes, the others what the next one is to receive."
+        """What a stage makes of a micro-batch: the last one what `loss` takes, the others what the next one
+        is to receive.
+        """
 
     def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        "The sum of losses of a micro-batch, the whole number it is to be divided by, and sums and counts (2 n) of n parts that are shown apart."
+        """The sum of losses of a micro-batch, the whole number it is to be divided by, and sums and counts (2
+        n) of n parts that are shown apart.
+        """
 
     def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
         "Writes what a notebook shows of the model at work."
@@ -49,9 +57,21 @@ class Task(Protocol):
 # %% ../../nbs/6_trainer/04_task.ipynb #d6681341
 TASKS: dict[str, Callable[[Config], Task]] = {'qwen2_5_vl': QwenTask, 'wan2_1': WanTask}
 
+
 def open_task(config: Config) -> Task:
-    "The task that a configuration names, in `TASKS` or in a file of its own; a ValueError says what the class lacks."
+    """The task that a configuration names, in `TASKS` or in a file of its own.
+
+    A ValueError says what the class lacks.
+    """
     task = (TASKS.get(config.task) or own_class(config.task))(config)
-    lost = [name for name in ('towers', 'source', 'like', 'root', 'model', 'batches', 'forward', 'loss', 'sample') if not hasattr(task, name)]
-    require(not lost, f'task={config.task!r} has no {", ".join(lost)}, which the trainer needs (see Task in mmkit.trainer.task)')
+    lost = [
+        name
+        for name in ('towers', 'source', 'like', 'root', 'model', 'batches', 'forward', 'loss', 'sample')
+        if not hasattr(task, name)
+    ]
+    require(
+        not lost,
+        f'task={config.task!r} has no {", ".join(lost)}, which the trainer needs (see Task in'
+        ' mmkit.trainer.task)',
+    )
     return task

@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import Config, VideoData
-from ..core.values import require
 from ..converters.folders import HFFolder, open_weights
 from ..converters.wan2_1 import wan2_1_towers
+from ..core.files import load_json, write_atomic
+from ..core.values import require
 from ..datasets.features import Features, OnlineFeatures, collate_features, pad_text
 from ..datasets.order import SizeOrder, ledger, stream
 from ..datasets.video import VideoClips
-from ..core.files import load_json, write_atomic
 from ..models.codecs import Codecs, open_codecs
 from ..models.flow import TIMES, add_noise, dice, flow_noise, flow_times, velocity_losses
 from ..models.shapes import WanShape, layer_splits, shape_of, text_room, transformer_of
@@ -41,16 +41,29 @@ def places(micro: int, micro_batch: int, dp_rank: int, dp_size: int) -> range:
     start = (micro * dp_size + dp_rank) * micro_batch
     return range(start, start + micro_batch)
 
-def noised(batch: dict, video: VideoData, generators: Sequence[np.random.Generator], nothing: Tensor | None) -> dict:
-    "A batch of features with what a step draws: dropped captions (replaced by `nothing` (L d)), times and noise, one generator for each clip."
+
+def noised(
+    batch: dict, video: VideoData, generators: Sequence[np.random.Generator], nothing: Tensor | None
+) -> dict:
+    """A batch of features with what a step draws: dropped captions (replaced by `nothing` (L d)), times and
+    noise, one generator for each clip.
+    """
     clean, text = batch['latents'].float(), batch['text']
     dropped = torch.tensor([generator.random() < video.caption_dropout for generator in generators])
-    if dropped.any(): text = torch.where(dropped[:, None, None], pad_text([nothing.to(text.dtype)], text.shape[1]), text)
+    if dropped.any():
+        text = torch.where(dropped[:, None, None], pad_text([nothing.to(text.dtype)], text.shape[1]), text)
     sigma, weight = flow_times(video.flow, generators)
     noise = flow_noise(clean.shape[1:], generators)
     noisy = add_noise(clean, noise, sigma)
-    found = dict(clean=clean, noise=noise, noisy=torch.cat([noisy, batch['first'].float()], 1) if 'first' in batch else noisy,
-                 sigma=sigma, time=TIMES * sigma, weight=weight, text=text)
+    found = dict(
+        clean=clean,
+        noise=noise,
+        noisy=torch.cat([noisy, batch['first'].float()], 1) if 'first' in batch else noisy,
+        sigma=sigma,
+        time=TIMES * sigma,
+        weight=weight,
+        text=text,
+    )
     return found | (dict(image=batch['image']) if 'image' in batch else {})
 
 # %% ../../nbs/6_trainer/03_wan2_1.ipynb #f51d3931
@@ -62,80 +75,176 @@ def by_tenth(sigma: Tensor, losses: Tensor) -> Tensor:
 
 # %% ../../nbs/6_trainer/03_wan2_1.ipynb #b35ccc0b
 def read_prompts(file: str | Path) -> list[dict]:
-    "The prompts of a JSON file, each as {prompt} or {prompt, image}. Raises ValueError naming the first that is neither."
+    """The prompts of a JSON file, each as {prompt} or {prompt, image}.
+
+    Raises ValueError naming the first that is neither.
+    """
     found = load_json(file)
-    require(isinstance(found, list) and found, f'{file} holds no list of prompts: write ["a red heart moves left", ...]')
+    require(
+        isinstance(found, list) and found,
+        f'{file} holds no list of prompts: write ["a red heart moves left", ...]',
+    )
     prompts = [dict(prompt=one) if isinstance(one, str) else one for one in found]
     for number, one in enumerate(prompts):
-        require(isinstance(one, dict) and isinstance(one.get('prompt'), str), f'{file}: number {number} is {one!r:.60}, neither a text nor an object with "prompt"')
+        require(
+            isinstance(one, dict) and isinstance(one.get('prompt'), str),
+            f'{file}: number {number} is {one!r:.60}, neither a text nor an object with "prompt"',
+        )
     return prompts
 
+
 def prompts_of(config: Config, shape: WanShape) -> list[dict]:
-    "The prompts that samples are made of, none without `loop.sample_prompts`. Raises ValueError for one without the picture that the model continues."
+    """The prompts that samples are made of, none without `loop.sample_prompts`.
+
+    Raises ValueError for one without the picture that the model continues.
+    """
     file = config.loop.sample_prompts
-    found = read_prompts(file)[:config.loop.sample_count] if file else []
-    for one in found if shape.image_width else (): require(Path(str(one.get('image'))).is_file(), f'{file}: {one["prompt"]!r:.60} has the picture {one.get("image")!r}, which is not there; this model continues one for each prompt')
+    found = read_prompts(file)[: config.loop.sample_count] if file else []
+    for one in found if shape.image_width else ():
+        require(
+            Path(str(one.get('image'))).is_file(),
+            f'{file}: {one["prompt"]!r:.60} has the picture {one.get("image")!r}, which is not there; this'
+            ' model continues one for each prompt',
+        )
     return found
 
 # %% ../../nbs/6_trainer/03_wan2_1.ipynb #2e3b94f1
 def fitting(dataset: Features, shape: WanShape) -> Features:
-    "Features, once the first of them was seen to fit the model. Raises ValueError when other encoders made them."
+    """Features, once the first of them was seen to fit the model.
+
+    Raises ValueError when other encoders made them.
+    """
     first = dataset[0]
     found = len(first['latents']), first['text'].shape[-1], shape.image_width is not None and 'first' in first
     wanted = shape.out_channels, shape.text_width, shape.image_width is not None
-    words = lambda sizes: f'latents of {sizes[0]} channels, captions of {sizes[1]} numbers{" and a first picture" * sizes[2]}'
-    require(found == wanted, f'{dataset.folder} holds {words(found)}, and the model takes {words(wanted)}: extract the features with the pipeline folder of this model')
+
+    def words(sizes):
+        return (
+            f'latents of {sizes[0]} channels, captions of {sizes[1]}'
+            f' numbers{" and a first picture" * sizes[2]}'
+        )
+
+    require(
+        found == wanted,
+        f'{dataset.folder} holds {words(found)}, and the model takes {words(wanted)}: extract the features'
+        ' with the pipeline folder of this model',
+    )
     return dataset
 
+
 def stack_features(samples: Sequence[dict], length: int) -> dict:
-    "Features of clips of one size as a batch, captions `length` tokens long; broken clips that were replaced are named on the log."
-    for index, reason in (sample['replaced'] for sample in samples if 'replaced' in sample): print(f'clip {index} was replaced by the next good one: {reason}', flush=True)
+    """Features of clips of one size as a batch, captions `length` tokens long.
+
+    Broken clips that were replaced are named on the log.
+    """
+    for index, reason in (sample['replaced'] for sample in samples if 'replaced' in sample):
+        print(f'clip {index} was replaced by the next good one: {reason}', flush=True)
     return collate_features(samples, length)
 
+
 def generate_samples(task: 'WanTask', model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
-    "Videos the prompts of `loop.sample_prompts`, shared among the data-parallel replicas: an mp4 of each, and prompts and file names as JSON."
+    """Videos the prompts of `loop.sample_prompts`, shared among the data-parallel replicas: an mp4 of each,
+    and prompts and file names as JSON.
+    """
     config, asked, folder = task.config, task.asked, file.with_suffix('')
-    task.pipeline = task.pipeline or VideoPipeline(task.root, mesh, getattr(torch, config.dtype or mesh.device.dtype), given=model)
+    task.pipeline = task.pipeline or VideoPipeline(
+        task.root, mesh, getattr(torch, config.dtype or mesh.device.dtype), given=model
+    )
     images = [one['image'] for one in asked] if task.shape.image_width else None
-    for left in folder.glob('*.mp4') if mesh.first else (): left.unlink()
+    for left in folder.glob('*.mp4') if mesh.first else ():
+        left.unlink()
     dist.barrier()
-    task.pipeline.generate([one['prompt'] for one in asked], images=images, sampling=config.video.sampling, output=folder, progress=False)
+    task.pipeline.generate(
+        [one['prompt'] for one in asked],
+        images=images,
+        sampling=config.video.sampling,
+        output=folder,
+        progress=False,
+    )
     dist.barrier()
-    if not mesh.first: return
+    if not mesh.first:
+        return
     videos = sorted(folder.glob('*.mp4'), key=lambda path: int(path.name.partition('_')[0]))
-    write_atomic(file, json.dumps([{**one, 'video': video.relative_to(file.parent).as_posix()} for one, video in zip(asked, videos, strict=True)], ensure_ascii=False, indent=1))
+    write_atomic(
+        file,
+        json.dumps(
+            [
+                {**one, 'video': video.relative_to(file.parent).as_posix()}
+                for one, video in zip(asked, videos, strict=True)
+            ],
+            ensure_ascii=False,
+            indent=1,
+        ),
+    )
 
 # %% ../../nbs/6_trainer/03_wan2_1.ipynb #35f4a31c
-def noisy_batches(task: 'WanTask', dataset: Features | OnlineFeatures, mesh: Mesh, first_step: int) -> Iterator[list[dict]]:
-    "For every step, this rank's micro-batches of noisy clips on its device; `tokens` are the patches of the clips."
+def noisy_batches(
+    task: 'WanTask', dataset: Features | OnlineFeatures, mesh: Mesh, first_step: int
+) -> Iterator[list[dict]]:
+    """For every step, this rank's micro-batches of noisy clips on its device.
+
+    `tokens` are the patches of the clips.
+    """
     config, dp, video, micro_batch = task.config, mesh.dp, task.config.video, task.config.loop.micro_batch
-    order = SizeOrder(sizes=tuple(dataset.sizes), global_batch=config.loop.global_batch, micro_batch=micro_batch, dp_rank=dp.rank, dp_size=dp.size,
-        seed=config.seed, first_step=first_step, shuffle=video.shuffle)
-    names = [entry['name'] for entry in dataset.entries] if video.features else [dataset.clips.listed[number].name for number in dataset.clips.kept]
+    order = SizeOrder(
+        sizes=tuple(dataset.sizes),
+        global_batch=config.loop.global_batch,
+        micro_batch=micro_batch,
+        dp_rank=dp.rank,
+        dp_size=dp.size,
+        seed=config.seed,
+        first_step=first_step,
+        shuffle=video.shuffle,
+    )
+    names = (
+        [entry['name'] for entry in dataset.entries]
+        if video.features
+        else [dataset.clips.listed[number].name for number in dataset.clips.kept]
+    )
     task.ledger = ledger(order, [names, order.sizes])
-    nothing, workers = dataset.nothing if video.caption_dropout else None, video.workers if video.features else 0       # encoders stay in one process
-    with closing(stream(dataset, order, partial(stack_features, length=text_room(task.root)), workers)) as steps:
+    # encoders stay in one process
+    nothing = dataset.nothing if video.caption_dropout else None
+    workers = video.workers if video.features else 0
+    with closing(
+        stream(dataset, order, partial(stack_features, length=text_room(task.root)), workers)
+    ) as steps:
         for step, batches in enumerate(steps, first_step):
-            found = [noised(batch, video, dice(config.seed, step, places(micro, micro_batch, dp.rank, dp.size)), nothing) for micro, batch in enumerate(batches)]
-            for batch in found: batch['tokens'] = torch.tensor(batch['clean'][:, 0].numel() // math.prod(task.shape.patch))
+            found = [
+                noised(
+                    batch,
+                    video,
+                    dice(config.seed, step, places(micro, micro_batch, dp.rank, dp.size)),
+                    nothing,
+                )
+                for micro, batch in enumerate(batches)
+            ]
+            for batch in found:
+                batch['tokens'] = torch.tensor(batch['clean'][:, 0].numel() // math.prod(task.shape.patch))
             yield [{name: x.to(mesh.at, non_blocking=True) for name, x in batch.items()} for batch in found]
 
 # %% ../../nbs/6_trainer/03_wan2_1.ipynb #2d378f14
 class WanTask:
     "Training Wan2.1 on clips with captions."
+
     def __init__(self, config: Config):
         self.config, self.root, self.pipeline = config, Path(config.processor or config.weights), None
         self.like = HFFolder(transformer_of(self.root))
         self.shape = shape_of(config)
-        self.asked = prompts_of(config, self.shape)             # now, not after a thousand steps
+        self.asked = prompts_of(config, self.shape)  # now, not after a thousand steps
         self.towers = wan2_1_towers(self.like.config, layer_splits(self.shape, config.layout)['wan'])
         self.source = open_weights(transformer_of(config.weights), self.towers)
 
-    def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]: return build_stages(Wan2_1, self.shape, mesh, dtype)
+    def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
+        return build_stages(Wan2_1, self.shape, mesh, dtype)
 
     def codecs(self, mesh: Mesh) -> Codecs:
         "The frozen encoders of the pipeline folder on this rank's device."
-        return open_codecs(self.root, image=self.shape.image_width is not None, dtype=self.config.dtype or mesh.device.dtype, device=mesh.at)
+        return open_codecs(
+            self.root,
+            image=self.shape.image_width is not None,
+            dtype=self.config.dtype or mesh.device.dtype,
+            device=mesh.at,
+        )
 
     def features(self) -> Features:
         "The clips of `video.features`."
@@ -144,15 +253,28 @@ class WanTask:
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
         "For every step, this rank's micro-batches of noisy clips, all of one size."
         video = self.config.video
-        dataset = self.features() if video.features else OnlineFeatures(VideoClips(video.source, video.clips), self.codecs(mesh))
-        if mesh.first and dataset.report.dropped: print(dataset.report, flush=True)
+        dataset = (
+            self.features()
+            if video.features
+            else OnlineFeatures(VideoClips(video.source, video.clips), self.codecs(mesh))
+        )
+        if mesh.first and dataset.report.dropped:
+            print(dataset.report, flush=True)
         return noisy_batches(self, dataset, mesh, first_step)
 
-    def forward(self, model: nn.Module, batch: dict) -> Tensor: return model(batch['noisy'], batch['time'], batch['text'], batch.get('image'))
+    def forward(self, model: nn.Module, batch: dict) -> Tensor:
+        return model(batch['noisy'], batch['time'], batch['text'], batch.get('image'))
 
     def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        "Weighted mean square of the velocity's error: (sum, count) over clips, of the sum this rank's share among the ranks of cp, and sums and numbers (2 10) by tenths of sigma."
+        """Weighted mean square of the velocity's error: (sum, count) over clips, of the sum this rank's share
+        among the ranks of cp, and sums and numbers (2 10) by tenths of sigma.
+        """
         losses = velocity_losses(output, batch['clean'], batch['noise'])
-        return (losses * batch['weight']).sum() / self.config.layout.cp, torch.tensor(len(losses), dtype=torch.int, device=losses.device), by_tenth(batch['sigma'], losses.detach())
+        return (
+            (losses * batch['weight']).sum() / self.config.layout.cp,
+            torch.tensor(len(losses), dtype=torch.int, device=losses.device),
+            by_tenth(batch['sigma'], losses.detach()),
+        )
 
-    def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None: generate_samples(self, model, mesh, file)
+    def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
+        generate_samples(self, model, mesh, file)

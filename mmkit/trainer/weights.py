@@ -33,14 +33,30 @@ from ..parallel.mesh import Mesh
 from ..parallel.pipeline import broadcast_from_stage
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #902aae91
-def load_weights(model: Sequence[nn.Module], source: HFFolder | MMFolder, towers: tuple[Tower, ...], mesh: Mesh) -> None:
-    "Fills the parameters of this rank's stages from a Hugging Face or MindSpeed-MM folder; a ValueError names what does not fit."
+def load_weights(
+    model: Sequence[nn.Module], source: HFFolder | MMFolder, towers: tuple[Tower, ...], mesh: Mesh
+) -> None:
+    """Fills the parameters of this rank's stages from a Hugging Face or MindSpeed-MM folder.
+
+    A ValueError names what does not fit.
+    """
     check(towers, source, mesh.tp.size)
     empty = {(chunk.stage.index, name): p for chunk in model for name, p in chunk.named_parameters()}
-    found = [((k, piece.mm), piece) for k, chunk in enumerate(pieces(towers)) for piece in chunk if k % mesh.pp.size == mesh.pp.rank and ((k, piece.mm) in empty or not piece.rule.copy)]
-    if differ := {place for place, _ in found} ^ empty.keys(): raise ValueError(f'table and model differ in {sorted(differ)[:4]}')
+    found = [
+        ((k, piece.mm), piece)
+        for k, chunk in enumerate(pieces(towers))
+        for piece in chunk
+        if k % mesh.pp.size == mesh.pp.rank and ((k, piece.mm) in empty or not piece.rule.copy)
+    ]
+    if differ := {place for place, _ in found} ^ empty.keys():
+        raise ValueError(f'table and model differ in {sorted(differ)[:4]}')
     size = sum(p.nbytes for p in empty.values())
-    with torch.no_grad(), tqdm(total=size, desc='weights', unit='B', unit_scale=True, disable=not mesh.first or size < 1e9) as bar:
+    with (
+        torch.no_grad(),
+        tqdm(
+            total=size, desc='weights', unit='B', unit_scale=True, disable=not mesh.first or size < 1e9
+        ) as bar,
+    ):
         for place, piece in found:
             full = piece.rule.pack.pack(*(source[name] for name in piece.hf))
             parameter = empty[place]
@@ -50,62 +66,123 @@ def load_weights(model: Sequence[nn.Module], source: HFFolder | MMFolder, towers
 # %% ../../nbs/6_trainer/00_weights.ipynb #a301faa3
 def joined(parameter: Tensor, split: object, mesh: Mesh) -> Tensor:
     "The whole tensor that this rank holds a part of."
-    if split is whole: return parameter.detach()
+    if split is whole:
+        return parameter.detach()
     parts = [torch.empty_like(parameter) for _ in range(mesh.tp.size)]
     dist.all_gather(parts, parameter.detach().contiguous(), group=mesh.tp.group)
     return split.join(parts)
 
-def whole_tensors(held: Mapping[int, Mapping[str, Tensor]], towers: tuple[Tower, ...], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    "Every tensor that somebody holds, whole, under its Hugging Face name, one after the other, on all ranks; `held` are this rank's by number of stage and name."
-    for k, piece in ((k, piece) for k, chunk in enumerate(pieces(towers)) for piece in chunk if not piece.rule.copy):
-        part = held.get(k, {}).get(piece.mm)
-        full = broadcast_from_stage(None if part is None else joined(every_part(part), piece.rule.split, mesh), k % mesh.pp.size, mesh)
-        if full is not None: yield from zip(piece.hf, piece.rule.pack.unpack(full))
 
-def whole_weights(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(
+    held: Mapping[int, Mapping[str, Tensor]], towers: tuple[Tower, ...], mesh: Mesh
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that somebody holds, whole, under its Hugging Face name, one after the other, on all
+    ranks; `held` are this rank's by number of stage and name.
+    """
+    for k, piece in (
+        (k, piece) for k, chunk in enumerate(pieces(towers)) for piece in chunk if not piece.rule.copy
+    ):
+        part = held.get(k, {}).get(piece.mm)
+        full = broadcast_from_stage(
+            None if part is None else joined(every_part(part), piece.rule.split, mesh), k % mesh.pp.size, mesh
+        )
+        if full is not None:
+            yield from zip(piece.hf, piece.rule.pack.unpack(full))
+
+
+def whole_weights(
+    model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh
+) -> Iterator[tuple[str, Tensor]]:
     "Every weight under its Hugging Face name, one after the other, on all ranks."
     return whole_tensors({chunk.stage.index: dict(chunk.named_parameters()) for chunk in model}, towers, mesh)
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #d8175e54
 def with_dtype(tree: dict, name: str) -> dict:
     "A parsed config.json with its notes of the weights' number format, at any depth, set to `name`."
-    return {key: name if key in ('dtype', 'torch_dtype') and value else with_dtype(value, name) if isinstance(value, dict) else value for key, value in tree.items()}
+    return {
+        key: (
+            name
+            if key in ('dtype', 'torch_dtype') and value
+            else with_dtype(value, name)
+            if isinstance(value, dict)
+            else value
+        )
+        for key, value in tree.items()
+    }
 
-def layout_of(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh, like: HFFolder) -> dict[str, tuple[torch.dtype, tuple]]:
+
+def layout_of(
+    model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh, like: HFFolder
+) -> dict[str, tuple[torch.dtype, tuple]]:
     "Dtype, of the live parameter, and shape of every tensor in the files of `like`."
     held = {chunk.stage.index: dict(chunk.named_parameters()) for chunk in model}
-    mine = {hub: computed_in(held[k][piece.mm]) for k, chunk in enumerate(pieces(towers)) if k in held for piece in chunk if not piece.rule.copy for hub in piece.hf}
+    mine = {
+        hub: computed_in(held[k][piece.mm])
+        for k, chunk in enumerate(pieces(towers))
+        if k in held
+        for piece in chunk
+        if not piece.rule.copy
+        for hub in piece.hf
+    }
     told = [mine] * mesh.pp.size
     dist.all_gather_object(told, mine, group=mesh.pp.group)
     dtypes = {hub: dtype for each in told for hub, dtype in each.items()}
     return {hub: (dtypes[like.copies.get(hub, hub)], like.shape(hub)) for hub in like.places}
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #a8e504e2
-Files = dict[str, dict[str, tuple[str, torch.dtype, tuple[int, ...]]]]          # what is to be written: by file and own name, the hub's name, dtype and shape
+# what is to be written: by file and own name, the hub's name, dtype and shape
+Files = dict[str, dict[str, tuple[str, torch.dtype, tuple[int, ...]]]]
+
 
 def weight_files(like: HFFolder, layout: Mapping[str, tuple[torch.dtype, tuple]], inside: Path) -> Files:
     "The weight files of a folder like `like` that lies `inside` another."
     files: Files = {(inside / file).as_posix(): {} for file in like.shards}
-    for hub, (file, own) in like.places.items(): files[(inside / file).as_posix()][own] = like.copies.get(hub, hub), *layout[hub]
+    for hub, (file, own) in like.places.items():
+        files[(inside / file).as_posix()][own] = like.copies.get(hub, hub), *layout[hub]
     return files
+
 
 def bytes_of(files: Files) -> int:
     "How many bytes of tensors the files hold."
-    return sum(torch.Size(shape).numel() * dtype.itemsize for file in files.values() for _, dtype, shape in file.values())
+    return sum(
+        torch.Size(shape).numel() * dtype.itemsize
+        for file in files.values()
+        for _, dtype, shape in file.values()
+    )
 
-def write_tensors(tensors: Iterable[tuple[str, Tensor]], files: Files, folder: Path, mesh: Mesh, later: Later, written: dict[str, dict], first: int = 0, copies: bool = False) -> None:
-    "Leaves it to `later` to write the tensors that the files want, rank number `first` the first file, and to put what a manifest says of them into `written`; every rank is given all tensors. `copies` are wanted when they may change meanwhile."
+
+def write_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    files: Files,
+    folder: Path,
+    mesh: Mesh,
+    later: Later,
+    written: dict[str, dict],
+    first: int = 0,
+    copies: bool = False,
+) -> None:
+    """Leaves it to `later` to write the tensors that the files want, rank number `first` the first file, and
+    to put what a manifest says of them into `written`; every rank is given all tensors. `copies` are
+    wanted when they may change meanwhile.
+    """
+
     def close(file: str, writer: SafetensorsWriter):
         writer.close()
         written[file] = entry(folder / file)
+
     writers, wanted = {}, defaultdict(list)
-    for file in list(files)[(mesh.place.rank - first) % mesh.place.world::mesh.place.world]:
+    for file in list(files)[(mesh.place.rank - first) % mesh.place.world :: mesh.place.world]:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        writers[file] = SafetensorsWriter(folder / file, {own: tuple(place) for own, (_, *place) in files[file].items()})
-        for own, (hub, *_) in files[file].items(): wanted[hub].append((writers[file], own))
+        writers[file] = SafetensorsWriter(
+            folder / file, {own: tuple(place) for own, (_, *place) in files[file].items()}
+        )
+        for own, (hub, *_) in files[file].items():
+            wanted[hub].append((writers[file], own))
     for name, x in tensors:
-        for writer, own in wanted[name]: later(x.nbytes, writer.write, own, x.detach().to('cpu', copy=copies))
-    for file, writer in writers.items(): later(0, close, file, writer)
+        for writer, own in wanted[name]:
+            later(x.nbytes, writer.write, own, x.detach().to('cpu', copy=copies))
+    for file, writer in writers.items():
+        later(0, close, file, writer)
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #24bae079
 @lru_cache(maxsize=1024)
@@ -113,33 +190,62 @@ def known_entry(path: Path, size: int, changed: int) -> dict[str, Any]:
     "What a manifest says of a file that is linked into every checkpoint: it is read once."
     return entry(path)
 
+
 def second_name(source: Path, name: str, folder: Path) -> dict[str, Any]:
-    "Gives a file a second name in the folder of a checkpoint; where the disk cannot, one of the copy in an earlier checkpoint beside it, or a copy. Returns what a manifest says of it."
+    """Gives a file a second name in the folder of a checkpoint.
+
+    Where the disk cannot, one of the copy in an earlier checkpoint beside it, or a copy. Returns what a
+    manifest says of it.
+    """
     known, target = known_entry(source, source.stat().st_size, source.stat().st_mtime_ns), folder / name
-    before = [one for one in sorted(folder.parent.glob('step-*'), reverse=True) if (one / MANIFEST).is_file() and listed(one).get(name) == known]
+    before = [
+        one
+        for one in sorted(folder.parent.glob('step-*'), reverse=True)
+        if (one / MANIFEST).is_file() and listed(one).get(name) == known
+    ]
     target.parent.mkdir(parents=True, exist_ok=True)
     for other in (source, *(one / name for one in before)):
-        try: os.link(other, target)
-        except OSError: continue
+        try:
+            os.link(other, target)
+        except OSError:
+            continue
         return known
     shutil.copyfile(source, target)
-    if entry(target) != known: raise OSError(f'{target} has other content than {source}, of which it is a copy: look after the disks')
+    if entry(target) != known:
+        raise OSError(
+            f'{target} has other content than {source}, of which it is a copy: look after the disks'
+        )
     return known
+
 
 def parts_beside(root: Path, inside: Path, names: Iterable[str]) -> list[str]:
     "The weight files among the names in `root` that are not of its part `inside`."
-    return [Path(name).as_posix() for name in names if inside != Path() and not Path(name).is_relative_to(inside)]
+    return [
+        Path(name).as_posix() for name in names if inside != Path() and not Path(name).is_relative_to(inside)
+    ]
+
 
 def room_beside(root: Path, inside: Path, target: Path) -> int:
-    "Bytes that copies of the other parts of `root` take: none on the same disk, where they get second names, nor where an earlier checkpoint has them."
+    """Bytes that copies of the other parts of `root` take: none on the same disk, where they get second
+    names, nor where an earlier checkpoint has them.
+    """
     home = next(parent for parent in target.resolve().parents if parent.exists())
-    if root.stat().st_dev == home.stat().st_dev or any(target.parent.glob('step-*')): return 0
-    return sum(path.stat().st_size for name in parts_beside(root, inside, (p.relative_to(root).as_posix() for p in root.rglob('*'))) if (path := root / name).name.endswith(WEIGHTS) and path.is_file())
+    if root.stat().st_dev == home.stat().st_dev or any(target.parent.glob('step-*')):
+        return 0
+    return sum(
+        path.stat().st_size
+        for name in parts_beside(root, inside, (p.relative_to(root).as_posix() for p in root.rglob('*')))
+        if (path := root / name).name.endswith(WEIGHTS) and path.is_file()
+    )
+
 
 def describe(like: HFFolder, folder: Path, layout: dict[str, tuple[torch.dtype, tuple]]) -> None:
     "Adds what describes the weights in `folder`: index and settings."
-    write_index(like, folder, sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values()))
-    dtype = min((dtype for dtype, _ in layout.values()), key=lambda dtype: dtype.itemsize)      # some parameters may stay in float32
+    write_index(
+        like, folder, sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
+    )
+    # some parameters may stay in float32
+    dtype = min((dtype for dtype, _ in layout.values()), key=lambda dtype: dtype.itemsize)
     settings = with_dtype(like.config, str(dtype).removeprefix('torch.'))
     (folder / 'config.json').write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding='utf-8')
 
@@ -148,11 +254,15 @@ def from_rank0(mesh: Mesh, call: Callable[[], Any]) -> Any:
     "On every rank, what the call gives on rank 0; so is its ValueError or OSError."
     answer = [None, None]
     if mesh.first:
-        try: answer[0] = call()
-        except (ValueError, OSError) as error: answer[1] = str(error)
+        try:
+            answer[0] = call()
+        except (ValueError, OSError) as error:
+            answer[1] = str(error)
     dist.broadcast_object_list(answer, 0, device=mesh.at)
-    if answer[1] is not None: raise ValueError(answer[1])
+    if answer[1] is not None:
+        raise ValueError(answer[1])
     return answer[0]
+
 
 @contextmanager
 def shared_folder(target: Path, size: int, mesh: Mesh) -> Iterator[Path]:
@@ -163,21 +273,48 @@ def shared_folder(target: Path, size: int, mesh: Mesh) -> Iterator[Path]:
     dist.barrier()
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #75d896a5
-def complete(folder: Path, root: Path, like: HFFolder, layout: dict[str, tuple[torch.dtype, tuple]], written: Mapping[str, dict], mesh: Mesh) -> None:
-    "Adds everything else of `root`, what describes the weights, and a manifest with the entries of what all ranks have written."
+def complete(
+    folder: Path,
+    root: Path,
+    like: HFFolder,
+    layout: dict[str, tuple[torch.dtype, tuple]],
+    written: Mapping[str, dict],
+    mesh: Mesh,
+) -> None:
+    """Adds everything else of `root`, what describes the weights, and a manifest with the entries of what all
+    ranks have written.
+    """
     every, inside = [None] * mesh.place.world, Path(like.path).relative_to(root)
     dist.all_gather_object(every, dict(written))
-    if not mesh.first: return
+    if not mesh.first:
+        return
     with room_for(folder):
-        linked = {name: second_name((root / name).resolve(), name, folder) for name in parts_beside(root, inside, copy_rest(root, folder))}
+        linked = {
+            name: second_name((root / name).resolve(), name, folder)
+            for name in parts_beside(root, inside, copy_rest(root, folder))
+        }
         describe(like, folder / inside, layout)
     write_manifest(folder, linked | {name: one for each in every for name, one in each.items()})
 
-def save_weights(model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh, like: HFFolder, target: Path, root: Path | None = None) -> None:
-    "Writes the model as a Hugging Face folder like `root`, of which `like` is a part (default: the whole); all ranks call it."
+
+def save_weights(
+    model: Sequence[nn.Module],
+    towers: tuple[Tower, ...],
+    mesh: Mesh,
+    like: HFFolder,
+    target: Path,
+    root: Path | None = None,
+) -> None:
+    """Writes the model as a Hugging Face folder like `root`, of which `like` is a part (default: the whole).
+
+    All ranks call it.
+    """
     layout, root = layout_of(model, towers, mesh, like), Path(root or like.path)
     files = weight_files(like, layout, Path(like.path).relative_to(root))
-    with shared_folder(target, bytes_of(files) + room_beside(root, Path(like.path).relative_to(root), target), mesh) as folder:
+    with shared_folder(
+        target, bytes_of(files) + room_beside(root, Path(like.path).relative_to(root), target), mesh
+    ) as folder:
         written = {}
-        with behind() as later: write_tensors(whole_weights(model, towers, mesh), files, folder, mesh, later, written)
+        with behind() as later:
+            write_tensors(whole_weights(model, towers, mesh), files, folder, mesh, later, written)
         complete(folder, root, like, layout, written, mesh)

@@ -1,6 +1,9 @@
-"""MindSpeed's real adaptor patches Megatron-Core on an emulated NPU, and a patched model gives the numbers of a plain one on the CPU.
+"""MindSpeed's real adaptor patches Megatron-Core on an emulated NPU, and a patched model gives the numbers of
+a plain one on the CPU.
 
-Collected only with MINDSPEED=FOLDER, a copy of MindSpeed's source at the commit that README names."""
+Collected only with MINDSPEED=FOLDER, a copy of MindSpeed's source at the commit that README names.
+"""
+
 import json
 import os
 import subprocess
@@ -9,7 +12,7 @@ import sys
 import pytest
 
 LIMIT = 1e-5
-MODEL = '''
+MODEL = """
 import json, os, sys
 side, out = sys.argv[1:]
 if side == 'npu':
@@ -48,33 +51,69 @@ found = {'loss': loss.item(), 'device': loss.device.type, 'gradients': {name: we
 if side == 'npu': found.update(calls=dict(npu_emulator.calls), patches=len(MindSpeedPatchesManager.patches_info))
 json.dump(found, open(out, 'w'))
 dist.destroy_process_group()
-'''
+"""  # noqa: E501
 
-def with_mindspeed(): return {**os.environ, 'PYTHONPATH': os.pathsep.join([os.environ['PYTHONPATH'], os.environ['MINDSPEED']])}
+
+def with_mindspeed():
+    return {**os.environ, 'PYTHONPATH': os.pathsep.join([os.environ['PYTHONPATH'], os.environ['MINDSPEED']])}
+
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
-    "What the model gives: on the NPU under MindSpeed, on the CPU without; in two processes, because the adaptor cannot be undone."
+    """What the model gives: on the NPU under MindSpeed, on the CPU without.
+
+    In two processes, because the adaptor cannot be undone.
+    """
     folder = tmp_path_factory.mktemp('mindspeed')
     (folder / 'model.py').write_text(MODEL)
     for side in ('npu', 'cpu'):
-        ran = subprocess.run([sys.executable, '-W', 'ignore', folder / 'model.py', side, folder / side], env=with_mindspeed(), capture_output=True, text=True, timeout=300)
+        ran = subprocess.run(
+            [sys.executable, '-W', 'ignore', folder / 'model.py', side, folder / side],
+            env=with_mindspeed(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert ran.returncode == 0, ran.stderr[-3000:]
     return {side: json.loads((folder / side).read_text()) for side in ('npu', 'cpu')}
 
+
 def test_the_doctor_sees_it():
-    ask = 'from mmkit.diagnostics.doctor import doctor; print([(one.found, one.remedy) for one in doctor() if one.name == "MindSpeed"])'
-    assert subprocess.run([sys.executable, '-c', ask], env=with_mindspeed(), capture_output=True, text=True, timeout=120).stdout.strip() == "[('installed', '')]"
+    ask = (
+        'from mmkit.diagnostics.doctor import doctor; print([(one.found, one.remedy) for one in doctor() if'
+        ' one.name == "MindSpeed"])'
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, '-c', ask], env=with_mindspeed(), capture_output=True, text=True, timeout=120
+        ).stdout.strip()
+        == "[('installed', '')]"
+    )
+
 
 def test_the_adaptor_patches_megatron(found):
     assert found['npu']['device'] == 'npu' and found['npu']['patches'] > 70
 
+
 def test_fused_operators_were_called(found):
     "Two layers: attention and swiglu once each, norms twice and one at the end; each with its gradient."
     counts = {name: count for name, count in found['npu']['calls'].items() if name.startswith('npu_')}
-    assert counts == {'npu_fusion_attention': 2, 'npu_fusion_attention_grad': 2, 'npu_rms_norm': 5, 'npu_rms_norm_backward': 5, 'npu_swiglu': 2, 'npu_swiglu_backward': 2}
+    assert counts == {
+        'npu_fusion_attention': 2,
+        'npu_fusion_attention_grad': 2,
+        'npu_rms_norm': 5,
+        'npu_rms_norm_backward': 5,
+        'npu_swiglu': 2,
+        'npu_swiglu_backward': 2,
+    }
+
 
 def test_loss_and_gradients_are_those_of_the_cpu(found):
     mine, theirs = found['npu'], found['cpu']
-    assert abs(mine['loss'] - theirs['loss']) < LIMIT * theirs['loss'] and mine['gradients'].keys() == theirs['gradients'].keys()
-    assert all(abs(mine['gradients'][name] - size) <= LIMIT * size for name, size in theirs['gradients'].items())
+    assert (
+        abs(mine['loss'] - theirs['loss']) < LIMIT * theirs['loss']
+        and mine['gradients'].keys() == theirs['gradients'].keys()
+    )
+    assert all(
+        abs(mine['gradients'][name] - size) <= LIMIT * size for name, size in theirs['gradients'].items()
+    )

@@ -1,10 +1,13 @@
-"""The training of test_training.py with MindSpeed's adaptor around Megatron-Core, on one rank and on two, saved and begun again too: the same losses."""
+"""The training of test_training.py with MindSpeed's adaptor around Megatron-Core, on one rank and on two,
+saved and begun again too: the same losses.
+"""
+
 import os
 
-import pytest
-
 import parity
+import pytest
 from npu.test_training import compare, cpu  # noqa: F401  a fixture
+
 
 @pytest.mark.parametrize('ranks', (1, 2))
 def test_mindspeed_gives_the_losses_of_the_cpu(cpu, ranks, monkeypatch, record_property):  # noqa: F811

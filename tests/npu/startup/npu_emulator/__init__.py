@@ -1,7 +1,10 @@
 """An NPU on the CPU: the real torch_npu wheel on a CANN without a device, with formulas for the operators.
 
-`calls` counts the fused operators and collectives that ran in this process, `doubtful` the operators of torch that made float64 or complex numbers on the
-device, which works here and hardly there. With NPU_EMULATOR_CALLS=FOLDER every process leaves both there when it ends."""
+`calls` counts the fused operators and collectives that ran in this process, `doubtful` the operators of torch
+that made float64 or complex numbers on the device, which works here and hardly there. With
+NPU_EMULATOR_CALLS=FOLDER every process leaves both there when it ends.
+"""
+
 from collections import Counter
 
 calls = Counter()
