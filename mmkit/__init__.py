@@ -39,6 +39,12 @@ NAMES = {
     'open_chat': 'mmkit.trainer.chat',
     'from_mindspeed_mm': 'mmkit.mindspeed_mm.config',
     'launch': 'mmkit.launcher.run',
+    'plan': 'mmkit.trainer.plan',
+    'doctor': 'mmkit.diagnostics.doctor',
+    'first_run': 'mmkit.recipes.first_run',
+    'Conversations': 'mmkit.datasets.conversation',
+    'Features': 'mmkit.datasets.features',
+    'open_task': 'mmkit.trainer.task',
     'Run': 'mmkit.launcher.run',
     'resume': 'mmkit.launcher.resume',
     'plot_losses': 'mmkit.notebook.show',
@@ -56,50 +62,99 @@ NAMES = {
 
 
 if TYPE_CHECKING:  # what type checkers and editors read; tests/test_types.py holds it against NAMES
-    from .launcher.resume import resume as resume
+    from .config import (
+        Clips as Clips,
+    )
+    from .config import (
+        Columns as Columns,
+    )
     from .config import (
         Config as Config,
-        Layout as Layout,
-        Optim as Optim,
+    )
+    from .config import (
         Data as Data,
-        Columns as Columns,
-        Loop as Loop,
-        VideoData as VideoData,
-        Clips as Clips,
+    )
+    from .config import (
         Flow as Flow,
+    )
+    from .config import (
+        Layout as Layout,
+    )
+    from .config import (
+        Loop as Loop,
+    )
+    from .config import (
+        Optim as Optim,
+    )
+    from .config import (
         Sampling as Sampling,
+    )
+    from .config import (
+        VideoData as VideoData,
+    )
+    from .config import (
         load_config as load_config,
     )
-    from .mindspeed_mm.convert import convert_wan as convert_wan
-    from .converters.convert import hf_to_mm as hf_to_mm, mm_to_hf as mm_to_hf
+    from .converters.convert import hf_to_mm as hf_to_mm
+    from .converters.convert import mm_to_hf as mm_to_hf
     from .converters.qwen2_5_vl import qwen2_5_vl_towers as qwen2_5_vl_towers
     from .converters.wan2_1 import wan2_1_towers as wan2_1_towers
+    from .core.values import override as override
+    from .datasets.conversation import Conversations as Conversations
+    from .datasets.features import Features as Features
     from .datasets.llava import llava_to_mllm as llava_to_mllm
     from .datasets.statistics import data_statistics as data_statistics
+    from .diagnostics.doctor import doctor as doctor
+    from .launcher.estimate import estimate as estimate
+    from .launcher.estimate import speed_of as speed_of
     from .launcher.extract import extract as extract
-    from .launcher.estimate import estimate as estimate, speed_of as speed_of
-    from .notebook.forms import form as form
     from .launcher.hosts import (
         Hosts as Hosts,
+    )
+    from .launcher.hosts import (
         launch_on as launch_on,
+    )
+    from .launcher.hosts import (
         prepare_run as prepare_run,
+    )
+    from .launcher.hosts import (
         shell_script as shell_script,
+    )
+    from .launcher.hosts import (
         slurm_script as slurm_script,
     )
+    from .launcher.resume import resume as resume
+    from .launcher.run import Run as Run
+    from .launcher.run import launch as launch
     from .mindspeed_mm.config import from_mindspeed_mm as from_mindspeed_mm
-    from .launcher.run import launch as launch, Run as Run
+    from .mindspeed_mm.convert import convert_wan as convert_wan
+    from .notebook.forms import form as form
+    from .notebook.show import (
+        compare as compare,
+    )
     from .notebook.show import (
         plot_losses as plot_losses,
-        show_samples as show_samples,
-        compare as compare,
-        watch as watch,
-        watch_async as watch_async,
+    )
+    from .notebook.show import (
         runs as runs,
     )
-    from .trainer.chat import chat as chat, open_chat as open_chat
-    from .trainer.sampling import generate as generate, open_pipeline as open_pipeline
+    from .notebook.show import (
+        show_samples as show_samples,
+    )
+    from .notebook.show import (
+        watch as watch,
+    )
+    from .notebook.show import (
+        watch_async as watch_async,
+    )
+    from .recipes.first_run import first_run as first_run
     from .recipes.presets import PRESETS as PRESETS
-    from .core.values import override as override
+    from .trainer.chat import chat as chat
+    from .trainer.chat import open_chat as open_chat
+    from .trainer.plan import plan as plan
+    from .trainer.sampling import generate as generate
+    from .trainer.sampling import open_pipeline as open_pipeline
+    from .trainer.task import open_task as open_task
 else:
 
     def __getattr__(name: str):

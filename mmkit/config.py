@@ -97,7 +97,7 @@ class Layout:
         )
 
     def replicas(self, world: int) -> int:
-        "How many data-parallel replicas (data-parallel ranks) `world` ranks hold."
+        "How many data-parallel replicas `world` ranks hold."
         require(type(world) is int and world > 0, f'ranks={world!r} must be a whole number from 1')
         used = {
             f'layout.{name}={size}': size

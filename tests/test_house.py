@@ -39,10 +39,28 @@ TOP = {
     'README_zh.md',
     'LICENSE',
     'CHANGELOG.md',
+    'CONTRIBUTING.md',
     '.gitignore',
     '.pre-commit-config.yaml',
     'ruff.toml',
     '.gitattributes',
+}
+# words that are gone, and those in their place
+BANNED = {
+    r'films?': 'video',
+    r'filmed': 'generated',
+    r'studio': 'pipeline object',
+    r'survey': 'statistics',
+    r'forecast': 'estimate',
+    r'copies of the model': 'data-parallel replicas',
+    r'last words': 'traceback',
+    r'made again': 'recomputed',
+    r'dealt out': 'distributed',
+    r'near_and_rest': 'split_high_low',
+    r'turn_pairs': 'apply_rotary_interleaved',
+    r'peer(files|fields)': 'mindspeed_mm',
+    r'optim\.decay': 'optim.schedule',
+    r'loop\.average': 'loop.ema',
 }
 # what MindSpeed-MM calls things, and commands: tables, to be divided
 LARGE_MODULES = {
@@ -420,6 +438,36 @@ def titles(root):
             yield f'{p.name}: the first cell is not `# Title` and `> sentence`'
 
 
+def words(root):
+    "Words that were replaced are gone: a reader finds what a paper, Megatron, torch or diffusers says."
+    pages = [p for p in files(root) if p.suffix in ('.ipynb', '.md') or p.parts[-2:-1] == ('tests',)]
+    for p in pages:
+        if p.name in ('test_house.py', 'CHANGELOG.md') or p.suffix not in ('.ipynb', '.md', '.py'):
+            continue
+        if p.suffix == '.ipynb':
+            cells = json.loads(p.read_text(encoding='utf-8'))['cells']
+            text = '\n'.join(map(source, cells))
+        else:
+            text = p.read_text(encoding='utf-8')
+        for banned, wanted in BANNED.items():
+            if found := re.search(rf'(?i)\b{banned}\b', text):
+                yield f'{p.name} says {found[0]!r}: say {wanted}'
+
+
+def links(root):
+    "A link in a notebook leads to a file that is there."
+    for p, cells in notebooks(root):
+        for c in cells:
+            text = (
+                re.sub(r'```.*?```|`[^`]*`', '', source(c), flags=re.S)
+                if c['cell_type'] == 'markdown'
+                else ''
+            )
+            for target in re.findall(r'\]\(([^)\s#]+)', text):
+                if not re.match(r'\w+:', target) and not (p.parent / target).exists():
+                    yield f'{place(p, c)}: a link to {target}, which is not there'
+
+
 def looks(root):
     "A look shows a value or a figure; it is not a print (ranks can only print)."
     for p, cells in notebooks(root):
@@ -769,6 +817,9 @@ PLANTED = [
     (documented, rope_module('def f(x: int):\n    "Returns x."\n    return x'), 'what it returns'),
     (titles, rope(title='# Title'), 'first cell'),
     (titles, rope(title='## Title\n> One sentence.'), 'first cell'),
+    (words, rope('model, a film'), 'say video'),
+    (words, {'README.md': 'Films of hearts'}, 'say video'),
+    (links, tutorial(cell('see [it](../gone.ipynb)', 'markdown')), 'gone.ipynb, which is not there'),
     (looks, rope('x = 1\nprint(x)'), 'a print'),
     (outputs, {'nbs/3_models/00_rope.ipynb': notebook(cell('1', outputs=[picture()]))}, 'saved output'),
     (outputs, tutorial(cell('1')), 'without a saved picture'),

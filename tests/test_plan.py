@@ -327,7 +327,7 @@ REFUSED = {  # what is asked of eight ranks: what the answer says
         "needs them for ['text', 'vision']"
     ),
     'layout.pp=4 layout.vpp=2 loop.global_batch=4': 'must be a multiple of layout.pp=4',
-    'loop.global_batch=12': 'not a multiple of micro_batch x copies',
+    'loop.global_batch=12': 'not a multiple of micro_batch x replicas',
     'loop.micro_batch=3': 'not a multiple of loop.micro_batch=3',
     'layout.recompute_layers=2': 'set layout.recompute=full',
     'layout.recompute=some': "one of ['none', 'selective', 'full']",

@@ -87,6 +87,15 @@ def convert() -> Report:
     print(mmkit.wan2_1_towers(shape), mmkit.convert_wan('hf_to_mm', 'w', 'mm'), mmkit.from_mindspeed_mm('example').config)
     return mmkit.llava_to_mllm('in.json', 'out.json', 'pictures')
 
+def look(folder: str) -> str:
+    config = mmkit.load_config(folder)
+    planned = mmkit.plan(config, 8)
+    talks: Conversations = mmkit.Conversations(mmkit.Data(files=('a.json',)), 'w', positions=lambda ids, grid, duration: ids)
+    clips = mmkit.Features('features')
+    task = mmkit.open_task(config)
+    scores = mmkit.first_run('runs/first-run', 2)
+    return f'{planned} {len(talks)} {len(clips)} {task} {scores} {mmkit.doctor().good}'
+
 def ask() -> Extraction:
     print(mmkit.chat('w', 'What is this?', images=['a.jpg']).text, [clip.fps for clip in mmkit.generate('w', ['a dog'])])
     with mmkit.open_chat('w') as talk: talk.ask('Why?')

@@ -694,7 +694,7 @@ ELSEWHERE: dict[str, dict[str, Row]] = {
     'repeated': {'*': left('given again behind it, which counts')},
     'shards': {
         '*': left(
-            'layout.data_parallel=fsdp divides every layer among all copies, sums in float32 and fetches'
+            'layout.data_parallel=fsdp divides every layer among all replicas, sums in float32 and fetches'
             ' ahead'
         )
     },

@@ -13,7 +13,7 @@ from ..config import Config, Data, Flow, Layout, Loop, Optim, Sampling, VideoDat
 
 # %% ../../nbs/9_tools/04_recipes.presets.ipynb #35ac7391
 def qwen2_5_vl_3b(weights: str, data: Data) -> Config:
-    "Qwen2.5-VL-3B-Instruct on 8 devices: eight copies, the text tower trained, 256 samples a step."
+    "Qwen2.5-VL-3B-Instruct on 8 devices: eight replicas, the text tower trained, 256 samples a step."
     return Config(
         weights=weights,
         data=data,
@@ -25,7 +25,7 @@ def qwen2_5_vl_3b(weights: str, data: Data) -> Config:
 
 
 def qwen2_5_vl_7b(weights: str, data: Data) -> Config:
-    "Qwen2.5-VL-7B-Instruct on 8 devices: two copies over four devices each, activations recomputed."
+    "Qwen2.5-VL-7B-Instruct on 8 devices: two replicas over four devices each, activations recomputed."
     return replace(
         qwen2_5_vl_3b(weights, data),
         layout=Layout(tp=4, sequence_parallel=True, data_parallel='zero1', recompute='full'),
@@ -33,7 +33,7 @@ def qwen2_5_vl_7b(weights: str, data: Data) -> Config:
 
 # %% ../../nbs/9_tools/04_recipes.presets.ipynb #84338c43
 def wan2_1_1_3b(weights: str, video: VideoData) -> Config:
-    """Wan2.1-T2V-1.3B (or its I2V sister) on 8 devices: eight copies, one clip each, Wan's own times and
+    """Wan2.1-T2V-1.3B (or its I2V sister) on 8 devices: eight replicas, one clip each, Wan's own times and
     weights of the loss.
     """
     return Config(
@@ -47,7 +47,7 @@ def wan2_1_1_3b(weights: str, video: VideoData) -> Config:
 
 
 def wan2_1_14b(weights: str, video: VideoData) -> Config:
-    "Wan2.1-T2V-14B or I2V-14B on 8 devices: one copy over all of them, activations recomputed."
+    "Wan2.1-T2V-14B or I2V-14B on 8 devices: one replica over all of them, activations recomputed."
     return replace(
         wan2_1_1_3b(weights, video),
         layout=Layout(tp=8, sequence_parallel=True, data_parallel='zero1', recompute='full'),
