@@ -31,13 +31,16 @@ class BadClip(ValueError):
 
 
 def aspect_fits(height: int, width: int, wanted: float, threshold: float) -> bool:
-    "Whether height / width lies within `threshold` times of `wanted`; 0 stands for 1.5."
+    "Whether height / width is within a factor of `threshold` of `wanted`; a threshold of 0 means 1.5."
     threshold = threshold or 1.5
     return wanted / threshold <= height / width <= wanted * threshold
 
 
 def fit_resolution(height: int, width: int, clips: Clips) -> tuple[int, int]:
-    "The (height, width) that a clip of this size gets. Raises BadClip with the reason."
+    """The (height, width) to which a clip of this size is resized and cropped.
+
+    Raises BadClip with the reason.
+    """
     if height <= 0 or width <= 0:
         raise BadClip(f'its size is {height}x{width}')
     target = (clips.max_height, clips.max_width) if clips.max_height else None
@@ -61,7 +64,7 @@ def fit_resolution(height: int, width: int, clips: Clips) -> tuple[int, int]:
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #cd0068f3
 def cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    "A uint8 frame (h, w, 3) scaled to cover (height, width) and cut to it around the middle."
+    "Resizes a uint8 frame (h, w, 3) until it covers (height, width), and center-crops it to that size."
     from PIL import Image
 
     if frame.shape[:2] == (height, width):
@@ -74,9 +77,10 @@ def cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #71cd3f97
 def frame_numbers(total: int, fps: float, start: int, clips: Clips, draw: random.Random) -> list[int]:
-    """The numbers of the frames to take from `total` at `fps`, from `start` on.
+    """Indices of the frames to take from a clip: 4k+1 of them, at most `clips.num_frames`.
 
-    Raises BadClip with the reason.
+    The clip has `total` frames at `fps` frames per second, and its own part begins at frame `start`. `draw`
+    is the random generator. Raises BadClip with the reason.
     """
     ratio = fps / clips.train_fps if clips.auto_interval else 1.0
     numbers = np.arange(start, total, 1.0 if abs(ratio - 1) < 0.1 else ratio).astype(int)
@@ -105,8 +109,11 @@ VIDEOS = ('.mp4', '.mov', '.mkv', '.webm', '.avi', '.m4v', '.mpg', '.mpeg', '.gi
 
 @dataclass(frozen=True)
 class Listed:
-    """A clip as a list names it: its name, file, captions, first frame, length in frames from there, what the
-    list claims of the file, and what is wrong with the record.
+    """A clip as a list names it.
+
+    `name` is unique, `path` its file, `captions` are one or more of which one is drawn, `start` its first
+    frame, `length` its number of frames from there (None: all), `claims` what the list says about the file,
+    and `fault` what is wrong with the record.
     """
 
     name: str
@@ -119,13 +126,13 @@ class Listed:
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #204d0b79
 def read_text(path: str | Path) -> str:
-    "The text of a file; a byte that is no UTF-8 becomes a lone surrogate."
+    "The text of a UTF-8 file; a byte that is not UTF-8 becomes a lone surrogate (`surrogateescape`)."
     require(Path(path).is_file(), f'no file {path}')
     return Path(path).read_bytes().decode('utf-8-sig', 'surrogateescape')
 
 
 def parse_json(text: str) -> Any:
-    "The JSON value, or what is wrong with it as a ValueError."
+    "The value of a JSON text; if it is not JSON, a ValueError with the reason is returned."
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -133,7 +140,10 @@ def parse_json(text: str) -> Any:
 
 
 def read_rows(path: str | Path) -> list:
-    "The records of a .json, .jsonl or .csv list; a line that cannot be read is a ValueError in its place."
+    """The records of a .json, .jsonl or .csv list.
+
+    A line of a .jsonl that is not JSON becomes a ValueError in its place.
+    """
     text, kind = read_text(path), Path(path).suffix.lower()
     if kind == '.jsonl':
         return [parse_json(line) for line in text.split('\n') if line.strip()]
@@ -152,9 +162,9 @@ def read_rows(path: str | Path) -> list:
 
 
 def parse_cell(text: Any, key: str) -> Any:
-    """A cell of a table: a number, list or object where it is one, else the text.
+    """A cell of a CSV table: a number, list or object where it is one, else the text.
 
-    A path stays text and so does one caption.
+    A path stays text, and so does a single caption.
     """
     starts = {'path': (), 'cap': ('[',)}.get(key, tuple('0123456789[{.'))
     if not isinstance(text, str) or not text.strip().startswith(starts):
@@ -164,7 +174,7 @@ def parse_cell(text: Any, key: str) -> Any:
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #4f76e6a8
 def number(value: Any) -> float | None:
-    "A finite number, or None."
+    "The value as a float if it is a finite number, else None."
     return (
         float(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -173,7 +183,7 @@ def number(value: Any) -> float | None:
 
 
 def find_fault(raw: Any, captions: Sequence) -> str | None:
-    "What is wrong with a record, in a few words."
+    "What is wrong with a record, in a few words; None when nothing is."
     if isinstance(raw, ValueError):
         return f'not JSON: {raw}'
     if not isinstance(raw, dict):
@@ -195,7 +205,7 @@ def find_fault(raw: Any, captions: Sequence) -> str | None:
 
 
 def to_listed(raw: Any, folder: str | Path, place: str) -> Listed:
-    "A record as Listed; `place` names it when it has no path."
+    "A record of a list as a Listed; `place` names it when it has no path."
     captions = raw.get('cap') if isinstance(raw, dict) else None
     captions = tuple(captions) if isinstance(captions, list) else () if captions is None else (captions,)
     named = isinstance(raw, dict) and isinstance(raw.get('path'), str) and raw['path']
@@ -228,7 +238,7 @@ def to_listed(raw: Any, folder: str | Path, place: str) -> Listed:
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #59a40b68
 def folder_rows(folder: Path) -> Iterator[dict]:
-    "Records of all clips and pictures below a folder, with the captions that lie beside them."
+    "Records of all clips and images below a folder, with the captions that lie beside them."
     listed = {}
     if (folder / 'captions.json').is_file():
         listed = parse_json(read_text(folder / 'captions.json'))
@@ -246,7 +256,10 @@ def folder_rows(folder: Path) -> Iterator[dict]:
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #09fa2cad
 def data_lists(path: Path) -> Iterator[tuple[Path, Path]]:
-    "The (folder, list) pairs of a data.txt; relative ones are looked for from here and then beside the file."
+    """The (folder, list) pairs of a data.txt.
+
+    Relative paths are looked up in the working directory first, then beside the file.
+    """
     for count, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -256,7 +269,10 @@ def data_lists(path: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def find_rows(source: Any) -> Iterator[tuple[str | Path, str, Any]]:
-    "(folder, place, record) of everything that a source lists."
+    """Yields (folder, place, record) for everything that a source lists.
+
+    A source is a list file, a data.txt, a folder, or a sequence of records.
+    """
     if not isinstance(source, (str, os.PathLike)):
         yield from (('', f'record {count}', raw) for count, raw in enumerate(source))
         return
@@ -280,7 +296,7 @@ def find_rows(source: Any) -> Iterator[tuple[str | Path, str, Any]]:
 
 # %% ../../nbs/5_datasets/04_clips.ipynb #e50ad827
 def list_clips(source: Any) -> tuple[Listed, ...]:
-    "Everything that a list, a folder or a sequence of records names; no two have one name."
+    "All clips that a list, a folder or a sequence of records names; no two have the same name."
     found, seen = [], Counter()
     for folder, place, raw in find_rows(source):
         one = to_listed(raw, folder, place)

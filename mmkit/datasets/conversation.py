@@ -54,14 +54,15 @@ from mmkit.datasets.turns import (
     vision_marks,
 )
 
-# input_ids (s,), grid (k, 3), seconds (k,) -> (3, s)
+# input_ids (s,), grid (k, 3), seconds (k,) -> M-RoPE position ids (3, s)
 Positions = Callable[[Tensor, Tensor, Tensor], 'Tensor | np.ndarray']
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #40bc0526
 @dataclass(frozen=True)
 class Encoder:
-    """All that turns a record into numbers: tokenizer, picture processor, rules for pictures and clips, and
-    the data settings.
+    """Everything that encodes a record: tokenizer, image processor, patch rules and data settings.
+
+    `picture` is the PatchRule for images, `clip` that for clips.
     """
 
     tokenizer: Any
@@ -72,7 +73,7 @@ class Encoder:
 
     @property
     def pad(self) -> int:
-        "The token that fills up a batch."
+        "Id of the padding token."
         return (
             self.tokenizer.convert_tokens_to_ids('<|endoftext|>')
             if self.tokenizer.pad_token_id is None
@@ -81,7 +82,7 @@ class Encoder:
 
 
 def check_marks(folder: str | Path, tokenizer: Any) -> None:
-    "Raises ValueError when config.json and tokenizer disagree about the tokens of pictures and clips."
+    "Raises ValueError when config.json and tokenizer name different ids for images or clips."
     marks, path = vision_marks(tokenizer), Path(folder) / 'config.json'
     config = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
     for kind in ('image', 'video'):
@@ -106,8 +107,9 @@ def open_encoder(folder: str | Path, data: Data = Data()) -> Encoder:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #6b0c0d27
 class Item(NamedTuple):
-    """A picture or clip as patches (n, 1176), its grid (t, h, w), and seconds per temporal step (0 for a
-    picture).
+    """An image or clip as patches (n, 1176), and its grid (t, h, w).
+
+    `seconds` is the time per temporal grid step (0 for an image).
     """
 
     patches: np.ndarray
@@ -118,7 +120,7 @@ class Item(NamedTuple):
 def find_media(name: Any, media_dir: str | Path, exists: Callable[[str], bool] = os.path.isfile) -> Any:
     """The path under `media_dir` if it is a file, else the name as given.
 
-    Lists one by one, pictures in memory as they are.
+    A list is looked up item by item; an image in memory is returned as it is.
     """
     if isinstance(name, (list, tuple)):
         return [find_media(frame, media_dir, exists) for frame in name]
@@ -129,7 +131,7 @@ def find_media(name: Any, media_dir: str | Path, exists: Callable[[str], bool] =
 
 
 def picture_item(source: Any, encoder: Encoder) -> Item:
-    "A picture (file or PIL) as an Item."
+    "An image (file or PIL) as an Item."
     data = encoder.data
     picture = fit_area(
         read_picture(find_media(source, data.media_dir)),
@@ -141,7 +143,7 @@ def picture_item(source: Any, encoder: Encoder) -> Item:
 
 
 def clip_item(source: Any, encoder: Encoder) -> Item:
-    "A clip (file, or list of pictures) as an Item."
+    "A clip (video file, or list of images) as an Item."
     from PIL import Image
 
     data = encoder.data
@@ -158,8 +160,10 @@ def clip_item(source: Any, encoder: Encoder) -> Item:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #0fd59b77
 def to_sample(tokens: Tokens, images: Sequence[Item], videos: Sequence[Item], width: int) -> dict:
-    """Tensors input_ids (s,), labels (s,), pixels (n, width), grid (k, 3), seconds (k,) of the media that the
-    tokens kept, and left_out (), how many tokens had no room.
+    """A sample as a dict of tensors, with the media that the tokens kept.
+
+    It holds input_ids (s,), labels (s,), pixels (n, width), grid (k, 3), seconds (k,), and left_out (), the
+    number of tokens that were left out.
     """
     items = [(images if kind == 'image' else videos)[number] for kind, number in tokens.media]
     pixels = np.concatenate([np.zeros((0, width), np.float32), *(item.patches for item in items)])
@@ -174,14 +178,17 @@ def to_sample(tokens: Tokens, images: Sequence[Item], videos: Sequence[Item], wi
 
 
 def look(record: Conversation, encoder: Encoder) -> tuple[list[Item], list[Item]]:
-    "The pictures and the clips of a record as Items."
+    "The images and the clips of a record as two lists of Items."
     return [picture_item(source, encoder) for source in record.images], [
         clip_item(source, encoder) for source in record.videos
     ]
 
 
 def with_positions(sample: dict, positions: Positions) -> dict:
-    "The sample with positions (3, s), which may come as a tensor or as a numpy array."
+    """The sample with its M-RoPE position ids (3, s) as the tensor `positions`.
+
+    The function `positions` may return a tensor or a numpy array.
+    """
     return {
         **sample,
         'positions': torch.as_tensor(positions(sample['input_ids'], sample['grid'], sample['seconds'])),
@@ -189,7 +196,10 @@ def with_positions(sample: dict, positions: Positions) -> dict:
 
 
 def encode_record(record: Conversation, encoder: Encoder, positions: Positions) -> dict:
-    "The Sample of a record: `to_sample` and positions (3, s). Raises BadRecord or MediaError."
+    """The sample of a record: the tensors of `to_sample`, and positions (3, s).
+
+    Raises BadRecord or MediaError.
+    """
     images, videos = look(record, encoder)
     data = encoder.data
     tokens = to_tokens(
@@ -223,7 +233,7 @@ def thumbnail(frames: np.ndarray, most: int = 4) -> str:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #791df481
 def media_html(sample: dict, encoder: Encoder) -> list[str]:
-    "A row of thumbnails for every picture or clip of the sample, with its size in pixels and frames."
+    "HTML for every image or clip of the sample: thumbnails, size in pixels and number of frames."
     sizes, rows = sample['grid'].prod(1).tolist(), []
     for patches, grid, seconds in zip(
         sample['pixels'].split(sizes), sample['grid'].tolist(), sample['seconds'].tolist()
@@ -244,7 +254,7 @@ COLOURS = {
 
 
 def runs(sample: dict, tokenizer: Any) -> list[tuple[str, list[int]]]:
-    "The sample's tokens in runs of one sort: trained, given, or media, the places of a picture or clip."
+    "The sample's tokens in runs of one sort: trained, given, or media (placeholders of an image or clip)."
     marks = vision_marks(tokenizer)
 
     def sort(pair):
@@ -257,7 +267,10 @@ def runs(sample: dict, tokenizer: Any) -> list[tuple[str, list[int]]]:
 
 
 def token_html(token: int, what: str, tokenizer: Any, times: int = 1) -> str:
-    "A token in a box: its text, and its number below."
+    """HTML of a token in a box: its text, and its id below.
+
+    `what` is its sort, a key of `COLOURS`; `times` says how often it is repeated.
+    """
     text = html.escape(tokenizer.decode([token])).replace('\n', '⏎').replace(' ', '·')
     box = (
         'display:inline-block;text-align:center;margin:1px;padding:0 3px;border-radius:3px;border:1px solid'
@@ -271,15 +284,16 @@ def token_html(token: int, what: str, tokenizer: Any, times: int = 1) -> str:
 # %% ../../nbs/5_datasets/03_conversation.ipynb #e97306a7
 @dataclass(frozen=True)
 class View:
-    """A sample that draws itself: trained text on green, pictures and clips as the model sees them, and every
-    token with its number.
+    """A sample that displays itself.
+
+    Trained text is shown on green, images and clips as the model sees them, and every token with its id.
     """
 
     sample: dict
     encoder: Encoder
 
     def head(self) -> str:
-        "How many tokens of each sort there are, and how many had no room."
+        "How many tokens of each sort there are, and how many were left out."
         counts = {
             what: sum(len(ids) for sort, ids in runs(self.sample, self.encoder.tokenizer) if sort == what)
             for what in COLOURS
@@ -320,7 +334,7 @@ class View:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #dfcd73d5
 class PackedRecords:
-    "Records as JSON in one array of bytes; [i] gives record i back."
+    "Conversations stored as JSON in one array of bytes; `[i]` gives conversation i back."
 
     def __init__(self, records: Iterable[Conversation]):
         lines = [json.dumps(asdict(record), ensure_ascii=False).encode() for record in records]
@@ -342,7 +356,7 @@ class PackedRecords:
 
 
 class FileCache:
-    "Whether a file exists, from one listing per folder instead of one question per file."
+    "Whether a file exists, from one listing per folder instead of one system call per file."
 
     def __init__(self):
         self.names = {}
@@ -355,7 +369,7 @@ class FileCache:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #0744cfbf
 def check_files(record: Conversation, media_dir: str | Path, exists: Callable[[str], bool]) -> None:
-    "Raises BadRecord naming the first picture or clip of the record that is not there."
+    "Raises BadRecord naming the first image or clip of the record that does not exist."
     for name in (*record.images, *record.videos):
         for path in name if isinstance(name, tuple) else (name,):
             if not exists(find_media(path, media_dir, exists)):
@@ -363,7 +377,10 @@ def check_files(record: Conversation, media_dir: str | Path, exists: Callable[[s
 
 
 def open_records(data: Data) -> tuple[list[Conversation], Report]:
-    "The usable records of the files, and a Report that names the others."
+    """The usable conversations of the data files, and a Report that names the other records.
+
+    Raises ValueError when none can be used.
+    """
     from tqdm.auto import tqdm
 
     files = split_files(data.files)
@@ -394,9 +411,10 @@ def open_records(data: Data) -> tuple[list[Conversation], Report]:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #88e6c25c
 class Conversations:
-    """len and [i] -> Sample (see `encode_record`).
+    """Map-style dataset of conversations: `len`, and `[i]` as a sample (see `encode_record`).
 
-    A broken record is replaced by the next good one and the sample has `replaced=(i, reason)`.
+    A broken record is replaced by the next good one, and the sample then has `replaced=(i, reason)`. Records
+    that are wrong when the files are opened are left out and listed in `report`.
     """
 
     def __init__(self, data: Data, folder: str | Path, positions: Positions):
@@ -418,7 +436,10 @@ class Conversations:
         raise BadRecord(f'none of the {len(self)} records can be read; record {index}: {self.broken[index]}')
 
     def attempt(self, index: int) -> dict | None:
-        "The sample of a record, or None with the reason kept in `broken`; a record is tried once."
+        """The sample of a record; None when it is broken, with the reason kept in `broken`.
+
+        A broken record is tried only once.
+        """
         if index in self.broken:
             return None
         record = self.shelf[index]
@@ -429,7 +450,7 @@ class Conversations:
         return None
 
     def show(self, index: int) -> View:
-        "Sample `index` as something that draws itself."
+        "Sample `index` as a View, which displays itself."
         return View(self[index], self.encoder)
 
     def _repr_html_(self) -> str:
@@ -438,21 +459,21 @@ class Conversations:
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #0255f4fb
 class Batch(dict):
-    """A packed micro-batch of tensors.
+    """A micro-batch as one packed sequence: a dict of tensors.
 
-    `replaced` lists (index, reason) of broken samples that others stand in for.
+    `replaced` lists (index, reason) of the broken samples that were replaced by others.
     """
 
     replaced: tuple = ()
 
 
 def shift(labels: Tensor) -> Tensor:
-    "Labels of the next token; the last has none (-100)."
+    "Labels shifted to the next token; the last one is -100, as no token follows."
     return torch.cat([labels[1:], labels.new_full((1,), -100)])
 
 
 def padding(length: int, pad: int) -> dict:
-    "A segment of `length` pad tokens that train nothing."
+    "A segment of `length` padding tokens that are not trained."
     return dict(
         input_ids=torch.full((length,), pad),
         labels=torch.full((length,), -100),
@@ -461,8 +482,11 @@ def padding(length: int, pad: int) -> dict:
 
 
 def collate_conversations(samples: Sequence[dict], multiple: int = 1, pad: int = 0) -> Batch:
-    """Samples as one Batch: input_ids, labels (T,), positions (3, T), lengths (n,), samples (T,), pixels (P,
-    1176), grid (k, 3); T a multiple.
+    """Packs samples into one packed sequence of T tokens; T is a multiple of `multiple`.
+
+    The Batch holds input_ids and labels (T,), positions (3, T), lengths (n,), samples (T,), which is the
+    number of each token's sample, pixels (P, 1176) and grid (k, 3). The labels are shifted to the next token.
+    Padding is one more segment at the end.
     """
     tail = -sum(len(sample['input_ids']) for sample in samples) % multiple
     segments = [*samples, *([padding(tail, pad)] if tail else [])]
@@ -481,7 +505,10 @@ def collate_conversations(samples: Sequence[dict], multiple: int = 1, pad: int =
 
 # %% ../../nbs/5_datasets/03_conversation.ipynb #009263a5
 def question(messages: Any, images: Sequence, videos: Sequence, data: Data) -> Conversation:
-    "A Conversation that ends with the user's turn."
+    """A Conversation that ends with the user's turn; an answer at the end is left out.
+
+    `messages` is a text, a list of messages, or a Conversation, which brings its own images and videos.
+    """
     if isinstance(messages, str):
         marks = ('' if '<image>' in messages else '<image>' * len(images)) + (
             '' if '<video>' in messages else '<video>' * len(videos)
@@ -511,9 +538,9 @@ def encode_prompt(
     encoder: Encoder,
     positions: Positions | None = None,
 ) -> dict:
-    """A Sample that ends with the assistant's header, nothing cut or trained.
+    """A sample that ends with the assistant's header (the generation prompt).
 
-    Positions (3, s) only if the function is given.
+    Nothing is truncated or trained. It has positions (3, s) only if the function `positions` is given.
     """
     record = question(messages, images, videos, encoder.data)
     seen, videos = look(record, encoder)

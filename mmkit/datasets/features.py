@@ -36,7 +36,10 @@ from .video import ClipReport, Facts, VideoClips, plan_take
 
 # %% ../../nbs/5_datasets/07_features.ipynb #876f9826
 class Encoders(Protocol):
-    "Frozen encoders; equal identities mean equal results."
+    """Interface of the frozen encoders; equal identities mean equal results.
+
+    `clip` encodes uint8 frames (t, h, w, 3), `caption` encodes a caption to embeddings (L, d).
+    """
 
     clip_identity: str
     text_identity: str
@@ -46,17 +49,17 @@ class Encoders(Protocol):
 
 # %% ../../nbs/5_datasets/07_features.ipynb #bd3225ca
 def key_of(*parts: Any) -> str:
-    "32 hexadecimal digits made from JSON values."
+    "The key of a feature file: 32 hexadecimal digits of the SHA-256 hash of JSON values."
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def tensor_path(folder: str | Path, kind: str, key: str) -> Path:
-    "Where the tensors of a key lie: `latents/ab/ab….safetensors`."
+    "Path of the tensors of a key, such as `latents/ab/ab….safetensors`."
     return Path(folder) / kind / key[:2] / f'{key}.safetensors'
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    "Writes tensors as a safetensors file, whole or not at all."
+    "Writes tensors as a safetensors file, atomically (whole or not at all)."
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    "The tensors of a safetensors file. Raises ValueError naming it when it is missing or broken."
+    """The tensors of a safetensors file.
+
+    Raises ValueError naming the file when it is missing or broken.
+    """
     from safetensors.torch import load_file
 
     try:
@@ -74,25 +80,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 # %% ../../nbs/5_datasets/07_features.ipynb #2615e0ed
 class Index:
-    "The lines of index.jsonl by the name of their clip; many processes may add to one file."
+    "The file index.jsonl with one line per clip, by name; many processes may append to it."
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / 'index.jsonl'
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        "Holds the lock of the index."
+        "Holds the exclusive lock of the index."
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path.with_name('.index.lock'), 'w') as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def read(self) -> dict[str, dict]:
-        "The last line of every name."
+        "The last line of every name, by name."
         return {line['name']: line for line in Jsonl(self.path).read()}
 
     def add(self, line: dict) -> None:
-        "Adds a line; half a line that a killed process left is cut off first."
+        "Appends a line; an incomplete line that a killed process left is removed first."
         with self.locked(), open(self.path, 'ab+') as file:
             size = file.seek(0, os.SEEK_END)
             if size and (file.seek(size - 1), file.read(1))[1] != b'\n':
@@ -101,7 +107,7 @@ class Index:
             file.write(json.dumps(line).encode() + b'\n')
 
     def keep(self, names: set[str]) -> None:
-        "Forgets all other names and all lines that no longer count."
+        "Removes the lines of all names that are not in `names`, and outdated lines."
         with self.locked():
             lines = self.read()
             kept = [line for name, line in lines.items() if name in names]
@@ -110,8 +116,10 @@ class Index:
 
 # %% ../../nbs/5_datasets/07_features.ipynb #de353083
 class Ready(NamedTuple):
-    """What is known of a clip before it is encoded: its line for the index, remarks, and its frames unless
-    they are encoded already.
+    """A clip before it is encoded.
+
+    `line` is its line for the index, `remarks` are those of `plan_take`, and `frames` its frames, or None
+    when they are encoded already or the clip is dropped.
     """
 
     line: dict
@@ -120,7 +128,7 @@ class Ready(NamedTuple):
 
 
 def stamp(path: str) -> list[int] | None:
-    "Size, times and inode of a file."
+    "Size, modification and change time (ns) and inode of a file; None when there is no file."
     if not os.path.isfile(path):
         return None
     found = os.stat(path)
@@ -128,7 +136,11 @@ def stamp(path: str) -> list[int] | None:
 
 
 def get_ready(clips: VideoClips, number: int, known: dict, encoders: Encoders, folder: Path) -> Ready:
-    "The Ready clip of a number in the list; its line has `dropped` when it cannot be used."
+    """The Ready of the clip with this index in the list.
+
+    `known` is its line from the last run ({} if none). The new line has `dropped` when the clip cannot be
+    used.
+    """
     one = clips.listed[number]
     line = dict(number=number, name=one.name)
     try:
@@ -155,7 +167,11 @@ def get_ready(clips: VideoClips, number: int, known: dict, encoders: Encoders, f
 # %% ../../nbs/5_datasets/07_features.ipynb #b0dd3816
 @dataclass(frozen=True)
 class Extraction:
-    "What a run did on one rank: clips and captions encoded, clips found encoded, seconds, and the report."
+    """The result of an extraction on one rank.
+
+    `encoded` and `captions` are the numbers of clips and captions that were encoded, `found` that of clips
+    that were encoded already; `seconds` is the time it took.
+    """
 
     encoded: int
     captions: int
@@ -164,7 +180,7 @@ class Extraction:
     report: ClipReport
 
     def head(self) -> str:
-        "What was done, in a line."
+        "What was done, in one line."
         rate = f', {self.encoded / self.seconds:.1f} clips/s' if self.encoded else ''
         return (
             f'encoded {self.encoded} clips and {self.captions} captions in {self.seconds:.1f} s{rate};'
@@ -179,7 +195,7 @@ class Extraction:
 
 
 def ahead(work: Any, numbers: Sequence[int], count: int = 2) -> Iterator[Any]:
-    "The results of work(number) in order, `count` of them prepared by a thread before they are asked for."
+    "Yields the results of work(number) in order; a thread prefetches `count` of them."
     with ThreadPoolExecutor(1) as pool:
         waiting, left = [], iter(numbers)
         try:
@@ -195,9 +211,9 @@ def ahead(work: Any, numbers: Sequence[int], count: int = 2) -> Iterator[Any]:
 
 # %% ../../nbs/5_datasets/07_features.ipynb #6d268f25
 def keep_clip(ready: Ready, encoders: Encoders, folder: Path) -> tuple[bool, bool]:
-    """Encodes and writes what is missing of a clip and its caption.
+    """Encodes and writes the latents and caption embeddings of a clip where they are missing.
 
-    Returns whether the clip and whether the caption was.
+    Returns whether the clip and whether the caption was encoded.
     """
     text = tensor_path(folder, 'text', ready.line['text'])
     new_text = not text.is_file()
@@ -209,7 +225,10 @@ def keep_clip(ready: Ready, encoders: Encoders, folder: Path) -> tuple[bool, boo
 
 
 def keep_nothing(encoders: Encoders, folder: Path) -> None:
-    "Encodes the empty caption, which stands for a dropped one, unless it is there; `nothing.json` names it."
+    """Encodes the empty caption, which replaces a dropped one, unless it exists.
+
+    Its key is written to `nothing.json`.
+    """
     key = key_of('', encoders.text_identity)
     if not tensor_path(folder, 'text', key).is_file():
         write_tensors(tensor_path(folder, 'text', key), dict(text=encoders.caption('')))
@@ -227,9 +246,9 @@ def extract_features(
     progress: bool = True,
     watch: Callable[[dict], None] = lambda line: None,
 ) -> Extraction:
-    """Encodes every clip of this rank's share that is not in the folder yet; returns what it did.
+    """Encodes every clip of this rank's share that is not in the folder yet; returns an Extraction.
 
-    `watch` gets the line of each clip when it is done.
+    `watch` is called with the index line of each clip when it is done.
     """
     from tqdm.auto import tqdm
 
@@ -266,8 +285,8 @@ def extract_features(
 
 # %% ../../nbs/5_datasets/07_features.ipynb #82d144ff
 def pt_tensors(path: Path) -> dict[str, Any]:
-    "What one of the peer's .pt files holds."
-    # an older file format cannot be mapped
+    "What a .pt file of MindSpeed-MM holds, loaded with `weights_only`, memory-mapped where possible."
+    # the older file format of torch.save cannot be memory-mapped
     if not zipfile.is_zipfile(path):
         return torch.load(path, map_location='cpu', weights_only=True)
     check_archive(path)
@@ -275,7 +294,11 @@ def pt_tensors(path: Path) -> dict[str, Any]:
 
 
 def read_pt(path: Path) -> dict[str, Tensor]:
-    "latents (c f h w), text (L d) without padding, and for i2v first and image, of one of the peer's files."
+    """The tensors of a .pt file of MindSpeed-MM: latents (c, f, h, w), text (L, d) without padding.
+
+    For image-to-video (i2v) also first, from `i2v_vae_feature`, and image, from `i2v_clip_feature`. Raises
+    ValueError naming the file when it cannot be used.
+    """
     try:
         held = pt_tensors(path)
     except Exception as error:
@@ -310,7 +333,7 @@ def read_pt(path: Path) -> dict[str, Tensor]:
 
 # %% ../../nbs/5_datasets/07_features.ipynb #dff84377
 def own_entries(folder: Path) -> tuple[list[dict], list[Dropped]]:
-    "The kept lines of an index in the order of the list, and the dropped ones."
+    "The kept lines of mmkit's own index in the order of the list, and the dropped ones."
     lines = sorted(Index(folder).read().values(), key=lambda line: line['number'])
     return [line for line in lines if 'dropped' not in line], [
         Dropped(line['number'], line['name'], line['dropped']) for line in lines if 'dropped' in line
@@ -318,7 +341,7 @@ def own_entries(folder: Path) -> tuple[list[dict], list[Dropped]]:
 
 
 def mindspeed_mm_entries(file: Path) -> tuple[list[dict], list[Dropped]]:
-    "The records of the peer's data.jsonl with their file and size, and those without one."
+    "The records of a data.jsonl of MindSpeed-MM with file and latent size, and the unreadable ones."
     kept, dropped = [], []
     for number, line in enumerate(filter(str.strip, file.read_text(encoding='utf-8').splitlines())):
         record = parse_line(line.encode(), f'{file} line {number + 1}')
@@ -334,8 +357,10 @@ def mindspeed_mm_entries(file: Path) -> tuple[list[dict], list[Dropped]]:
 
 # %% ../../nbs/5_datasets/07_features.ipynb #7cb63810
 class Features:
-    """len and [i] -> {name, caption, latents (c f h w), text (L d)} and for i2v first and image, from a
-    folder of features, ours or the peer's.
+    """Map-style dataset of cached features: `[i]` is {name, caption, latents (c, f, h, w), text (L, d)}.
+
+    text holds the caption embeddings; for image-to-video (i2v) there are also first and image. The folder is
+    one that `extract_features` wrote, or one of MindSpeed-MM.
     """
 
     def __init__(self, folder: str | Path):
@@ -370,7 +395,10 @@ class Features:
 
     @property
     def nothing(self) -> Tensor:
-        "The vectors (L d) of the empty caption. Raises ValueError for the peer's features, which have none."
+        """The embeddings (L, d) of the empty caption.
+
+        Raises ValueError for the features of MindSpeed-MM, which have none.
+        """
         require(
             (self.folder / 'nothing.json').is_file(),
             f'{self.folder} has no vectors of the empty caption: set video.caption_dropout=0, or extract the'
@@ -385,7 +413,7 @@ class Features:
 
 # %% ../../nbs/5_datasets/07_features.ipynb #487c1396
 class OnlineFeatures:
-    "As Features, encoded when asked for."
+    "The samples of Features, but each is encoded from its clip when it is asked for."
 
     def __init__(self, clips: VideoClips, encoders: Encoders):
         self.clips, self.encoders, self.texts = clips, encoders, {}
@@ -419,7 +447,10 @@ class OnlineFeatures:
 
 # %% ../../nbs/5_datasets/07_features.ipynb #9ffde1d0
 def pad_text(texts: Sequence[Tensor], length: int) -> Tensor:
-    "Texts (L d) as (n length d), zeros behind each."
+    """Caption embeddings, (L, d) each, stacked to (n, length, d) with zero padding at the end.
+
+    Raises ValueError when a caption has more than `length` tokens.
+    """
     longest = max(len(text) for text in texts)
     require(
         longest <= length,
@@ -431,8 +462,10 @@ def pad_text(texts: Sequence[Tensor], length: int) -> Tensor:
 
 
 def collate_features(samples: Sequence[dict], length: int = 512) -> dict:
-    """Batch {latents (n c f h w), text (n length d), lengths (n,), names, captions} and for i2v first and
-    image, of samples of one size.
+    """Stacks samples of one size: latents (n, c, f, h, w), text (n, length, d), lengths (n,).
+
+    lengths are the captions' numbers of tokens. The batch also holds names, captions and, for image-to-video
+    (i2v), first and image. Raises ValueError when the latents differ in size.
     """
     sizes = {tuple(sample['latents'].shape) for sample in samples}
     require(

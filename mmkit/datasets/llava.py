@@ -17,7 +17,7 @@ from ..core.values import require
 
 # %% ../../nbs/5_datasets/00_llava.ipynb #01e2caae
 class Dropped(NamedTuple):
-    "A record that was left out."
+    "A record that was left out: its index in the list, its id or name, and the reason."
 
     index: int
     id: str
@@ -53,7 +53,10 @@ ROLES = {'human': 'user', 'gpt': 'assistant'}
 
 
 def find_fault(record: Any, images: str | os.PathLike) -> str | None:
-    "Why a LLaVA record cannot be used, in a few words; None when it can."
+    """Why a LLaVA record cannot be used, in a few words; None when it can.
+
+    `images` is the folder of the image files.
+    """
     if not isinstance(record, dict):
         return f'not an object but {type(record).__name__}'
     turns, image = record.get('conversations'), record.get('image')
@@ -77,7 +80,7 @@ def find_fault(record: Any, images: str | os.PathLike) -> str | None:
 def to_mllm(record: dict, images: str | os.PathLike) -> dict:
     """The record as `{'images': [path], 'messages': [{'role', 'content'}]}`.
 
-    `images` is empty when it has no picture.
+    The list of images is empty when the record has no image.
     """
     paths = [os.path.join(images, record['image'])] if record.get('image') else []
     messages = [{'role': ROLES[turn['from']], 'content': turn['value']} for turn in record['conversations']]
@@ -87,9 +90,10 @@ def to_mllm(record: dict, images: str | os.PathLike) -> dict:
 def llava_to_mllm(
     source: str | Path, target: str | Path, images: str | os.PathLike, overwrite: bool = False
 ) -> Report:
-    """Writes the LLaVA-Instruct file `source` as messages-and-images JSON to `target`.
+    """Converts the LLaVA-Instruct file `source` to messages-and-images JSON in the file `target`.
 
-    The Report names every dropped record.
+    Returns a Report that names every dropped record. `images` is the folder of the image files. Raises
+    ValueError when `target` exists already, unless `overwrite` is set.
     """
     from tqdm.auto import tqdm
 

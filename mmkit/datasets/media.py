@@ -23,11 +23,11 @@ from ..core.values import require
 
 # %% ../../nbs/5_datasets/01_media.ipynb #f6dd4ebc
 class MediaError(ValueError):
-    "A picture or clip that cannot be used; the message is `file: reason`."
+    "An image or clip that cannot be used; the message is `file: reason`."
 
 
 def explain(error: Exception) -> str:
-    "What went wrong, in one line without the library's stack and places in its source."
+    "The message of an exception in one line, without the library's traceback and source positions."
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = re.sub(r'\[\d\d:\d\d:\d\d\] \S+: ', '', text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -35,7 +35,7 @@ def explain(error: Exception) -> str:
 
 # %% ../../nbs/5_datasets/01_media.ipynb #e97e26ea
 def whiten(picture: 'Image.Image') -> 'Image.Image':
-    "The picture as RGB, transparent parts on white, 16-bit grey scaled to 8."
+    "The image as RGB: transparent parts become white, 16-bit grey is scaled to 8 bits."
     from PIL import Image
 
     if picture.mode.startswith('I'):
@@ -47,7 +47,7 @@ def whiten(picture: 'Image.Image') -> 'Image.Image':
 
 
 def upright(picture: 'Image.Image') -> 'Image.Image':
-    "The loaded picture turned as its EXIF says, or as it is when its EXIF is broken."
+    "The loaded image transposed as its EXIF orientation says, or unchanged when its EXIF is broken."
     from PIL import ImageOps
 
     try:
@@ -57,7 +57,10 @@ def upright(picture: 'Image.Image') -> 'Image.Image':
 
 
 def read_picture(source: 'str | Path | Image.Image', most_pixels: int = 89_478_485) -> 'Image.Image':
-    "The picture as upright RGB. Raises MediaError naming the file and the reason."
+    """An image (file or PIL) as RGB; a file is transposed as its EXIF orientation says.
+
+    Raises MediaError naming the file and the reason, also for a file of more than `most_pixels` pixels.
+    """
     from PIL import Image
 
     if isinstance(source, Image.Image):
@@ -86,7 +89,7 @@ def area_size(width: int, height: int, low: int, high: int) -> tuple[int, int]:
 
 
 def aspect_size(width: int, height: int, most: int = 200, then: int = 180) -> tuple[int, int]:
-    "(width, height) with sides in a ratio of `then` if it is above `most`."
+    "(width, height) with the aspect ratio reduced to `then` if it is above `most`."
     if width / height > most:
         return height * then, height
     if height / width > most:
@@ -95,8 +98,10 @@ def aspect_size(width: int, height: int, most: int = 200, then: int = 180) -> tu
 
 
 def fit_area(picture: 'Image.Image', low: int, high: int, least: int = 28) -> 'Image.Image':
-    """The picture with an area in [low, high], no side under `least` and no side more than 200 times the
-    other.
+    """Resizes an image (nearest neighbour) to an area between `low` and `high` pixels.
+
+    Then sides under `least` pixels are enlarged to `least`, and a side more than 200 times the other is
+    resized to 180 times.
     """
     from PIL import Image
 
@@ -111,8 +116,10 @@ def fit_area(picture: 'Image.Image', low: int, high: int, least: int = 28) -> 'I
 
 # %% ../../nbs/5_datasets/01_media.ipynb #d9742f28
 def grid_size(height: int, width: int, step: int, low: int, high: int) -> tuple[int, int]:
-    """(height, width) in multiples of `step`, nearest to the given ones, with an area between `low` and
-    `high`.
+    """Smart resize: (height, width) in multiples of `step`, with an area between `low` and `high` pixels.
+
+    These are the multiples nearest to the given size if their area is within the limits; otherwise the size
+    is scaled first. It follows `smart_resize` of transformers.
     """
     near = round(height / step) * step, round(width / step) * step
     if low <= near[0] * near[1] <= high:
@@ -126,8 +133,11 @@ def grid_size(height: int, width: int, step: int, low: int, high: int) -> tuple[
 # %% ../../nbs/5_datasets/01_media.ipynb #f70230e0
 @dataclass(frozen=True, kw_only=True)
 class PatchRule:
-    """How pixels become patches: side of a patch, patches merged per side, frames per patch, limits in
-    pixels, colours.
+    """How pixels become patches: the settings of the image processor.
+
+    `patch` is the side of a patch in pixels (`patch_size`), `merge` the number of patches merged per side
+    (`merge_size`), `frames` the frames per patch (`temporal_patch_size`), `low` and `high` the limits of the
+    area in pixels, `mean` and `std` the normalisation of the colour channels.
     """
 
     patch: int = 14
@@ -147,12 +157,12 @@ class PatchRule:
         return 3 * self.frames * self.patch**2
 
     def tokens(self, grid: Sequence[int]) -> int:
-        "Tokens that a (t, h, w) grid of patches takes in the text."
+        "Number of visual tokens for a (t, h, w) grid of patches."
         return int(grid[0]) * int(grid[1]) * int(grid[2]) // self.merge**2
 
 # %% ../../nbs/5_datasets/01_media.ipynb #c88026e3
 def open_image_processor(folder: str | Path) -> Any:
-    """Hugging Face's PIL image processor of the folder.
+    """The PIL image processor of transformers for a Hugging Face folder.
 
     Raises ValueError when the folder has no processor settings.
     """
@@ -182,7 +192,7 @@ def picture_rule(processor: Any) -> PatchRule:
 
 
 def video_rule(folder: str | Path, rule: PatchRule) -> PatchRule:
-    "The rule for clips: that of pictures, with the limits of the folder's video settings if it has any."
+    "The PatchRule for clips: `rule` with the pixel limits of the folder's video settings, if it has any."
     for name in ('video_preprocessor_config.json', 'processor_config.json'):
         if not (Path(folder) / name).is_file():
             continue
@@ -197,13 +207,16 @@ def video_rule(folder: str | Path, rule: PatchRule) -> PatchRule:
 
 # %% ../../nbs/5_datasets/01_media.ipynb #aa2efc76
 def picture_patches(picture: 'Image.Image', processor: Any) -> tuple[np.ndarray, tuple[int, int, int]]:
-    "Float32 patches (n, 3·2·14·14) of a picture and its grid (1, h, w), from Hugging Face's processor."
+    "Patches of an image, float32 (n, 3·2·14·14), and their grid (1, h, w), from Hugging Face's processor."
     made = processor(images=[picture], return_tensors='np')
     return np.asarray(made['pixel_values'], np.float32), tuple(int(n) for n in made['image_grid_thw'][0])
 
 # %% ../../nbs/5_datasets/01_media.ipynb #8459ec02
 def cut(pixels: np.ndarray, rule: PatchRule) -> tuple[np.ndarray, tuple[int, int, int]]:
-    "Patches (n, 3·f·p·p) of frames (t, 3, h, w), and their grid (t/f, h/p, w/p)."
+    """Patchifies frames (t, 3, h, w) to patches (n, 3·f·p·p) and their grid (t/f, h/p, w/p).
+
+    f is `rule.frames`, p is `rule.patch`.
+    """
     t, c, h, w = pixels.shape
     f, p, m = rule.frames, rule.patch, rule.merge
     blocks = pixels.reshape(t // f, f, c, h // p // m, m, p, w // p // m, m, p)
@@ -211,20 +224,20 @@ def cut(pixels: np.ndarray, rule: PatchRule) -> tuple[np.ndarray, tuple[int, int
 
 
 def join(patches: np.ndarray, grid: Sequence[int], rule: PatchRule) -> np.ndarray:
-    "Frames (t, 3, h, w) from patches and their grid."
+    "Frames (t, 3, h, w) from patches (n, 3·f·p·p) and their grid; the inverse of `cut`."
     (t, h, w), f, p, m = grid, rule.frames, rule.patch, rule.merge
     blocks = patches.reshape(t, h // m, w // m, m, m, 3, f, p, p)
     return blocks.transpose(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * f, 3, h * p, w * p)
 
 
 def see(patches: np.ndarray, grid: Sequence[int], rule: PatchRule) -> np.ndarray:
-    "What the model sees: uint8 frames (t, h, w, 3) from normalised patches."
+    "What the model sees: normalised patches as uint8 frames (t, h, w, 3)."
     pixels = join(patches, grid, rule).transpose(0, 2, 3, 1) * np.float32(rule.std) + np.float32(rule.mean)
     return (pixels * 255).round().clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/5_datasets/01_media.ipynb #4b0b30a8
 def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    "uint8 frames (t, h, w, 3) as (t, 3, height, width)."
+    "Resizes uint8 frames (t, h, w, 3) to (t, 3, height, width), bicubic with antialiasing."
     import torch
 
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
@@ -238,8 +251,11 @@ def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 def frames_patches(
     frames: np.ndarray, rule: PatchRule, fps: float = 2.0
 ) -> tuple[np.ndarray, tuple[int, int, int], float]:
-    """Float32 patches of uint8 frames (t, h, w, 3), their grid (t/2, h, w), and seconds per temporal grid
-    step.
+    """Resizes and patchifies uint8 frames (t, h, w, 3).
+
+    Returns float32 patches (n, 3·2·14·14), their grid (t/2, h, w) in patches, and the seconds per temporal
+    grid step (`second_per_grid_ts` in transformers). The last frame is repeated to fill the last temporal
+    patch.
     """
     size = grid_size(*frames.shape[1:3], rule.step, rule.low, rule.high)
     pixels = resize_frames(frames, *size).astype(np.float32)
@@ -252,8 +268,10 @@ def frames_patches(
 def frame_indices(
     total: int, duration: float | None, video_fps: float = 2.0, video_maxlen: int = 64
 ) -> np.ndarray:
-    """Frame numbers to take, int64, an even count, from a clip of `total` frames (0: unknown) and `duration`
-    seconds (None: unknown).
+    """Indices of the frames to sample from a clip, int64, always an even count.
+
+    `total` is the number of frames of the clip (0: unknown), `duration` its length in seconds (None:
+    unknown). `video_fps` frames per second are taken, at most `video_maxlen`.
     """
     if not total:
         chosen = np.arange(video_maxlen)
@@ -264,14 +282,14 @@ def frame_indices(
     return np.append(chosen, chosen[-1:]) if len(chosen) % 2 else chosen
 
 # %% ../../nbs/5_datasets/01_media.ipynb #87fcbf97
-Choose = Callable[[int, 'float | None'], np.ndarray]  # (frames, seconds) -> frame numbers
+Choose = Callable[[int, 'float | None'], np.ndarray]  # (number of frames, seconds) -> frame indices
 Each = Callable[[np.ndarray], np.ndarray]  # uint8 (h, w, 3) -> (h, w, 3)
-# frame numbers, their frames, seconds of the whole clip
+# frame indices, their frames, seconds of the whole clip
 Clip = tuple[list[int], list[np.ndarray], float]
 
 
 def decord_clip(path: str | Path, choose: Choose, each: Each) -> Clip:
-    "The chosen frames by decord."
+    "Decodes the chosen frames with decord."
     import decord
 
     reader = decord.VideoReader(str(path), num_threads=1)
@@ -282,7 +300,7 @@ def decord_clip(path: str | Path, choose: Choose, each: Each) -> Clip:
 
 
 def count_packets(path: str | Path) -> int:
-    "Frames in a file that does not say how many it has."
+    "Number of frames (video packets) in a file that does not say how many it has."
     import av
 
     with av.open(str(path)) as file:
@@ -290,7 +308,10 @@ def count_packets(path: str | Path) -> int:
 
 
 def av_clip(path: str | Path, choose: Choose, each: Each) -> Clip:
-    "The chosen frames by PyAV."
+    """Decodes the chosen frames with PyAV.
+
+    Raises ValueError when some of them cannot be decoded.
+    """
     import av
 
     with av.open(str(path)) as file:
@@ -315,7 +336,10 @@ READERS = {'decord': decord_clip, 'av': av_clip}
 
 
 def file_clip(path: str | Path, choose: Choose, each: Each, readers: Sequence[str]) -> Clip:
-    "The chosen frames of a file from the first reader that can."
+    """Decodes the chosen frames of a file with the first of `readers` that can.
+
+    Raises MediaError naming the file and the reason of every reader.
+    """
     if not Path(path).is_file():
         raise MediaError(f'{path}: No such file or directory')
     reasons = []
@@ -330,7 +354,10 @@ def file_clip(path: str | Path, choose: Choose, each: Each, readers: Sequence[st
 
 
 def picture_clip(pictures: Sequence, choose: Choose, each: Each, video_fps: float) -> Clip:
-    "The chosen ones of pictures that make a clip, `video_fps` of them a second."
+    """The chosen frames of a clip that is a list of images, `video_fps` of them per second.
+
+    Raises MediaError when an image cannot be read or the chosen ones differ in size.
+    """
     chosen = choose(len(pictures), len(pictures) / video_fps).tolist()
     read = {number: each(np.asarray(read_picture(pictures[number]))) for number in chosen}
     if len({frame.shape for frame in read.values()}) > 1:
@@ -340,14 +367,20 @@ def picture_clip(pictures: Sequence, choose: Choose, each: Each, video_fps: floa
 # %% ../../nbs/5_datasets/01_media.ipynb #9eb4f308
 @dataclass(frozen=True)
 class Frames:
-    "Frames of a clip: uint8 pixels (t, h, w, 3), and how many different ones of them a second has."
+    """Frames sampled from a clip.
+
+    `pixels` is uint8 (t, h, w, 3), `fps` the number of different frames among them per second of the clip.
+    """
 
     pixels: np.ndarray
     fps: float
 
 
 def picked(indices: Sequence[int], source: Any) -> Choose:
-    "A Choose that takes the given frames and refuses numbers that the clip does not have."
+    """A Choose that takes the frames with the given indices.
+
+    It raises MediaError when there are none, or for an index that the clip does not have.
+    """
 
     def choose(total: int, seconds: float | None) -> np.ndarray:
         outside = [int(number) for number in indices if not 0 <= number < total]
@@ -369,9 +402,10 @@ def read_frames(
     each: Each = lambda frame: frame,
     readers: Sequence[str] = ('decord', 'av'),
 ) -> Frames:
-    """Frames of a file or list of pictures, by `indices` or else `frame_indices`.
+    """Frames of a video file or list of images, at `indices` or else at those of `frame_indices`.
 
-    Raises MediaError naming the file and the reason.
+    `each` is applied to every frame as soon as it is decoded. Raises MediaError naming the file and the
+    reason.
     """
 
     def by_rate(total, seconds):

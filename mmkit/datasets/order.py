@@ -28,12 +28,12 @@ from ..core.values import require
 # %% ../../nbs/5_datasets/05_order.ipynb #ea831021
 @lru_cache(maxsize=4)
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    "The numbers 0 … count-1 in the order of an epoch."
+    "The indices 0 … count-1 in the shuffled order of an epoch."
     return np.random.RandomState([seed & 0xFFFFFFFF, epoch]).permutation(count)
 
 # %% ../../nbs/5_datasets/05_order.ipynb #c1c7bc97
 def check_order(order: 'Order') -> None:
-    "Raises ValueError in one line when an order cannot be."
+    "Raises ValueError with one line when the settings of an order do not fit together."
     whole, micro, ranks = order.global_batch, order.micro_batch, order.dp_size
     require(order.count > 0, 'there are no samples: count must be at least 1')
     require(whole > 0 and micro > 0, f'global_batch={whole} and micro_batch={micro} must be at least 1')
@@ -52,7 +52,11 @@ def check_order(order: 'Order') -> None:
 # %% ../../nbs/5_datasets/05_order.ipynb #be9b44ef
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    "Steps of micro-batches of sample numbers for one data-parallel rank; iterable without end."
+    """Batch sampler of one data-parallel rank: steps of micro-batches of sample indices, without end.
+
+    `count` is the number of samples; `global_batch` and `micro_batch` are in samples. Iteration begins at
+    `first_step`.
+    """
 
     count: int
     global_batch: int
@@ -68,15 +72,15 @@ class Order:
 
     @property
     def accumulation(self) -> int:
-        "Micro-batches of a step on one rank."
+        "Micro-batches per step on one rank (gradient accumulation)."
         return self.global_batch // (self.micro_batch * self.dp_size)
 
     def pool(self, step: int) -> tuple[Sequence[int], int]:
-        "The samples that a step is a slice of, and how many slices of them came before."
+        "The samples of which a step takes a slice, and how many slices of them came before."
         return range(self.count), step
 
     def samples(self, step: int) -> list[int]:
-        "All sample numbers of a step, the same for every split."
+        "All sample indices of a step (the global batch), the same under every layout."
         pool, before = self.pool(step)
         places = (
             divmod(place, len(pool))
@@ -88,7 +92,7 @@ class Order:
         ]
 
     def step(self, step: int) -> list[list[int]]:
-        "This rank's micro-batches of a step."
+        "This rank's micro-batches of a step, as lists of sample indices."
         return np.reshape(self.samples(step), (self.accumulation, self.dp_size, self.micro_batch))[
             :, self.dp_rank
         ].tolist()
@@ -104,7 +108,10 @@ class Order:
 
 # %% ../../nbs/5_datasets/05_order.ipynb #97fd829f
 def ledger(order: Order, samples: Any) -> dict[str, Any]:
-    "What decides which samples a step holds, however they are spread; `samples` names them, as JSON."
+    """What decides which samples a step holds, under every layout; a checkpoint stores it.
+
+    `samples` identifies the samples by values that JSON can hold; only their SHA-256 hash is stored.
+    """
     named = hashlib.sha256(json.dumps(samples, default=str).encode()).hexdigest()
     return dict(
         seed=order.seed,
@@ -116,7 +123,7 @@ def ledger(order: Order, samples: Any) -> dict[str, Any]:
 
 # %% ../../nbs/5_datasets/05_order.ipynb #3dd52acb
 def draw_cell(sample: int, epoch: int, own: bool, micro: int, first: bool) -> str:
-    "One sample of the table."
+    "HTML of one cell of the table: a sample."
     colour = f'hsl({205 + 67 * epoch}, 55%, {88 - 10 * (micro % 3)}%)'
     weight, edge = 'bold' if own else 'normal', 3 * first
     return (
@@ -153,7 +160,7 @@ def ordered_batches(
     first_step: int = 0,
     shuffle: bool = True,
 ) -> Order:
-    "The Order of `count` samples; each step is a list of micro-batches of sample numbers for this rank."
+    "The Order of `count` samples; each step is a list of this rank's micro-batches of sample indices."
     return Order(
         count=count,
         global_batch=global_batch,
@@ -172,15 +179,16 @@ def size_name(size: Sequence[int]) -> str:
 
 
 def turns_of(count: int, global_batch: int) -> str:
-    "How often a size of so many clips has a step, in words."
+    "How often a size with `count` clips gets a step, in words."
     if count >= global_batch:
         return f'{count / global_batch:.1f} an epoch'
     return f'one in {global_batch / count:.1f} epochs'
 
 
 def size_table(sizes: Sequence[tuple], global_batch: int | None = None) -> str:
-    """A Markdown table of how many clips have which size, the most frequent first, and with `global_batch`
-    how often it has a step.
+    """A Markdown table of how many clips have which size, the most frequent first.
+
+    With `global_batch` it also says how often each size gets a step.
     """
     counts, steps = Counter(sizes).most_common(), ' steps |' if global_batch else ''
     rows = [
@@ -200,15 +208,15 @@ def size_table(sizes: Sequence[tuple], global_batch: int | None = None) -> str:
 
 # %% ../../nbs/5_datasets/05_order.ipynb #6b55edd9
 def filled(counts: np.ndarray, global_batch: int, epochs: int) -> np.ndarray:
-    "How many steps of every size are full after so many epochs; counts holds the samples of every size."
+    "Number of full steps of every size after `epochs` epochs; `counts` holds the samples per size."
     return epochs * counts // global_batch
 
 
 def turn_at(
     step: int, counts: np.ndarray, global_batch: int, seed: int = 0, shuffle: bool = True
 ) -> tuple[int, int]:
-    "Which size has its turn at a step, and how many turns it had before."
-    # never too late: what waits only holds steps back
+    "The index of the size (bucket) that a step takes, and how many steps that size had before."
+    # a lower bound: samples that wait in a queue only delay steps
     epoch = step * global_batch // int(counts.sum())
     while filled(counts, global_batch, epoch + 1).sum() <= step:
         epoch += 1
@@ -221,7 +229,7 @@ def turn_at(
 # %% ../../nbs/5_datasets/05_order.ipynb #b303ef8d
 @dataclass(frozen=True, kw_only=True)
 class SizeOrder(Order):
-    "An Order whose steps hold samples of one size each; `sizes` says that of every sample."
+    "An Order whose steps hold samples of one size each (bucketing); `sizes` has that of every sample."
 
     sizes: Sequence[tuple] = field(repr=False)
     count: int = field(init=False)
@@ -233,7 +241,7 @@ class SizeOrder(Order):
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        "The samples of every size, the sizes as they first appear."
+        "The buckets: sample indices of every size, sizes in the order in which they first appear."
         rows = defaultdict(list)
         for number, size in enumerate(self.sizes):
             rows[size].append(number)
@@ -258,7 +266,7 @@ class SizeOrder(Order):
 
 # %% ../../nbs/5_datasets/05_order.ipynb #21733018
 def draw_sizes(order: SizeOrder, steps: int = 6) -> str:
-    "HTML of the sizes, how many clips have each and how often it has a step, and of the next steps."
+    "HTML of the sizes, how many clips have each and how often it gets a step, and of the next steps."
     head, rule, *rows = (
         line.strip('| ').split(' | ') for line in size_table(order.sizes, order.global_batch).split('\n')[2:]
     )
@@ -270,8 +278,9 @@ def draw_sizes(order: SizeOrder, steps: int = 6) -> str:
 
 # %% ../../nbs/5_datasets/05_order.ipynb #1e051f6a
 def check_shared_memory(least: int = 1 << 24) -> None:
-    """Raises a ValueError where fewer than `least` bytes are left of the memory in which workers hand over
-    samples: they would wait there without a word.
+    """Raises ValueError when less than `least` bytes of shared memory (/dev/shm) are free.
+
+    DataLoader workers return samples through it, and without space they would wait with no message.
     """
     room = shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else least
     require(
@@ -282,20 +291,21 @@ def check_shared_memory(least: int = 1 << 24) -> None:
 
 # %% ../../nbs/5_datasets/05_order.ipynb #094296f1
 def micro_batches(order: Order) -> Iterator[list[int]]:
-    "The micro-batches of all steps, one after the other."
+    "The micro-batches of all steps, one after the other: the `batch_sampler` of the DataLoader."
     for step in order:
         yield from step
 
 
 def close_loader(loader: Any, batches: Any) -> None:
-    "Ends the worker processes of a loader now, not when Python collects it."
+    "Ends the worker processes of a DataLoader now, not when Python collects it."
     getattr(batches, '_shutdown_workers', lambda: None)()
     loader._iterator = None
 
 
 def leave_group(worker: int) -> None:
-    """What a worker does first: from now on no signal to the group of its rank reaches it, and it ends soon
-    after its rank.
+    """The `worker_init_fn` of the DataLoader: the worker leaves the process group of its rank.
+
+    From now on no signal to that group reaches it, and it ends soon after its rank.
     """
     follow_parent(os.getppid(), partial(os._exit, 1))
     os.setpgid(0, 0)
@@ -310,9 +320,11 @@ def stream(
     timeout: float = 600,
     start: str | None = None,
 ) -> Iterator[list]:
-    """Steps, each a list of collated micro-batches.
+    """Yields steps from a torch DataLoader, each a list of collated micro-batches.
 
-    Close it (or use `contextlib.closing`) to end its workers. `start`: fork, spawn or forkserver.
+    Close it (or use `contextlib.closing`) to end its workers. `start` is the start method of the workers:
+    fork, spawn or forkserver (None: the default). Raises TimeoutError when a worker takes longer than
+    `timeout` seconds for a micro-batch.
     """
     from torch.utils.data import DataLoader
 

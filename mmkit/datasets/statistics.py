@@ -22,8 +22,11 @@ from .turns import vision_marks
 # %% ../../nbs/5_datasets/08_statistics.ipynb #36ddd363
 @dataclass(frozen=True)
 class Measured:
-    """A sample in numbers: its place in the dataset, its tokens, those that are trained, those of pictures
-    and clips, those that had no room, and the grids (t, h, w) of its media.
+    """Token counts of one sample.
+
+    `number` is its index in the dataset, `tokens` its length, `trained` the tokens with a label, `media` the
+    tokens of images and clips, `left_out` those that did not fit, and `grids` the grids (t, h, w) of its
+    media.
     """
 
     number: int
@@ -35,7 +38,7 @@ class Measured:
 
 
 def measure(dataset: Conversations, number: int) -> Measured | None:
-    "The Measured of a sample; None when it cannot be read, the reason is then in `dataset.broken`."
+    "The Measured of a sample; None when it cannot be read, with the reason in `dataset.broken`."
     sample = dataset.attempt(number)
     if sample is None:
         return None
@@ -54,8 +57,10 @@ def measure(dataset: Conversations, number: int) -> Measured | None:
 def fills(
     lengths: Sequence[int] | np.ndarray, micro_batch: int, most: int, multiple: int = 1
 ) -> dict[str, float]:
-    """The share of computed tokens that belong to samples, in micro-batches drawn from samples of these
-    lengths: packed to a multiple, padded to the longest, padded to `most`.
+    """The share of computed tokens that belong to samples and are not padding.
+
+    Micro-batches are drawn from samples of these `lengths` and packed to a multiple of `multiple`, padded to
+    the longest sample, or padded to `most` tokens.
     """
     drawn = np.random.RandomState(0).choice(np.asarray(lengths), (1000, micro_batch))
     packed = np.ceil(drawn.sum(1) / multiple) * multiple
@@ -67,15 +72,17 @@ def fills(
 
 # %% ../../nbs/5_datasets/08_statistics.ipynb #4f08118b
 def draw_lengths(samples: Sequence[Measured], most: int) -> bytes:
-    """A PNG: how many samples have which number of tokens, and the mean share of trained, given and media
-    tokens among those of that length.
+    """A PNG with the histogram of sample lengths in tokens.
+
+    Bars are divided by the mean share of trained, given and media tokens among the samples of that length.
+    `most` is `data.max_length`; it is drawn as a line when it is near.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     lengths = np.array([one.tokens for one in samples])
     low, high = lengths.min(), lengths.max() + 1
-    # whole tokens, from the shortest sample to the longest
+    # bins of whole tokens, from the shortest sample to the longest
     width = -(-(high - low) // 24)
     places = np.arange(low, high + width, width)
     where = np.digitize(lengths, places) - 1
@@ -111,8 +118,10 @@ def draw_lengths(samples: Sequence[Measured], most: int) -> bytes:
 # %% ../../nbs/5_datasets/08_statistics.ipynb #35a7efa5
 @dataclass(frozen=True, repr=False)
 class DataStatistics:
-    """Samples of a dataset in numbers: those that were drawn, how many the dataset has, the most tokens a
-    sample may have, and why drawn ones could not be read.
+    """Token statistics of the samples that were drawn from a dataset.
+
+    `count` is the size of the dataset, `most` the maximum number of tokens of a sample, and `broken` the
+    reasons why drawn samples could not be read.
     """
 
     samples: tuple[Measured, ...]
@@ -125,11 +134,11 @@ class DataStatistics:
         return np.array([one.tokens for one in self.samples])
 
     def mean(self, name: str) -> float:
-        "The mean of one of the numbers of a sample."
+        "The mean of one field of Measured over the samples."
         return float(np.mean([getattr(one, name) for one in self.samples]))
 
     def rows(self) -> list[tuple[str, str]]:
-        "What was found, line by line."
+        "The statistics as pairs of name and text."
         tokens, cut = self.mean('tokens'), [one.left_out for one in self.samples if one.left_out]
 
         def share(name):
@@ -186,9 +195,9 @@ class DataStatistics:
 
 # %% ../../nbs/5_datasets/08_statistics.ipynb #443e1a54
 def data_statistics(dataset: Conversations, count: int = 200, seed: int = 0) -> DataStatistics:
-    """The DataStatistics of so many samples, drawn by chance and made as training makes them.
+    """The DataStatistics of at most `count` samples, drawn at random and made as in training.
 
-    ValueError when none of them can be.
+    Raises ValueError when none of them can be read.
     """
     from tqdm.auto import tqdm
 

@@ -30,7 +30,7 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    "What one side says; the role is user, assistant or, only at the start, system."
+    "One turn of a conversation; `role` is user, assistant or, only at the start, system."
 
     role: str
     content: str
@@ -38,9 +38,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation with its pictures and clips (a file, or a list of pictures) in order of their marks.
+    """A conversation with its images and clips, in the order of their placeholders.
 
-    The name says where it comes from.
+    A clip is a video file or a list of image files. `system` is its own system prompt (None: that of the
+    settings). `name` says where the conversation comes from.
     """
 
     turns: tuple[Turn, ...]
@@ -71,14 +72,21 @@ MARKS = {'image': '<image>', 'video': '<video>'}
 
 
 def look_up(record: dict, kind: str, columns: Columns) -> Any:
-    "What a record holds under its own or a known key for `kind`; None when there is nothing."
+    """The value of a record under its own key for `kind` or a known one; None when there is none.
+
+    Its own keys are those of `columns`; they come first.
+    """
     for key in (getattr(columns, kind), *KEYS[kind]):
         if record.get(key) is not None:
             return record[key]
 
 
 def file_list(value: Any, kind: str) -> list:
-    "Media of a record as a list; one file name is a list of one."
+    """Media files of a record as a list; one file name is a list of one.
+
+    `kind` is images or videos; an item of videos may be a list of image files. Raises BadRecord for anything
+    else.
+    """
     if value is None or value == '':
         return []
     items = value if isinstance(value, list) else [value]
@@ -95,7 +103,10 @@ def file_list(value: Any, kind: str) -> list:
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #e4af2969
 def part_text(part: Any, images: list, videos: list) -> str:
-    "The text of one part of a turn, or its mark; a file that it names is added to `images` or `videos`."
+    """The text of one content part of a turn, or the placeholder of its image or clip.
+
+    A file that the part names is added to `images` or `videos`. Raises BadRecord for a part of another type.
+    """
     kind = part.get('type') if isinstance(part, dict) else None
     if kind == 'text' and isinstance(part.get('text'), str):
         return part['text']
@@ -108,7 +119,10 @@ def part_text(part: Any, images: list, videos: list) -> str:
 
 
 def to_turn(message: Any, number: int, columns: Columns, images: list, videos: list) -> Turn:
-    "One message of any spelling as a Turn."
+    """A message in any of the known formats as a Turn; `number` is its place in the conversation.
+
+    Files of its content parts are added to `images` and `videos`. Raises BadRecord with the reason.
+    """
     if not isinstance(message, dict):
         raise BadRecord(f'turn {number} is not an object')
     role, content = look_up(message, 'role', columns), look_up(message, 'content', columns)
@@ -123,7 +137,10 @@ def to_turn(message: Any, number: int, columns: Columns, images: list, videos: l
 
 
 def to_conversation(raw: Any, columns: Columns = Columns()) -> Conversation:
-    "A parsed JSON record of any spelling as a Conversation. Raises BadRecord with the reason."
+    """A parsed JSON record in any of the known formats as a Conversation.
+
+    Raises BadRecord with the reason.
+    """
     if not isinstance(raw, dict):
         raise BadRecord(f'not an object but {str(raw)[:40]!r}')
     said = look_up(raw, 'messages', columns)
@@ -140,8 +157,10 @@ def to_conversation(raw: Any, columns: Columns = Columns()) -> Conversation:
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #40765617
 def check_record(record: Conversation, answered: bool = True) -> None:
-    """Raises BadRecord when turns do not alternate, marks and files do not match, or (`answered`) the last
-    turn is not an answer.
+    """Raises BadRecord when a conversation cannot be trained on.
+
+    Turns must alternate between user and assistant, placeholders and files must match, and the last turn must
+    be an answer (if `answered`).
     """
     for number, turn in enumerate(record.turns, 1):
         wanted = 'user' if number % 2 else 'assistant'
@@ -160,7 +179,7 @@ def check_record(record: Conversation, answered: bool = True) -> None:
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #c6a79690
 def split_files(files: Sequence[str]) -> list[str]:
-    "File names from words that may hold several, separated by commas."
+    "File names from arguments that may each hold several, separated by commas."
     return [
         name.strip()
         for word in files
@@ -170,7 +189,7 @@ def split_files(files: Sequence[str]) -> list[str]:
 
 
 def read_lines(path: str | Path) -> list[Any]:
-    "The values of a file with one JSON value per line; the text itself where a line is not JSON."
+    "The values of a JSONL file, one JSON value per line; a line that is not JSON stays text."
     values = []
     for line in Path(path).read_text(encoding='utf-8-sig').split('\n'):
         if not line.strip():
@@ -183,7 +202,10 @@ def read_lines(path: str | Path) -> list[Any]:
 
 
 def read_raw(path: str | Path) -> list[Any]:
-    "The records of a JSON array or JSONL file, parsed. Raises ValueError naming the file."
+    """The parsed records of a JSON array or JSONL file.
+
+    Raises ValueError naming the file.
+    """
     require(Path(path).is_file(), f'no data file at {path}: correct data.files')
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         start = file.read(1024).lstrip()[:1]
@@ -194,7 +216,7 @@ def read_raw(path: str | Path) -> list[Any]:
 # %% ../../nbs/5_datasets/02_turns.ipynb #705fe353
 @dataclass(frozen=True)
 class Marks:
-    "Numbers of the tokens before, after and in place of the patches of a picture or clip."
+    "Token ids of `<|vision_start|>`, `<|vision_end|>`, `<|image_pad|>` and `<|video_pad|>`."
 
     start: int
     end: int
@@ -203,7 +225,10 @@ class Marks:
 
 
 def vision_marks(tokenizer: Any) -> Marks:
-    "The Marks of a tokenizer. Raises ValueError naming a token that it lacks."
+    """The Marks of a tokenizer.
+
+    Raises ValueError naming a token that the tokenizer lacks.
+    """
     names = {
         'start': '<|vision_start|>',
         'end': '<|vision_end|>',
@@ -222,7 +247,11 @@ FRAME, TEXT, MEDIA = range(3)
 
 @dataclass(frozen=True)
 class Piece:
-    "Token numbers, for each whether it is FRAME, TEXT or MEDIA, and the media in it as (kind, index)."
+    """A part of a conversation that is tokenised at once: a question or an answer with its template.
+
+    `ids` are the token ids, `kinds` says for each whether it is FRAME (template), TEXT or MEDIA, and `media`
+    lists the images and clips in it as (kind, index).
+    """
 
     ids: np.ndarray
     kinds: np.ndarray
@@ -236,7 +265,7 @@ class Piece:
         return len(self.ids)
 
     def cut(self, length: int) -> 'Piece':
-        "The piece with text taken from its end until `length` tokens are left."
+        "The piece truncated to `length` tokens; only text is removed, from the end."
         text = self.kinds == TEXT
         keep = ~text | (text.cumsum() <= length - self.fixed)
         return replace(self, ids=self.ids[keep], kinds=self.kinds[keep])
@@ -244,16 +273,16 @@ class Piece:
 # %% ../../nbs/5_datasets/02_turns.ipynb #a7b3cc43
 @dataclass(frozen=True)
 class Template:
-    "Qwen's chat form for a tokenizer; `merge` patches per side become one token."
+    "Qwen's chat template for a tokenizer; `merge` patches per side become one visual token."
 
     tokenizer: Any
     marks: Marks
     merge: int = 2
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of a text.
+        """Token ids of a text.
 
-        Raises BadRecord when the text itself spells a token that stands for patches.
+        Raises BadRecord when the text itself spells out a placeholder token of images or clips.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if {self.marks.image, self.marks.video} & set(ids):
@@ -261,15 +290,18 @@ class Template:
         return ids
 
     def span(self, kind: str, grid: Sequence[int]) -> list[int]:
-        "Tokens of one picture or clip whose grid of patches is (t, h, w)."
+        "Token ids of one image or clip with a (t, h, w) grid of patches: start, placeholders, end."
         count = int(np.prod([int(n) for n in grid])) // self.merge**2
         return [self.marks.start, *[getattr(self.marks, kind)] * count, self.marks.end]
 
     def piece(self, head: str, content: str, tail: str, tail_kind: int, media: dict[str, Iterator]) -> Piece:
-        "A turn as a Piece; `media` yields (index, grid) of the next picture or clip."
+        """A turn as a Piece: `content` between `head` and `tail` of the chat template.
+
+        `tail_kind` is the kind of the tail's tokens. `media` yields (index, grid) of the next image or clip.
+        """
         first, *rest = re.split('(<image>|<video>)', content)
         frame = len(self.encode(head))
-        # at once: a text that begins with a line break joins the head's
+        # tokenised together: a line break at the start of the text may merge with the head's
         ids = self.encode(head + first)
         kinds, used = [FRAME] * frame + [TEXT] * (len(ids) - frame), []
         for text in rest:
@@ -285,9 +317,9 @@ class Template:
 def to_pieces(
     turns: Sequence[Turn], images: Sequence, videos: Sequence, template: Template, system: str
 ) -> list[Piece]:
-    """Questions and answers as Pieces; the system's words open the first.
+    """Questions and answers as Pieces; the first one begins with the system prompt.
 
-    `images` and `videos` are grids (t, h, w).
+    `images` and `videos` are grids (t, h, w) of patches.
     """
     media = {'image': iter(enumerate(images)), 'video': iter(enumerate(videos))}
     pieces = []
@@ -301,7 +333,7 @@ def to_pieces(
 
 # %% ../../nbs/5_datasets/02_turns.ipynb #1b983e38
 def share(question: int, answer: int, room: int) -> tuple[int, int]:
-    "How many tokens of a question and an answer of these lengths fit into `room`."
+    "How many tokens of a question and an answer of these lengths are kept within `room` tokens."
     if 2 * answer < room:
         most = room
     elif 2 * question < room:
@@ -313,9 +345,9 @@ def share(question: int, answer: int, room: int) -> tuple[int, int]:
 
 
 def fit_pair(question: Piece, answer: Piece, room: int) -> tuple[Piece, Piece] | None:
-    """Question and answer cut to `room` tokens.
+    """Question and answer truncated to at most `room` tokens together.
 
-    None when their frame and media leave no room for one token of the answer.
+    None when their template and media tokens leave no space for one token of the answer.
     """
     least = question.fixed, max(answer.fixed, 1)
     if sum(least) > room:
@@ -328,8 +360,10 @@ def fit_pair(question: Piece, answer: Piece, room: int) -> tuple[Piece, Piece] |
 # %% ../../nbs/5_datasets/02_turns.ipynb #bbc07111
 @dataclass(frozen=True)
 class Tokens:
-    """Token numbers and unshifted labels (s,), the media that were kept in order, and how many tokens were
-    left out.
+    """Token ids and labels (s,) of a conversation; the labels are not shifted.
+
+    `media` lists the images and clips that were kept, in order, as (kind, index); `left_out` is the number of
+    tokens that were left out.
     """
 
     ids: np.ndarray
@@ -339,12 +373,12 @@ class Tokens:
 
 
 def label(piece: Piece, trained: bool) -> np.ndarray:
-    "Labels of a piece: its own tokens where it is trained and not media, else -100."
+    "Labels of a piece: its token ids where it is trained and not media, else -100 (`ignore_index`)."
     return np.where(trained & (piece.kinds != MEDIA), piece.ids, -100)
 
 
 def no_room(question: Piece, max_length: int) -> BadRecord:
-    "Why not even one turn fits, and what to change."
+    "The error when not even one turn fits into `max_length`: the reason, and what to change."
     media = int((question.kinds == MEDIA).sum())
     if not media:
         return BadRecord(
@@ -370,9 +404,11 @@ def to_tokens(
     train_on_prompt: bool = False,
     mask_history: bool = False,
 ) -> Tokens:
-    """At most `max_length` Tokens of alternating turns; `images` and `videos` are grids (t, h, w).
+    """Token ids and labels of alternating turns, at most `max_length` tokens.
 
-    Raises BadRecord when no turn fits.
+    `images` and `videos` are grids (t, h, w) of patches. `train_on_prompt` trains the questions, too;
+    `mask_history` takes turns from the last on and trains only the last answer. Raises BadRecord when no turn
+    fits.
     """
     pieces = to_pieces(turns, images, videos, Template(tokenizer, vision_marks(tokenizer), merge), system)
     pairs, kept, room = list(zip(pieces[::2], pieces[1::2])), {}, max_length
@@ -409,7 +445,10 @@ def prompt_tokens(
     system: str = 'You are a helpful assistant.',
     merge: int = 2,
 ) -> Tokens:
-    "Tokens of turns that end with a question, up to the header of the answer; nothing is cut or trained."
+    """Token ids of turns that end with a question, up to the header of the answer.
+
+    This is the prompt of a generation: nothing is truncated or trained.
+    """
     pieces = to_pieces(turns, images, videos, Template(tokenizer, vision_marks(tokenizer), merge), system)
     ids = np.concatenate([piece.ids for piece in pieces])
     return Tokens(ids, np.full_like(ids, -100), tuple(item for piece in pieces for item in piece.media), 0)

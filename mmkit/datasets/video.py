@@ -44,7 +44,7 @@ from .media import MediaError, explain, file_clip, read_frames, read_picture
 
 # %% ../../nbs/5_datasets/06_video.ipynb #3f3d8895
 class Facts(NamedTuple):
-    "What a file holds: frames, frames per second, height and width."
+    "What a file holds: number of frames, frames per second, height and width in pixels."
 
     frames: int
     fps: float
@@ -53,7 +53,7 @@ class Facts(NamedTuple):
 
 
 def missing_bytes(path: str) -> int:
-    "How many bytes an mp4 file lacks by its own table of contents; 0 for other files."
+    "How many bytes an mp4 file lacks by its own box headers; 0 for other files."
     size, place = os.path.getsize(path), 0
     with open(path, 'rb') as file:
         if file.read(8)[4:] != b'ftyp':
@@ -62,17 +62,17 @@ def missing_bytes(path: str) -> int:
             file.seek(place)
             head = file.read(16)
             length = int.from_bytes(head[:4], 'big')
-            # a long box keeps its length behind its name
+            # a large box has a 64-bit length after its type
             if length == 1:
                 length = int.from_bytes(head[8:], 'big')
             if length < 8:
-                return 0  # 0: to the end of the file
+                return 0  # length 0: the box reaches to the end of the file
             place += length
     return max(0, place - size)
 
 # %% ../../nbs/5_datasets/06_video.ipynb #077c859f
 def has_pictures(path: str) -> bool:
-    "Whether a file that can be opened has a video stream."
+    "Whether a file has a video stream; True also for a file that cannot be opened."
     import av
 
     try:
@@ -83,7 +83,10 @@ def has_pictures(path: str) -> bool:
 
 
 def look_into(path: str) -> Facts:
-    "The Facts of a clip or picture. Raises MediaError with the reason."
+    """Probes a clip or image and returns its Facts.
+
+    Raises MediaError with the reason.
+    """
     if not os.path.isfile(path):
         raise MediaError('no such file')
     if not os.path.getsize(path):
@@ -108,7 +111,10 @@ def look_into(path: str) -> Facts:
 
 # %% ../../nbs/5_datasets/06_video.ipynb #d92f1448
 def answer(question: dict) -> tuple[dict, bytes]:
-    "What the reading process says to a question: the facts of a file, or its frames cut to a size."
+    """The subprocess's answer to a request: the facts of a file, or its frames at a given size.
+
+    Returns a dict for JSON and the bytes of the frames. Raises MediaError with the reason.
+    """
     path = question['path']
     if 'numbers' not in question:
         return dict(facts=look_into(path)), b''
@@ -128,9 +134,9 @@ def answer(question: dict) -> tuple[dict, bytes]:
 
 
 def serve() -> None:
-    "Answers questions from standard input on standard output until it ends."
+    "Main loop of the subprocess: answers requests from standard input on standard output until it ends."
     out = os.fdopen(os.dup(1), 'wb')
-    # what a library prints is no answer
+    # what a library prints goes to standard error, as it is no answer
     os.dup2(2, 1)
     for line in sys.stdin:
         try:
@@ -142,7 +148,10 @@ def serve() -> None:
 
 # %% ../../nbs/5_datasets/06_video.ipynb #9775af3b
 def receive(stream: int, wanted: int | None, until: float) -> bytearray:
-    "`wanted` bytes, or a line, from a pipe. Raises TimeoutError at the time `until`, EOFError at its end."
+    """Reads `wanted` bytes, or one line if it is None, from a pipe.
+
+    Raises TimeoutError at the time `until` (of `time.monotonic`), EOFError when the pipe ends.
+    """
     poll, found = select.poll(), bytearray()
     poll.register(stream, select.POLLIN)
     while len(found) < wanted if wanted is not None else not found.endswith(b'\n'):
@@ -156,7 +165,7 @@ def receive(stream: int, wanted: int | None, until: float) -> bytearray:
 
 
 def end(process: subprocess.Popen, owner: int) -> None:
-    "Stops a process of this process and waits for its end; a fork of the owner leaves it alone."
+    "Kills a subprocess and waits for its end; does nothing in a fork of the process that owns it."
     if os.getpid() != owner:
         return
     process.kill()
@@ -166,9 +175,9 @@ def end(process: subprocess.Popen, owner: int) -> None:
 
 # %% ../../nbs/5_datasets/06_video.ipynb #15ec7204
 class Reader:
-    """Looks into files and reads frames in another process.
+    """Probes files and reads frames in a subprocess.
 
-    A file that takes longer than `limit` seconds costs a MediaError and that process.
+    A file that takes longer than `limit` seconds raises MediaError, and the subprocess is killed.
     """
 
     def __init__(self, limit: float = 60.0):
@@ -179,13 +188,16 @@ class Reader:
         return Reader, (self.limit,)
 
     def close(self) -> None:
-        "Ends the process; the next question starts another."
+        "Ends the subprocess; the next request starts another."
         if self.stop:
             self.stop()
         self.process = self.stop = None
 
     def ask(self, question: dict) -> tuple[dict, bytearray]:
-        "The answer of `answer` in the other process. Raises MediaError with the reason."
+        """The result of `answer` in the subprocess.
+
+        Raises MediaError with the reason.
+        """
         if self.process is None or self.owner != os.getpid():
             start(self)
         head, body = exchange(self, question, self.limit)
@@ -194,19 +206,22 @@ class Reader:
         return head, body
 
     def facts(self, path: str) -> Facts:
-        "The Facts of a file."
+        """The Facts of a file.
+
+        Raises MediaError with the reason.
+        """
         return Facts(*self.ask(dict(path=path))[0]['facts'])
 
     def frames(self, path: str, numbers: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-        "The frames with these numbers, cut to (height, width), uint8 (t, h, w, 3)."
+        "The frames with these indices, resized and cropped to (height, width), as uint8 (t, h, w, 3)."
         head, body = self.ask(dict(path=path, numbers=list(numbers), size=list(size)))
         return np.frombuffer(body, np.uint8).reshape(head['shape'])
 
 # %% ../../nbs/5_datasets/06_video.ipynb #0c247ca3
 def exchange(reader: Reader, question: dict, limit: float) -> tuple[dict, bytearray]:
-    """Sends a question and waits at most `limit` seconds for the answer.
+    """Sends a request and waits at most `limit` seconds for the answer.
 
-    Without one, ends the process and raises MediaError.
+    Without an answer, it ends the subprocess and raises MediaError.
     """
     until, stream = time.monotonic() + limit, reader.process.stdout.fileno()
     try:
@@ -223,9 +238,10 @@ def exchange(reader: Reader, question: dict, limit: float) -> tuple[dict, bytear
 
 
 def start(reader: Reader) -> None:
-    """Starts the process of a Reader, one for each process that uses it.
+    """Starts the subprocess of a Reader; each process that uses the Reader has one of its own.
 
-    Waits until it answers, which is not any clip's fault.
+    Waits until it answers, so that a slow start is not blamed on a clip. Raises RuntimeError when it does not
+    start.
     """
     command = [sys.executable, '-c', 'from mmkit.datasets.video import serve; serve()']
     reader.process = subprocess.Popen(
@@ -247,7 +263,7 @@ def start(reader: Reader) -> None:
 
 # %% ../../nbs/5_datasets/06_video.ipynb #0551bb08
 class Take(NamedTuple):
-    "Frame numbers, height and width, and the caption that a clip is used with."
+    "What is used of a clip: frame indices, height and width, and the caption."
 
     numbers: tuple[int, ...]
     height: int
@@ -256,11 +272,11 @@ class Take(NamedTuple):
 
 
 def find_lies(one: Listed, facts: Facts) -> list[str]:
-    "What the list says wrongly about the file."
+    "Where the list is wrong about the file, one text per value."
     said, lies = dict(one.claims), []
     if one.length is None:
         said['num_frames'] = said.get('num_frames', facts.frames)
-    # of a part only the end can be wrong
+    # a cut is a part of the file, so only its end can be wrong
     else:
         said['num_frames'] = max(one.start + one.length, facts.frames)
     for key, found, slack in (
@@ -277,7 +293,10 @@ def find_lies(one: Listed, facts: Facts) -> list[str]:
 
 
 def plan_take(one: Listed, facts: Facts, clips: Clips) -> tuple[Take, list[str]]:
-    "The Take of a clip and remarks. Raises BadClip with the reason."
+    """The Take of a clip, and remarks on it.
+
+    What is drawn depends only on `clips.seed` and the clip itself. Raises BadClip with the reason.
+    """
     height, width = fit_resolution(facts.height, facts.width, clips)
     total = facts.frames if one.length is None else min(facts.frames, one.start + one.length)
     if one.start >= total:
@@ -317,7 +336,7 @@ class ClipReport(Report):
 
 
 def same_names(listed: Sequence[Listed]) -> dict[int, str]:
-    "Remarks on clips whose file has the name of another one."
+    "Remarks on clips whose file has the same name as another one, by index in the list."
     shared = Counter(
         os.path.basename(one.path) for one in {one.path: one for one in listed if not one.fault}.values()
     )
@@ -329,9 +348,10 @@ def same_names(listed: Sequence[Listed]) -> dict[int, str]:
 
 # %% ../../nbs/5_datasets/06_video.ipynb #ae6c2395
 class VideoClips:
-    """len and [i] -> {name, caption, frames uint8 (t, h, w, 3)}.
+    """Map-style dataset of clips: `[i]` is {name, caption, frames uint8 (t, h, w, 3)}.
 
-    A clip that cannot be read is replaced by the next of its size and `replaced` says why.
+    A clip that cannot be read is replaced by the next of its size, and `replaced` says why. `limit` is the
+    time limit of a file in seconds.
     """
 
     def __init__(self, source: Any, clips: Clips = Clips(), limit: float = 60.0):  # noqa: B008
@@ -339,20 +359,23 @@ class VideoClips:
         self.looked, self.broken, self.same = {}, {}, same_names(self.listed)
 
     def look(self, number: int) -> Take | str:
-        "The Take of the clip with this number in the list, or why it cannot be used."
+        "The Take of the clip with this index in the list, or why it cannot be used."
         if number not in self.looked:
             self.looked[number] = look_at(self.listed[number], self.reader, self.clips)
         found = self.looked[number]
         return found if isinstance(found, str) else found[0]
 
     def frames(self, number: int) -> np.ndarray:
-        "The frames of a usable clip. Raises MediaError with the reason."
+        """The frames of a usable clip, uint8 (t, h, w, 3).
+
+        Raises MediaError with the reason.
+        """
         take = self.look(number)
         return self.reader.frames(self.listed[number].path, take.numbers, (take.height, take.width))
 
     @cached_property
     def kept(self) -> list[int]:
-        "The numbers in the list of the usable clips; looks into every file."
+        "The indices in the list of the usable clips; probes every file."
         from tqdm.auto import tqdm
 
         found = [
@@ -384,7 +407,7 @@ class VideoClips:
 
 # %% ../../nbs/5_datasets/06_video.ipynb #53ff9177
 def look_at(one: Listed, reader: Reader, clips: Clips) -> tuple[Take, list[str]] | str:
-    "The Take of a clip with its remarks, or why it cannot be used."
+    "Probes a clip: its Take with remarks, or why it cannot be used."
     if one.fault:
         return one.fault
     try:
@@ -394,8 +417,10 @@ def look_at(one: Listed, reader: Reader, clips: Clips) -> tuple[Take, list[str]]
 
 
 def first_readable(clips: VideoClips, index: int) -> dict:
-    """The sample at an index of the kept clips, or the next of as many frames and pixels that can be read,
-    with `replaced=(index, reason)`.
+    """The sample at an index of the usable clips, or else the next readable one of the same size.
+
+    The size is frames, height and width. A replacement has `replaced=(index, reason)`. Raises MediaError when
+    no clip of the size can be read.
     """
     if not -len(clips) <= index < len(clips):
         raise IndexError(f'no clip {index} among {len(clips)}')
@@ -429,7 +454,10 @@ def first_readable(clips: VideoClips, index: int) -> dict:
 
 
 def make_report(clips: VideoClips) -> ClipReport:
-    "Dropped clips, those that could not be read so far among them, and remarks on the others."
+    """The ClipReport of a dataset.
+
+    Dropped clips include those that could not be read so far; the others may have remarks.
+    """
     reasons = {
         number: found for number in range(len(clips.listed)) if isinstance(found := clips.look(number), str)
     } | clips.broken
@@ -451,8 +479,9 @@ def make_report(clips: VideoClips) -> ClipReport:
 
 # %% ../../nbs/5_datasets/06_video.ipynb #845fc47c
 def strip(frames: np.ndarray, most: int = 6, height: int = 72, numbers: Sequence[int] = ()) -> str:
-    """HTML of at most `most` evenly spaced frames (t, h, w, 3), with their `numbers` in the file below them
-    if given.
+    """HTML of at most `most` evenly spaced frames (t, h, w, 3).
+
+    `numbers`, if given, are the indices of the frames in the file; they are shown below.
     """
     from PIL import Image
 
@@ -471,8 +500,9 @@ def strip(frames: np.ndarray, most: int = 6, height: int = 72, numbers: Sequence
 
 
 def video_html(video: bytes, frames: np.ndarray, height: int = 192) -> str:
-    """HTML of an mp4 that plays, if it is not above 2 MB, and of a strip of its frames (t, h, w, 3) for pages
-    where no video can.
+    """HTML of an mp4 that plays, and of a strip of its frames (t, h, w, 3) for pages that play no video.
+
+    A video above 2 MB is left out.
     """
     data = base64.b64encode(video).decode() if len(video) < 2e6 else ''
     player = (
@@ -483,8 +513,9 @@ def video_html(video: bytes, frames: np.ndarray, height: int = 192) -> str:
 
 
 def draw_clips(clips: VideoClips, most: int = 6) -> str:
-    """HTML of a clip of each of the `most` frequent sizes, three clips at least: frames with their numbers,
-    caption, size and how many have it.
+    """HTML of one clip of each of the `most` most frequent sizes, three clips at least.
+
+    Each is shown by its frames with their indices, its caption, its size and how many clips have that size.
     """
     takes = {number: clips.look(number) for number in clips.kept}
     size = {number: f'{len(take.numbers)} x {take.height} x {take.width}' for number, take in takes.items()}

@@ -46,25 +46,25 @@ from ..trainer.qwen2_5_vl import positions
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #95d82e74
 def talk_shape(config: Config) -> QwenShape:
-    "The shape of the model of conversations that a config trains."
+    "The QwenShape of the model that a config trains; ValueError if its task does not train on conversations."
     shape = shape_of(config)
     require(isinstance(shape, QwenShape), f'task={config.task} does not learn from conversations')
     return cast(QwenShape, shape)
 
 
 def video_shape(config: Config) -> WanShape:
-    "The shape of the model of clips that a config trains."
+    "The WanShape of the model that a config trains; ValueError if its task does not train on clips."
     shape = shape_of(config)
     require(isinstance(shape, WanShape), f'task={config.task} does not learn from clips')
     return cast(WanShape, shape)
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #6e8fb054
 def talk_costs(config: Config, ranks: int, samples: Sequence[Measured]) -> np.ndarray:
-    "Operations (n, pp) that each sample adds to a micro-batch for a rank at each place of the pipeline."
+    "FLOPs (n, pp) that each of n samples adds to a micro-batch, for a rank of each pipeline stage."
     merge, known, count = talk_shape(config).vision.merge, {}, config.loop.micro_batch
 
     def cost(tokens, grids, trained):
-        # beside a small one: a micro-batch without a picture costs a blank one
+        # beside a small sample with an image: a micro-batch without images costs a blank one
         found = plan(
             config,
             ranks,
@@ -83,17 +83,19 @@ def talk_costs(config: Config, ranks: int, samples: Sequence[Measured]) -> np.nd
 def drawn_steps(
     costs: np.ndarray, replicas: int, each: int, steps: int = 32, seed: int = 0
 ) -> tuple[float, float]:
-    """Operations (n, pp) of samples -> those of the busiest rank in a step in which each copy gets `each`
-    samples by chance, and the share of a step that replicas do not wait for the busiest.
+    """FLOPs of the busiest rank in a step, and the share of a step in which replicas do not wait for it.
+
+    `costs` (n, pp) are the FLOPs of n samples, of which each data-parallel replica gets `each` at random in
+    every step. Both results are means over `steps` steps.
     """
-    # steps, replicas, places
+    # (steps, replicas, pp)
     drawn = costs[np.random.RandomState(seed).randint(len(costs), size=(steps, replicas, each))].sum(2)
     busiest = drawn.max((1, 2))
     return float(busiest.mean()), float(drawn.max(2).mean() / busiest.mean())
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #7958c8c5
 def latent_size(config: Config, size: Sequence[int]) -> tuple[int, int, int]:
-    "Frames, rows and columns of the latents of a clip of (frames, height, width) pixels, as whole patches."
+    "The size (frames, height, width) of the latents of a clip, whose `size` is in pixels, in whole patches."
     file, patch = Path(config.processor or config.weights) / 'vae' / 'config.json', video_shape(config).patch
     codec = load_json(file) if file.is_file() else {}
     time, space = codec.get('scale_factor_temporal') or 4, codec.get('scale_factor_spatial') or 8
@@ -103,7 +105,7 @@ def latent_size(config: Config, size: Sequence[int]) -> tuple[int, int, int]:
 
 
 def video_load(config: Config, size: Sequence[int], clips: int = 1) -> Videos:
-    "A micro-batch of clips of one size."
+    "A micro-batch of `clips` clips of one size (frames, height, width), as its costs are counted."
     return Videos(
         clips,
         latent_size(config, size),
@@ -113,7 +115,7 @@ def video_load(config: Config, size: Sequence[int], clips: int = 1) -> Videos:
 
 
 def video_sizes(config: Config) -> tuple[list[tuple], int]:
-    "The sizes of the clips that a config trains on, and how many clips were left out."
+    "The sizes (frames, height, width) of the clips that a config trains on, and how many were left out."
     if config.video.features:
         kept = Features(config.video.features)
         return list(kept.sizes), len(kept.report.dropped)
@@ -123,7 +125,7 @@ def video_sizes(config: Config) -> tuple[list[tuple], int]:
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #cd9be2c4
 def trained_parameters(config: Config) -> int:
-    "How many parameters of the model are trained."
+    "The number of trained parameters of the model."
     layout = Layout()
     if config.task == 'qwen2_5_vl':
         towers = qwen_costs(talks := talk_shape(config), fullest_talks(config, talks), layout, 4)
@@ -140,7 +142,7 @@ def trained_parameters(config: Config) -> int:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    "Bytes of a checkpoint's weights and optimizer."
+    "Bytes of a checkpoint: the weights and, if it is saved, the optimizer state."
     files = list(transformer_of(config.processor or config.weights).glob('*.safetensors')) or list(
         Path(config.weights).rglob('*.safetensors')
     )
@@ -152,7 +154,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def checkpoint_count(config: Config) -> int:
-    "How many checkpoints a run leaves that ends by itself; those of `save_minutes` are not among them."
+    "How many checkpoints a run that ends by itself leaves; those of `save_minutes` are not counted."
     loop = config.loop
     made = 1 + ((loop.steps - 1) // loop.save_every if loop.save_every else 0)
     return min(made, loop.keep_checkpoints) if loop.keep_checkpoints else made
@@ -160,10 +162,14 @@ def checkpoint_count(config: Config) -> int:
 # %% ../../nbs/7_launcher/06_estimate.ipynb #07ed175e
 @dataclass(frozen=True, repr=False)
 class Estimate:
-    """What a run costs: samples there are and those left out, tokens and the uncertainty of a sample's mean,
-    steps and samples a step, operations of the busiest rank in a step (waiting for the pipeline counted as
-    operations), the share of a step that replicas do not wait, bytes in a rank's memory at most, of one
-    checkpoint and of all; `speed` in operations a second.
+    """What a run costs.
+
+    `samples` and `left_out` count the samples used and those left out. `tokens` is the mean per sample and
+    `spread` its uncertainty. `batch` is the number of samples in a step and `batches` says how full
+    micro-batches are. `flops` are those of the busiest rank in a step, with the pipeline bubble counted as
+    FLOPs. `busy` is the share of a step in which data-parallel replicas do not wait for the busiest. `memory`
+    (of a rank, at most), `checkpoint` (one) and `disk` (all checkpoints) are in bytes, and `speed` is in
+    FLOP/s of a rank.
     """
 
     samples: int
@@ -206,7 +212,7 @@ class Estimate:
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #72c6176f
 def duration(seconds: float) -> str:
-    "Seconds in words."
+    "Seconds as text, in days, hours, minutes or seconds."
     for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= 2 * size:
             return f'{seconds / size:.1f} {unit}'
@@ -214,7 +220,7 @@ def duration(seconds: float) -> str:
 
 
 def lines_of(found: Estimate) -> list[tuple[str, str]]:
-    "The estimate, line by line."
+    "The estimate as rows (name, text)."
     each = amount(found.samples * found.tokens, '')
     whole = amount(found.steps * found.batch * found.tokens, '')
     about = f' ± {found.spread / found.tokens:.0%}' if found.spread else ''
@@ -254,7 +260,7 @@ def lines_of(found: Estimate) -> list[tuple[str, str]]:
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #25916c58
 def estimate_talks(config: Config, ranks: int, count: int) -> dict:
-    "What an Estimate says of conversations."
+    "The values of an Estimate that depend on the data, from `count` of the conversations."
     layout, loop = config.layout, config.loop
     replicas, micro = layout.replicas(ranks), config.check(ranks)
     data = Conversations(
@@ -281,7 +287,7 @@ def estimate_talks(config: Config, ranks: int, count: int) -> dict:
 
 # %% ../../nbs/7_launcher/06_estimate.ipynb #7df551bb
 def estimate_videos(config: Config, ranks: int, count: int) -> dict:
-    "What an Estimate says of clips; all of them are looked at."
+    "The values of an Estimate that depend on the data, from all the clips, whatever `count` is."
     shape, loop, (sizes, dropped) = video_shape(config), config.loop, video_sizes(config)
     order = SizeOrder(sizes=sizes, global_batch=loop.global_batch, micro_batch=loop.micro_batch)
     numbers = Counter(sizes)
@@ -314,8 +320,10 @@ def estimate_videos(config: Config, ranks: int, count: int) -> dict:
 def estimate(
     config: Config, ranks: int | None = None, speed: float | None = None, count: int = 200
 ) -> Estimate:
-    """The Estimate of a run on so many ranks (default: as `launch`), from `count` of its conversations or all
-    of its clips; `speed` in operations a second of a rank, as `speed_of` measures it.
+    """The Estimate of a run on `ranks` ranks (default: as `launch`): tokens, FLOPs, time, memory and disk.
+
+    It reads `count` of the conversations, or all of the clips. `speed` is in FLOP/s of a rank, as `speed_of`
+    measures it.
     """
     ranks = check_config(config, None) if ranks is None else ranks
     check_files(config)
@@ -335,8 +343,10 @@ def estimate(
 
 
 def speed_of(run: Run | str | Path, count: int = 200) -> float:
-    """Operations a second of a rank in a run, as `estimate` counts them, from the mean of its steps behind
-    the first two.
+    """The speed of a run in FLOP/s of a rank, with FLOPs as `estimate` counts them.
+
+    It uses the mean time of all steps but the first two, which are slow. Raises ValueError when there are
+    none.
     """
     run = Run(run) if isinstance(run, (str, Path)) else run
     records = run.records()[2:]

@@ -26,8 +26,12 @@ from ..models.codecs import Tiles, check_encoders, find_part, open_codecs
 # %% ../../nbs/7_launcher/05_extract.ipynb #88314065
 @dataclass(frozen=True, kw_only=True)
 class ExtractJob:
-    """Clips, the pipeline folder whose encoders are used, the folder of features, rules that cut the clips,
-    and how the encoders run.
+    """The settings of a feature extraction, which every rank reads from `config.json`.
+
+    `source` is the list or folder of clips, `weights` the pipeline folder whose encoders are used, `folder`
+    the folder of features, and `clips` the rules that cut the clips. `image` says whether the image encoder
+    (CLIP) is used, `device`, `dtype` and `tiles` how the encoders run, and `limit` how many seconds a file
+    may take to read.
     """
 
     source: str
@@ -42,12 +46,15 @@ class ExtractJob:
 
 
 def needs_image(weights: str | Path) -> bool:
-    "Whether the model of a pipeline folder continues pictures."
+    "Whether the model of a pipeline folder is an image-to-video model, which needs the image encoder (CLIP)."
     return bool(load_json(find_part(weights, 'transformer') / 'config.json').get('image_dim'))
 
 # %% ../../nbs/7_launcher/05_extract.ipynb #466e1f16
 def encode_share(run: str | Path) -> None:
-    "Encodes this rank's share of the job in a run folder."
+    """Encodes this rank's share of the clips of a job, with `run` as its folder.
+
+    Every clip is noted in `clipsN.jsonl`, and the report is written to `foundN.json`.
+    """
     run, here = Path(run), place()
     job = read(ExtractJob, load_json(run / 'config.json'))
     device = pick_device(job.device)
@@ -73,7 +80,7 @@ def encode_share(run: str | Path) -> None:
 
 
 def gather(run: Path, ranks: int, seconds: float) -> Extraction:
-    "What all ranks of a job did together."
+    "The Extraction of all ranks of a job together, from the reports in its folder `run`."
     found = [load_json(run / f'found{rank}.json') for rank in range(ranks)]
 
     def listed(key):
@@ -91,7 +98,7 @@ if __name__ == '__main__' and '__file__' in globals():
 
 # %% ../../nbs/7_launcher/05_extract.ipynb #972d876f
 def follow(run: Run, total: int, ranks: int) -> None:
-    "Shows how many clips of a job are done until it ends; an interrupt stops all ranks."
+    "Shows how many clips of a job are encoded until it ends; an interrupt stops all ranks."
     from tqdm.auto import tqdm
 
     logs = [Jsonl(run.folder / f'clips{rank}.jsonl') for rank in range(ranks)]
@@ -115,9 +122,11 @@ def extract(
     tiles: Tiles | None = None,
     limit: float = 60.0,
 ) -> Extraction:
-    """Encodes the clips of a list or folder with the encoders of a pipeline folder into a folder of features.
+    """Encodes the clips of a list or folder into a folder of features with the encoders of a pipeline folder.
 
-    Returns what was done and the report.
+    Returns how many clips and captions were encoded, how many clips were encoded already, and the report.
+    `ranks` defaults to the number of devices. Raises ValueError for a wrong folder before a process is
+    started.
     """
     begun, listed = time.monotonic(), len(list_clips(source))
     image = needs_image(weights)

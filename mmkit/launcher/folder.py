@@ -24,7 +24,7 @@ from ..core.ranks import find_traceback
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #b45f4af1
 def alive(process: psutil.Process) -> bool:
-    "Whether a process still does something (one that has ended may stay listed as a zombie)."
+    "Whether a process is still running; a zombie, which has ended but is still listed, is not."
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -34,7 +34,7 @@ def alive(process: psutil.Process) -> bool:
 def agent_process(folder: Path) -> psutil.Process | None:
     """The living agent of a run folder, or None.
 
-    A later process that got the same number is not mistaken for it.
+    A later process with the same process id is not mistaken for it: the time of its start must match.
     """
     try:
         agent = load_json(folder / 'log' / 'agent.json')
@@ -46,7 +46,10 @@ def agent_process(folder: Path) -> psutil.Process | None:
 
 
 def other_machine(folder: Path) -> str | None:
-    "The name of another machine on which a run goes on, as its beat within the last minute says; else None."
+    """The name of another node on which the run is running, else None.
+
+    It counts as running there while its heartbeat, the file `log/beat`, is less than a minute old.
+    """
     log = folder / 'log'
     try:
         host = load_json(log / 'agent.json')['host']
@@ -62,7 +65,7 @@ def other_machine(folder: Path) -> str | None:
 
 
 def read_status(folder: Path) -> str:
-    "'starting' (no rank has begun), 'running', 'done', 'stopped' or 'failed'."
+    "The status of a run: 'starting' (no rank has begun), 'running', 'done', 'stopped' or 'failed'."
     if agent_process(folder) or other_machine(folder):
         return 'running' if (folder / 'log' / 'rank0.txt').exists() else 'starting'
     end = folder / 'log' / 'end.json'
@@ -70,9 +73,11 @@ def read_status(folder: Path) -> str:
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #f24ee35b
 def first_failure(folder: Path, codes: dict[int, int], torchrun_says: int) -> dict[str, Any]:
-    """Which rank failed first, how, and its traceback.
+    """Which rank failed first, its exit code and its traceback: a dict of `rank`, `exit_code` and `words`.
 
-    `codes` holds the exit codes of the ranks torchrun saw fail.
+    `codes` holds the exit codes of the ranks that torchrun saw fail; `torchrun_says` is the rank that counts
+    when none was killed or noted an error. Of a rank that was killed by a signal, `words` are its last lines
+    of output.
     """
     noted = {int(path.stem[4:]): load_json(path)['time'] for path in (folder / 'log').glob('rank*.failed')}
     killed = [
@@ -86,8 +91,9 @@ def first_failure(folder: Path, codes: dict[int, int], torchrun_says: int) -> di
 
 
 def full_disk(folder: Path) -> list[str]:
-    """A sentence if the disk of a folder has no room for even a few lines, so that nobody could write what
-    went wrong.
+    """A list with an error message if the disk of a folder is full (less than 64 KiB free), else empty.
+
+    On a full disk nobody could write what went wrong.
     """
     return [
         f'the disk of {folder.absolute()} is full: make room and start the run again, it goes on from its'
@@ -96,10 +102,10 @@ def full_disk(folder: Path) -> list[str]:
 
 
 def read_failure(folder: Path) -> dict[str, Any]:
-    "Which rank of a failed run fell first (None: the launcher itself), with which exit code and traceback."
+    "Which rank of a failed run failed first (None: the launcher itself), with its exit code and traceback."
     if (folder / 'failure.json').exists():
         return load_json(folder / 'failure.json')
-    # machines, none with an agent of ours
+    # a multi-node run, in which no node has an agent
     many = not (folder / 'log' / 'torchrun.txt').exists()
     if many and any((folder / 'log').glob('rank*.failed')):
         return first_failure(folder, {}, 0)
@@ -112,7 +118,7 @@ def read_failure(folder: Path) -> dict[str, Any]:
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #3619970f
 def progress(record: dict, steps: int | None = None) -> str:
-    "One record as one line of text; `steps` is the number of steps planned."
+    "The metrics of one step as one line of text; `steps` is the number of steps planned."
 
     def show(key, form):
         return format(record[key], form) if isinstance(record.get(key), (int, float)) else '-'
@@ -126,13 +132,13 @@ def progress(record: dict, steps: int | None = None) -> str:
 
 
 def duration(seconds: float) -> str:
-    "Seconds as minutes and seconds, or as hours, minutes and seconds."
+    "Seconds as text: minutes:seconds, or hours:minutes:seconds from an hour on."
     text = str(timedelta(seconds=round(seconds)))
     return text.removeprefix('0:')
 
 
 def memory_words(peak: Sequence[int]) -> str:
-    "The most bytes each rank has held, in GiB: all of them up to 8 ranks, the extremes of more."
+    "The peak memory of each rank in GiB as text, from bytes; of more than 8 ranks the smallest and largest."
     sizes = [size / 2**30 for size in peak]
     if len(sizes) <= 8:
         return ' · '.join(f'{size:.2f}' for size in sizes) or '-'
@@ -140,7 +146,7 @@ def memory_words(peak: Sequence[int]) -> str:
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #1cf08191
 class RunFolder:
-    "What can be read from a run folder."
+    "What can be read from a run folder: status, metrics, samples, checkpoints and logs."
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -152,42 +158,44 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        "'starting', 'running', 'done', 'stopped' or 'failed'."
+        "The status of the run: 'starting', 'running', 'done', 'stopped' or 'failed'."
         return read_status(self.folder)
 
     @property
     def running(self) -> bool:
-        "Whether the run still has processes."
+        "Whether the run is starting or running."
         return self.status in ('starting', 'running')
 
     def records(self) -> list[dict]:
-        "What the ranks noted after every step so far."
+        "The metrics of every step so far: a list of dicts, as in `metrics.jsonl`."
         return Jsonl(self.folder / 'metrics.jsonl').read()
 
     def samples(self) -> dict[int, list[dict]]:
-        "The sampled answers by step, the newest last."
+        "The generated samples by step, the newest last."
         return {
             int(path.stem.split('-')[1]): load_json(path)
             for path in sorted((self.folder / 'samples').glob('step-*.json'))
         }
 
     def checkpoints(self) -> list[Path]:
-        "The complete checkpoints, the newest last."
+        "The folders of the complete checkpoints, the newest last."
         return sorted(
             path.parent
             for path in (self.folder / 'checkpoints').glob('step-' + '[0-9]' * 7 + '/manifest.json')
         )
 
     def tail(self, lines: int = 20, rank: int = 0) -> str:
-        "The last lines a rank has printed (of its last 64 KB)."
+        "The last lines that a rank has printed (of the last 64 KB of its log)."
         return '\n'.join(read_end(self.folder / 'log' / f'rank{rank}.txt').rstrip('\n').split('\n')[-lines:])
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #c6f8c514
 def new_lines(
     run: RunFolder, print_line: Callable[[str], None] = print, every: int = 1, since: float = 0.0
 ) -> Callable[[], None]:
-    """A function that prints a line for the record of every so many steps, and of the last, as far as they
-    are new and from after the time `since`.
+    """A function that prints the metrics that are new since its last call, a line for each step.
+
+    It prints every `every`-th step and the last one, if they were recorded after the time `since` (in seconds
+    since 1970).
     """
     log = Jsonl(run.folder / 'metrics.jsonl')
 
@@ -202,9 +210,9 @@ def new_lines(
 
 # %% ../../nbs/7_launcher/00_folder.ipynb #76946912
 def seconds_left(records: Sequence[dict], steps: int | None, since: float = 0.0) -> float | None:
-    """What the steps to go will take if they go on as the last hundred after the time `since`.
+    """Seconds that the remaining steps will take at the mean pace of the last hundred after the time `since`.
 
-    None before there are two.
+    None when the number of steps is not known, or fewer than two steps have been recorded.
     """
     times = [record['time'] for record in records[-100:] if record.get('time', 0) > since]
     if not steps or len(times) < 2:
@@ -213,6 +221,6 @@ def seconds_left(records: Sequence[dict], steps: int | None, since: float = 0.0)
 
 
 def started(folder: Path) -> float:
-    "When a run was started last (prepared, as long as it never was), in seconds since 1970."
+    "When a run was started last (prepared, if it never was), in seconds since 1970."
     note = folder / 'log' / 'agent.json'
     return load_json(note)['started'] if note.exists() else (folder / 'command.txt').stat().st_mtime

@@ -38,8 +38,11 @@ from ..trainer.plan import check_files, shape_of
 # %% ../../nbs/7_launcher/04_hosts.ipynb #4dbbff1e
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """Machines that train together: their `names` (they meet at the first, at `port`), the `ranks` on each,
-    and what torchrun is told.
+    """The nodes of multi-node training: their `names`, the `ranks` on each, and the options of torchrun.
+
+    The first name is the rendezvous endpoint, at `port`. `interface` is the network interface that the nodes
+    share, `restarts` how often torchrun restarts the ranks, `silence` the seconds without a heartbeat after
+    which a node counts as lost, and `setup` a shell command that each node executes first.
     """
 
     names: tuple[str, ...]
@@ -80,18 +83,18 @@ class Hosts:
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #a69ceeed
 def environment_words(hosts: Hosts) -> list[str]:
-    "The environment of a rank as words NAME=value."
+    "The environment variables of a rank as shell words NAME=value."
     fixed = [
         'OMP_NUM_THREADS=1',
         'CUDA_DEVICE_MAX_CONNECTIONS=1',
         'PYTHONUNBUFFERED=1',
         'PYTHONFAULTHANDLER=1',
         'MPLBACKEND=agg',
-        # ranks that save are not killed; each restart meets at a new place, not among old addresses
+        # ranks that save are not killed; each restart gets a new rendezvous store, without old addresses
         'TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400',
         'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1',
     ]
-    # what a machine has set itself wins
+    # what a node has set itself takes precedence
     own = [
         f'{name}=${{{name}:-{value}}}'
         for name, value in NPU_DEFAULTS.items()
@@ -101,7 +104,7 @@ def environment_words(hosts: Hosts) -> list[str]:
 
 
 def plain_name(folder: Path) -> str:
-    "The name of a folder without what shells, torchrun or Slurm could take for more than a name."
+    "The name of a folder without characters that shells, torchrun or Slurm could take for more than a name."
     return re.sub(r'[^\w.-]', '-', folder.name)
 
 
@@ -115,10 +118,11 @@ def torchrun_line(
     serves: str = '',
     nodes: str = '',
 ) -> str:
-    """The line that starts the ranks of machine `number` for a run folder.
+    """The torchrun line that starts the ranks of node `number` for a run folder.
 
-    Or, with shell words for where they meet, this machine, whether it `serves` (1 or 0) and how many there
-    are, of any machine.
+    Without `number` it is a line for any node, with shell words for what differs: `meeting` (the node of the
+    rendezvous endpoint), `here` (this node), `serves` (1 if this node hosts the rendezvous, else 0) and
+    `nodes` (the number of nodes).
     """
     if number is not None:
         meeting = hosts.names[0]
@@ -146,7 +150,7 @@ def torchrun_line(
 def prepare_run(
     config: Config, hosts: Hosts, folder: str | Path | None = None, name: str | None = None
 ) -> Run:
-    """The run folder for training on all the machines.
+    """Makes the run folder for training on all the nodes, without starting it, and returns its Run.
 
     Raises a one-line ValueError when the config cannot run there.
     """
@@ -164,9 +168,9 @@ def prepare_run(
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #2019361d
 def shell_script(hosts: Hosts, folder: str | Path) -> str:
-    """A bash script that starts every machine's line over ssh and waits for them.
+    """A bash script that starts the torchrun line of every node over ssh and waits for all of them.
 
-    SIGINT or SIGTERM ends them in good order.
+    On SIGINT or SIGTERM it sends SIGTERM to torchrun on every node.
     """
     folder = Path(folder).absolute()
 
@@ -206,9 +210,9 @@ def shell_script(hosts: Hosts, folder: str | Path) -> str:
 def slurm_script(
     hosts: Hosts, folder: str | Path, options: Sequence[str] = ('--time=24:00:00', '--exclusive')
 ) -> str:
-    """An sbatch script that trains a run folder on as many machines as `hosts` has.
+    """An sbatch script that trains in a run folder on as many nodes as `hosts` has.
 
-    `options` are further words for sbatch, such as `--gres=gpu:8`.
+    `options` are further options of sbatch, such as `--gres=gpu:8`.
     """
     folder = Path(folder).absolute()
     line = torchrun_line(
@@ -244,7 +248,10 @@ def slurm_script(
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #36cfd91b
 class Silence:
-    "What the first rank of a machine has heard of the first ranks of the others, and when."
+    """The heartbeats that the first rank of a node has received from the first ranks of the others, and when.
+
+    A node without a heartbeat for `limit` seconds is lost; for its first heartbeat it has `patience` seconds.
+    """
 
     def __init__(self, name: str, here: Place, ranks: int, limit: float, patience: float = 600):
         self.name, self.here, self.limit, self.over = name, here, limit, threading.Event()
@@ -252,24 +259,30 @@ class Silence:
             rank: f'the machine of rank {rank}' for rank in range(0, here.world, ranks) if rank != here.rank
         }
         self.words: dict[int, str] = {}
-        # machines load libraries at different speeds
+        # nodes load libraries at different speeds
         self.since = dict.fromkeys(self.names, time.monotonic() + patience - limit)
 
     def hear(self, rank: int, words: str) -> None:
-        "Takes note of what a machine says: a number that changes and its name, or that it is done."
+        """Records the heartbeat of a node: a number that changes, or 'done', and the name of the node.
+
+        The same heartbeat again counts as none, and a node that is done is never lost.
+        """
         if self.words.get(rank) == words:
             return
         self.words[rank], (number, self.names[rank]) = words, words.split(' ', 1)
         self.since[rank] = float('inf') if number == 'done' else time.monotonic()
 
     def lost(self) -> list[str]:
-        "The machines that nothing was heard of for too long."
+        "The names of the nodes without a heartbeat for too long."
         return [
             self.names[rank] for rank, since in self.since.items() if time.monotonic() - since > self.limit
         ]
 
     def talk(self, store: Any) -> None:
-        "Says that this machine is there and hears the others, once; at the end, that it is done."
+        """Writes the heartbeat of this node into the rendezvous store once and reads those of the others.
+
+        Once `over` is set, it writes that this node is done.
+        """
         store.set(f'host {self.here.rank}', f'{"done" if self.over.is_set() else time.time()} {self.name}')
         for rank in self.names:
             if store.check([f'host {rank}']):
@@ -277,7 +290,10 @@ class Silence:
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #fa7e06ab
 def keep_talking(silence: Silence) -> None:
-    "Talks until this machine is done or the store is gone; it may block for as long as the network likes."
+    """Exchanges heartbeats until this node is done; it may block for as long as the network does.
+
+    Errors of the store are ignored: `keep_listening` finds lost nodes by the clock.
+    """
     import torch.distributed as dist
 
     store = None
@@ -287,15 +303,17 @@ def keep_talking(silence: Silence) -> None:
             store = store or next(dist.rendezvous('env://', timeout=timedelta(seconds=600)))[0]
             silence.talk(store)
         except RuntimeError:
-            pass  # silence is judged by the clock
+            pass  # `keep_listening` judges by the clock
         if last:
             return
         silence.over.wait(silence.limit / 10)
 
 
 def keep_listening(silence: Silence, alarm: Callable[[str], None], beat: Path | None) -> None:
-    """Calls `alarm` with a sentence once machines are lost, and until then touches the file `beat` that says
-    to others that the run goes on.
+    """Calls `alarm` with an error message once nodes are lost; returns then, or when this node is done.
+
+    Until then it touches the file `beat`, if given, as the heartbeat of the run for those that see the
+    folder.
     """
     while not silence.over.wait(min(silence.limit / 10, 5)):
         if beat:
@@ -310,9 +328,9 @@ def keep_listening(silence: Silence, alarm: Callable[[str], None], beat: Path | 
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #efb1009d
 def open_notes(folder: Path, ranks: int) -> None:
-    """Makes the run folder say that the run goes on, and where.
+    """Writes into the run folder that the run is running, and on which node.
 
-    What an earlier start left behind is taken away.
+    Files that an earlier start left about its end are removed.
     """
     for note in (
         folder / 'failure.json',
@@ -326,7 +344,7 @@ def open_notes(folder: Path, ranks: int) -> None:
 
 
 def close_notes(folder: Path) -> None:
-    "Makes the run folder say how the run ended: 'done', or 'stopped' before its last step."
+    "Writes into the run folder how the run ended: 'done', or 'stopped' before its last step."
     steps = load_json(folder / 'config.json')['loop']['steps']
     records = Jsonl(folder / 'metrics.jsonl').read()
     write_atomic(
@@ -339,15 +357,20 @@ def close_notes(folder: Path) -> None:
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #3d04e768
 def fail(log: Path, console: int, words: str, code: int = 1) -> None:
-    "Ends this rank: a note for the run folder, its traceback for the place where torchrun was started."
+    """Ends this rank with exit code `code` and leaves a note of the failure in the run folder.
+
+    `words`, its traceback, are also printed to the file descriptor `console`, where torchrun was started.
+    """
     write_atomic(f'{log}.failed', json.dumps({'time': time.time()}))
     os.write(console, f'{log.name}: {words}\n'.encode())
     leave(code)
 
 
 def main(folder: str | Path, name: str, ranks: int, limit: float) -> None:
-    """What torchrun executes as a rank on the machine called `name`, of `ranks` ranks: it trains as the run
-    folder says.
+    """Entry point of a rank on the node `name`, which torchrun executes: it trains as the run folder says.
+
+    `ranks` is the number of ranks on each node, `limit` the seconds without a heartbeat after which one is
+    lost.
     """
     here, folder = place(), Path(folder)
     log, console = folder / 'log' / f'rank{here.rank}', os.dup(2)
@@ -361,7 +384,7 @@ def main(folder: str | Path, name: str, ranks: int, limit: float) -> None:
 
     def alarm(words):
         print(f'lost: {words}', file=sys.stderr)
-        # it may wait for the lost machine's words for ever, deaf to SIGTERM; its other ranks follow it
+        # torchrun may wait for the lost node for ever and ignore SIGTERM; its other ranks end with it
         os.kill(agent, signal.SIGKILL)
         fail(log, console, words)
 
@@ -384,7 +407,10 @@ def main(folder: str | Path, name: str, ranks: int, limit: float) -> None:
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #1589d098
 def meet(names: Sequence[str], number: int, port: int, limit: float) -> Any:
-    "The store at the first machine, once this machine has reached it; raises a one-line ValueError."
+    """The TCPStore at the first node, once node `number` has connected to it.
+
+    Raises a one-line ValueError when it has not within `limit` seconds.
+    """
     import torch.distributed as dist
 
     try:
@@ -403,9 +429,9 @@ def meet(names: Sequence[str], number: int, port: int, limit: float) -> Any:
 
 
 def add_up(store: Any, device: Device, rank: int, world: int, limit: float) -> float:
-    """Seconds that an all-reduce of one number takes between the ranks that meet at a store.
+    """Seconds that an all-reduce of one number takes between the `world` ranks that share a store.
 
-    Raises RuntimeError when it fails.
+    Raises RuntimeError when it fails; `limit` is its timeout in seconds.
     """
     import torch
     import torch.distributed as dist
@@ -425,14 +451,14 @@ def add_up(store: Any, device: Device, rank: int, world: int, limit: float) -> f
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #15639a54
 def wait_for(store: Any, key: str, end: float) -> bool:
-    "Whether a key is in the store before the clock shows `end`."
+    "Waits until a key is in the store or the monotonic clock shows `end`; returns whether the key is there."
     while not (found := store.check([key])) and time.monotonic() <= end:
         time.sleep(0.05)
     return found
 
 
 def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> str:
-    "What the first machine finds wrong with the others, in one sentence ('' is nothing)."
+    "What the first node finds wrong with the others, in one sentence ('' when nothing is wrong)."
     import torch.distributed as dist
 
     end = time.monotonic() + limit
@@ -456,7 +482,7 @@ def failing(names: Sequence[str], store: Any, device: Device, limit: float) -> s
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #66d3341e
 def addresses(name: str) -> set[str]:
-    "The addresses that a name stands for; none when nobody knows it."
+    "The IP addresses that a name resolves to; empty when it does not resolve."
     try:
         return {str(found[4][0]).split('%')[0] for found in socket.getaddrinfo(name, None)}
     except OSError:
@@ -464,9 +490,9 @@ def addresses(name: str) -> set[str]:
 
 
 def this_machine(names: Sequence[str]) -> str:
-    """Which of the names is meant for this machine, by its own name and its addresses.
+    """Which of the names means this node, by its host name and its addresses.
 
-    Raises ValueError when none is, or several are.
+    Raises ValueError when none does, or several do.
     """
     own = {
         socket.gethostname(),
@@ -489,9 +515,10 @@ def try_hosts(
     limit: float = 30,
     device: Device | None = None,
 ) -> str:
-    """Tries, on the machine called `here` (default: the name that means this one) and at the same time on the
-    others, what training on all of them needs; returns a sentence, or raises a ValueError that names the
-    machine that fails.
+    """Checks that the nodes reach each other and can do an all-reduce; returns a sentence with its time.
+
+    It runs on every node at the same time, each `here` (default: the name that means this node), and every
+    step has `limit` seconds. Raises a ValueError that names the node that fails.
     """
     import torch.distributed as dist
 
@@ -509,7 +536,7 @@ def try_hosts(
     if number == 0:
         store.set('verdict', failing(names, store, device, limit) or 'together')
     elif wait_for(store, f'turn {number}', time.monotonic() + limit * len(names)):
-        with suppress(RuntimeError):  # the first machine says so
+        with suppress(RuntimeError):  # the first node reports it
             add_up(dist.PrefixStore(f'pair {number}', store), device, 1, 2, limit)
     require(
         wait_for(store, 'verdict', time.monotonic() + limit * len(names)),
@@ -519,7 +546,7 @@ def try_hosts(
     if verdict == 'together':
         seconds = add_up(dist.PrefixStore('together', store), device, number, len(names), limit)
     store.set(f'left {number}', '1')
-    # the store ends with this process
+    # the store ends with this process, so it waits for the others
     if number == 0:
         all(wait_for(store, f'left {other}', time.monotonic() + 5) for other in range(len(names)))
     require(verdict == 'together', verdict)
@@ -530,7 +557,10 @@ def try_hosts(
 
 # %% ../../nbs/7_launcher/04_hosts.ipynb #f19aa1c1
 def try_line(hosts: Hosts, number: int, limit: float = 30) -> str:
-    "The line that tries the machines, for machine `number`; all lines are started within `limit` seconds."
+    """The line that checks the nodes (`mmkit doctor --hosts`), for node `number`.
+
+    The lines of all nodes are to be started within `limit` seconds.
+    """
     return ' '.join(
         [
             'env',
@@ -547,8 +577,9 @@ def try_line(hosts: Hosts, number: int, limit: float = 30) -> str:
 # %% ../../nbs/7_launcher/04_hosts.ipynb #54ca11bd
 @dataclass(frozen=True, repr=False)
 class Lines:
-    """What starts a run that is prepared: for each of its `hosts` a line that tries them and a line that
-    trains; a cell shows them, `print` prints them.
+    """The lines that start a prepared run: for each of its `hosts` one that checks nodes and one that trains.
+
+    A cell shows them, `print` prints them.
     """
 
     run: Run
@@ -579,9 +610,10 @@ def launch_on(
     silence: int = 40,
     setup: str = '',
 ) -> Lines:
-    """The Lines that train as `config` says on `ranks` ranks of each of the `hosts`, with a new run folder.
+    """Makes a run folder for training on several nodes and returns the Lines that start it; starts nothing.
 
-    See `Hosts` for the rest.
+    `ranks` is the number of ranks on each of the `hosts`; see `Hosts` for the rest. Raises ValueError when
+    the config cannot run there, or the port is in use.
     """
     machines = Hosts(
         names=tuple(hosts),

@@ -26,9 +26,11 @@ def resume(
     env: dict[str, str] | None = None,
     restarts: int = 0,
 ) -> Run:
-    """Starts a run that is over again, in its folder, on as many ranks as before or as said.
+    """Resumes a run that has ended, in its folder, from its newest checkpoint; returns its Run at once.
 
-    `changes` are words such as `layout.tp=2`, or `resume=120` for an older checkpoint.
+    `ranks` defaults to the number of ranks before. `changes` are settings such as `layout.tp=2`, or
+    `resume=120` for an older checkpoint. `stay`, `env` and `restarts` are those of `launch`. Raises
+    ValueError while the run is running, or when the config cannot run.
     """
     run = Run(run.folder if isinstance(run, RunFolder) else run)
     require(
@@ -51,5 +53,5 @@ def resume(
 
 
 def follow_new(run: Run, print_line: Callable[[str], None] = print) -> Run:
-    "As `run.follow`, without the records from before it was started again."
+    "As `Run.follow`, without the metrics from before the last start."
     return run.wait(watch=new_lines(run, print_line, since=started(run.folder)))

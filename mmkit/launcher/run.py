@@ -56,9 +56,10 @@ from ..trainer.plan import check_config
 
 # %% ../../nbs/7_launcher/02_run.ipynb #b34ea584
 def main_of_rank() -> None:
-    """What torchrun executes as a rank.
+    """Entry point of a rank, which torchrun executes.
 
-    The command line is the agent's process id, the run folder, the target and its arguments.
+    The command line is the agent's process id, the run folder, the target and its arguments. The output goes
+    to `log/rankN.txt`, and the rank ends when the agent does.
     """
     agent, folder, target, *arguments = sys.argv[1:]
     log = Path(folder, 'log', f'rank{os.environ["RANK"]}')
@@ -75,9 +76,9 @@ def main_of_rank() -> None:
 
 # %% ../../nbs/7_launcher/02_run.ipynb #cd74d810
 def run_torchrun(folder: Path, arguments: list[str]) -> str:
-    """Runs torchrun to its end in this process: 'done', 'stopped' or 'failed'.
+    """Runs torchrun to its end in this process and returns the status: 'done', 'stopped' or 'failed'.
 
-    On failure `failure.json` is in the folder.
+    On failure it writes `failure.json` into the run folder.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -96,9 +97,7 @@ def run_torchrun(folder: Path, arguments: list[str]) -> str:
 
 # %% ../../nbs/7_launcher/02_run.ipynb #0ef09e6c
 def keep_beating(beat: Path, every: float = 5) -> None:
-    """Touches the file `beat`, for as long as this process lives, so that other machines know that the run
-    goes on.
-    """
+    "Touches the file `beat` every `every` seconds while this process lives, as a heartbeat for other nodes."
     while True:
         # a disk that does not answer, or a folder that is deleted, ends no training
         with suppress(OSError):
@@ -107,17 +106,17 @@ def keep_beating(beat: Path, every: float = 5) -> None:
 
 
 def main_of_agent() -> None:
-    """The process between notebook and ranks.
+    """Entry point of the agent, the process between notebook and ranks, which runs torchrun.
 
-    The command line is its parent's process id (0: follow nobody), the run folder, the number of ranks, how
-    often torchrun may start them again, the target and its arguments.
+    The command line is its parent's process id (0: it does not end with a parent), the run folder, the number
+    of ranks, how often torchrun may restart them, the target and its arguments.
     """
     parent, folder, ranks, restarts, *command = sys.argv[1:]
     gc.set_threshold(10_000)  # as in a rank (run_target)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # torchrun would kill ranks that save for more than 30 s; who stops a run has a limit of his own
+    # torchrun would kill ranks that save for more than 30 s; `Run.stop` has a limit of its own
     os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '86400')
-    # ranks that are started again meet at a new place, not among old addresses
+    # restarted ranks get a new rendezvous store, without the addresses of the old ranks
     if int(restarts):
         os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
     if int(parent):
@@ -151,9 +150,10 @@ def main_of_agent() -> None:
 
 # %% ../../nbs/7_launcher/02_run.ipynb #51940412
 class RunFailed(RankFailed):
-    """A run ended badly.
+    """A run failed.
 
-    `rank` (None: the launcher itself), `exit_code`, `ending`, `words` and `folder` say where and how.
+    `rank` is the rank that failed first (None: the launcher itself), `exit_code` and `ending` say how it
+    ended, `words` is its traceback and `folder` the run folder.
     """
 
     def __init__(self, folder: Path, rank: int | None, exit_code: int, words: str):
@@ -166,16 +166,16 @@ class RunFailed(RankFailed):
 
 # %% ../../nbs/7_launcher/02_run.ipynb #d07b039b
 def wait_for_end(processes: list[psutil.Process], seconds: float) -> None:
-    "Returns when all have ended, after `seconds` at the latest."
+    "Returns when all processes have ended, after `seconds` at the latest."
     deadline = time.monotonic() + seconds
     while any(map(alive, processes)) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def stop_processes(agent: psutil.Process, grace: float, end: Path) -> None:
-    """Asks an agent to end its ranks, then kills whatever is left of the family.
+    """Stops an agent and its ranks with SIGTERM, and kills the processes left after `grace` seconds.
 
-    Leaves the note `end` if the agent could not.
+    Writes the file `end` with the status 'stopped' if the agent could not.
     """
     try:
         family = [agent, *agent.children(recursive=True)]
@@ -194,7 +194,7 @@ def stop_processes(agent: psutil.Process, grace: float, end: Path) -> None:
 
 
 def stopped_by_interrupt(run: Any, watch: Callable[[], None] = lambda: None) -> str:
-    "Stops a run after an interrupt and looks at it once more; returns a sentence about how it stands."
+    "Stops a run after an interrupt, calls `watch` once more, and returns a sentence about the outcome."
     try:
         run.stop()
     except ValueError as error:
@@ -205,13 +205,13 @@ def stopped_by_interrupt(run: Any, watch: Callable[[], None] = lambda: None) -> 
 
 # %% ../../nbs/7_launcher/02_run.ipynb #7d9f9028
 class Run(RunFolder):
-    "A started run. `Run(folder)` opens one again that is going on or has ended."
+    "A run that was started. `Run(folder)` opens it again from any process, while it is running or later."
 
     def stop(self, grace: float = 60) -> None:
-        """Ends every process of the run once it has saved its last step.
+        """Stops the run: ends all of its processes once they have saved a checkpoint of the current step.
 
         Those still there after `grace` seconds are killed: give more where saving takes longer. Raises
-        ValueError where it runs on another machine.
+        ValueError when the run is on another node.
         """
         if host := other_machine(self.folder):
             raise ValueError(
@@ -223,9 +223,10 @@ class Run(RunFolder):
     def wait(
         self, timeout: float | None = None, watch: Callable[[], None] = lambda: None, every: float = 0.2
     ) -> 'Run':
-        """The run once it is done or stopped; raises RunFailed, or TimeoutError after `timeout` seconds.
+        """Waits until the run is done or stopped and returns it.
 
-        `watch` is called again and again.
+        `watch` is called every `every` seconds. Raises RunFailed, TimeoutError after `timeout` seconds, or
+        Interrupted after an interrupt, which stops the run.
         """
         deadline = float('inf') if timeout is None else time.monotonic() + timeout
         try:
@@ -247,7 +248,7 @@ class Run(RunFolder):
         return self
 
     def follow(self, print_line: Callable[[str], None] = print, every: int = 1) -> 'Run':
-        "As `wait`, with one line of text for the record of every so many steps, and of the last."
+        "As `wait`, and prints a line of metrics for every `every`-th step and the last one."
         return self.wait(watch=new_lines(self, print_line, every))
 
     def __repr__(self):
@@ -261,7 +262,10 @@ class Run(RunFolder):
 
 # %% ../../nbs/7_launcher/02_run.ipynb #106d045c
 def make_folder(folder: str | Path | None, name: str | None) -> Path:
-    "A new folder: exactly `folder`, or `runs/name` (default: the time), with -2, -3, … when that exists."
+    """Makes a run folder: exactly `folder`, or `runs/name` (default: the time) with -2, -3, … if that exists.
+
+    Raises ValueError when `folder` exists.
+    """
     if folder is not None:
         if Path(folder).exists():
             raise ValueError(f'{folder} exists: give another folder, or leave it out for a new one in runs/')
@@ -288,9 +292,10 @@ def start(
     env: dict[str, str] | None = None,
     restarts: int = 0,
 ) -> Run:
-    """Starts `target` on `ranks` ranks of torchrun in an existing run folder.
+    """Starts `target` on `ranks` ranks with torchrun in an existing run folder and returns its Run at once.
 
-    With `stay` the run outlives this process.
+    With `stay` the run outlives this process. `env` adds environment variables, and `restarts` is how often
+    torchrun restarts all ranks after one has died.
     """
     command = [
         sys.executable,
@@ -335,10 +340,12 @@ def launch(
     env: dict[str, str] | None = None,
     restarts: int = 0,
 ) -> Run:
-    """Starts training as `config` says on `ranks` ranks (default: all devices, 2 on a CPU) of this machine
-    and returns its Run at once; `launch_on` is for several machines. `target` is the module or script each
-    rank runs, with the run folder as its argument; `restarts` is how often torchrun starts all ranks again
-    after one has died, from the newest checkpoint.
+    """Starts training on `ranks` ranks of this node (default: all devices, 2 on a CPU) and returns its Run.
+
+    It does not wait for the training; `launch_on` is for several nodes. `target` is the module or script that
+    each rank runs, with the run folder as its argument; with `stay` the run outlives this process; `restarts`
+    is how often torchrun restarts all ranks after one has died, from the newest checkpoint. Raises ValueError
+    when the config cannot run.
     """
     require(
         restarts >= 0, f'restarts={restarts}: how often ranks that died are started again cannot be negative'
@@ -352,8 +359,10 @@ def launch(
 
 # %% ../../nbs/7_launcher/02_run.ipynb #c5a76f6a
 def copy_some(path: Path, most: int = 100_000) -> Callable[[], None]:
-    """As `copy_output`, but of more than `most` bytes only the first, and from then on one line about where
-    the rest is: a notebook keeps what it shows.
+    """A function that prints what was added to a text file since its last call, of the first `most` bytes.
+
+    It is `copy_output` with one more line, where to find the rest of a larger file: a notebook keeps all that
+    it shows.
     """
     copy, told = copy_output(path, most), False
 
@@ -369,9 +378,9 @@ def copy_some(path: Path, most: int = 100_000) -> Callable[[], None]:
 
 
 def torchrun_magic(line: str, cell: str) -> Run:
-    """Runs the cell's text under torchrun (`-n RANKS`, `--name NAME`) and returns its Run.
+    """Runs the text of the cell as a script with torchrun (`-n RANKS`, `--name NAME`) and returns its Run.
 
-    Rank 0's output appears as it comes.
+    The output of rank 0 appears as it comes.
     """
     words = shlex.split(line)
     options = dict(zip(words[::2], words[1::2]))

@@ -36,9 +36,9 @@ from mmkit.launcher.folder import (
 
 # %% ../../nbs/7_launcher/01_view.ipynb #12e59ae8
 def thumbnail(places: Sequence[Path], name: str | None, width: int = 160) -> str:
-    """HTML of the picture or video `name`, `width` pixels wide, looked for in several folders.
+    """HTML of the image or video `name`, `width` pixels wide, searched for in several folders.
 
-    Its name when it cannot be shown.
+    Only the name when it is not found or not readable.
     """
     path = next((place / name for place in places if name and (place / name).is_file()), None)
     if path is None:
@@ -63,8 +63,10 @@ def thumbnail(places: Sequence[Path], name: str | None, width: int = 160) -> str
 
 
 def answer_html(sample: dict) -> str:
-    """Question and answer of one sample as HTML, coloured and marked by whether the answer is the expected
-    one.
+    """The question and the generated answer of one sample as HTML, or the prompt of a generated video.
+
+    An answer is green with ✓ when it is the expected one, red with ✗ when it is not, plain when none is
+    expected.
     """
     answer, expected = str(sample.get('answer', '')).strip(), sample.get('expected')
     right = expected is not None and answer == str(expected).strip()
@@ -79,8 +81,10 @@ def answer_html(sample: dict) -> str:
 
 # %% ../../nbs/7_launcher/01_view.ipynb #16c93117
 def samples_html(run: RunFolder, step: int | None = None, count: int = 8, columns: int = 1) -> str:
-    """An HTML table of the samples after `step` (default: the newest), several beside each other: picture,
-    question, answer and what was expected, or video and prompt. Empty when there is none.
+    """An HTML table of the samples after `step` (default: the newest), `columns` of them beside each other.
+
+    A sample is an image, a question, the generated and the expected answer, or a video and its prompt; at
+    most `count` are shown. Empty when the run has no samples. Raises ValueError when it has none of `step`.
     """
     files = {
         int(path.stem.split('-')[1]): path for path in sorted((run.folder / 'samples').glob('step-*.json'))
@@ -107,7 +111,7 @@ COLOURS = {'done': '#2a7', 'failed': '#c33', 'stopped': '#a70'}
 
 
 def numbers(records: Sequence[dict], batch: int | None) -> dict[str, str]:
-    "The newest numbers of a run by name, as they are shown; `batch` is the number of samples of a step."
+    "The newest metrics of a run by name, as text; `batch` is the number of samples in a step."
     last = records[-1] if records else {}
 
     def show(key, form):
@@ -129,7 +133,7 @@ def numbers(records: Sequence[dict], batch: int | None) -> dict[str, str]:
 
 
 def state_line(run: RunFolder, records: Sequence[dict], status: str) -> str:
-    "Status, steps and remaining time in words."
+    "The status of a run, its step and the remaining time as text."
     step, steps = (records[-1]['step'] if records else 0), run.steps
     left = seconds_left(records, steps, started(run.folder)) if status == 'running' else None
     return f'{status}, step {step} of {steps or "?"}' + (
@@ -138,9 +142,7 @@ def state_line(run: RunFolder, records: Sequence[dict], status: str) -> str:
 
 # %% ../../nbs/7_launcher/01_view.ipynb #214322df
 def state_html(run: RunFolder, records: Sequence[dict], status: str) -> str:
-    """The state of a run as HTML: name, status, steps, remaining time, the newest numbers, and which rank
-    failed.
-    """
+    "The status of a run as HTML: its name, status, step, remaining time and newest metrics."
     batch = load_json(run.folder / 'config.json').get('loop', {}).get('global_batch')
     word, _, rest = state_line(run, records, status).partition(',')
     step, steps = (records[-1]['step'] if records else 0), run.steps or 0
@@ -160,13 +162,13 @@ def state_html(run: RunFolder, records: Sequence[dict], status: str) -> str:
 
 
 def log_text(run: RunFolder, lines: int = 8, width: int = 400) -> str:
-    "The last lines that rank 0 has printed, without colours, none longer than `width`."
+    "The last lines that rank 0 has printed, without colour codes, each cut to `width` characters."
     plain = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', run.tail(lines))
     return '\n'.join(line if len(line) <= width else line[: width - 1] + '…' for line in plain.split('\n'))
 
 
 def failure_text(run: RunFolder, status: str) -> str:
-    "Which rank of a run failed, and its traceback; empty when none did."
+    "Which rank of a run failed first, its exit code and its traceback; empty when the run has not failed."
     if status != 'failed':
         return ''
     failure = read_failure(run.folder)
@@ -175,9 +177,9 @@ def failure_text(run: RunFolder, status: str) -> str:
 
 # %% ../../nbs/7_launcher/01_view.ipynb #174f520a
 def words_html(run: RunFolder, status: str, failure: bool = True) -> str:
-    """The end of the log as HTML: of rank 0, or the traceback of the first rank that failed.
+    """The end of the log of rank 0 as HTML, or the traceback of the first rank that failed.
 
-    Empty when this is said elsewhere (`failure=False`).
+    Empty for a failed run with `failure=False`, when the traceback is shown elsewhere.
     """
     told = failure_text(run, status) if failure else ''
     if status == 'failed' and not failure:
@@ -187,7 +189,7 @@ def words_html(run: RunFolder, status: str, failure: bool = True) -> str:
 
 
 def newest_samples(run: RunFolder) -> str:
-    "The newest samples as HTML, or why they cannot be read."
+    "The newest samples as HTML, or the error message when they cannot be read."
     try:
         return samples_html(run, count=4, columns=2)
     except (OSError, ValueError) as error:
@@ -195,7 +197,7 @@ def newest_samples(run: RunFolder) -> str:
 
 
 def run_html(run: RunFolder) -> str:
-    "All of a run as static HTML: state, curves, newest samples, end of the log."
+    "A run as static HTML: status, curves, newest samples, and the end of the log or the traceback."
     records, status = run.records(), run.status
     picture = b64encode(to_png(draw_curves({'': records}))).decode() if records else ''
     curves = f'<img alt="loss" src="data:image/png;base64,{picture}">' if records else ''
@@ -203,37 +205,37 @@ def run_html(run: RunFolder) -> str:
 
 # %% ../../nbs/7_launcher/01_view.ipynb #f57a9039
 def can_update() -> bool:
-    "Whether outputs of this process can be changed after they were shown: in a Jupyter kernel."
+    "Whether outputs of this process can be updated after they were shown: in a Jupyter kernel."
     from IPython import get_ipython
 
     return hasattr(get_ipython(), 'kernel')
 
 
 def text_alone() -> bool:
-    "Whether this process shows nothing but text: a script, or IPython in a terminal."
+    "Whether this process can show nothing but text: a script, or IPython in a terminal."
     from IPython import get_ipython
 
     return get_ipython() is None or hasattr(get_ipython(), 'pt_app')
 
 
 class Text(str):
-    "Text that a cell shows as it is, without quotes."
+    "Text that a cell shows without quotes."
 
     def __repr__(self):
         return str(self)
 
 
-DRAWING = threading.Lock()  # matplotlib draws one thing at a time
+DRAWING = threading.Lock()  # matplotlib is not thread-safe: one figure at a time
 
 
 class Outputs:
-    "Outputs of a cell, each with a name: what is shown under a name stands where it was shown first."
+    "Outputs of a cell, each with a name: what is shown under a name replaces what was shown there before."
 
     def __init__(self):
         self.handles, self.shown = {}, {}
 
     def show(self, name: str, bundle: dict[str, str]) -> None:
-        "Shows a MIME bundle, if it is another than before."
+        "Shows a MIME bundle under a name, unless it is what is shown there already."
         from IPython.display import display
 
         if self.shown.get(name) == bundle:
@@ -246,15 +248,17 @@ class Outputs:
 
 # %% ../../nbs/7_launcher/01_view.ipynb #ea297e7e
 class Curves(Outputs):
-    "Outputs with curves, which a thread draws beside the reading of numbers."
+    "Outputs with training curves, which are drawn in a thread of their own while metrics are read."
 
     def __init__(self):
         super().__init__()
         self.pause, self.drawn, self.drawing = 0.0, None, None
 
     def draw(self, records: Sequence[dict], smooth: float, running: bool) -> None:
-        """Draws records if they are new or the run is over, and while it goes on not more often than drawing
-        can bear.
+        """Draws the curves if there are new metrics or the run is over.
+
+        While the run is running, the thread draws only as often as leaves most of the processor to the
+        training.
         """
         busy = (self.drawing and self.drawing.is_alive()) or time.monotonic() < self.pause
         if (busy and running) or not records or self.drawn == (len(records), running):
@@ -268,19 +272,19 @@ class Curves(Outputs):
             self.drawing.join()
 
     def show_curves(self, records: Sequence[dict], smooth: float) -> None:
-        "Shows the curves and says when drawing may take machine time again."
+        "Draws and shows the curves, and sets the time until which they are not drawn again."
         began = time.monotonic()
         with DRAWING:
             picture = to_png(draw_curves({'': records}, smooth))
         self.show('picture', {'image/png': b64encode(picture).decode(), 'text/plain': 'curves'})
-        # short runs stay lively; long ones leave ranks on a CPU nine tenths of a core
+        # short runs are redrawn often; in long ones drawing takes a tenth of a core from ranks on a CPU
         self.pause = time.monotonic() + min(2 + len(records) / 200, 9 * (time.monotonic() - began))
 
 # %% ../../nbs/7_launcher/01_view.ipynb #361d0334
 class View(Curves):
-    """Outputs of a cell that follow a run: its state, curves, newest samples and the end of the log.
+    """Outputs of a cell that follow a run: its status, curves, newest samples and the end of the log.
 
-    `failure`: whether these are the traceback when a rank failed.
+    `failure`: whether the traceback is shown in place of the log when a rank failed.
     """
 
     def __init__(self, run: RunFolder, smooth: float = 0.8, failure: bool = True):
@@ -290,16 +294,17 @@ class View(Curves):
         self.records: list[dict] = []
         self.sampled: Path | None = None
         if self.live:
-            # so they stand in this order on the page
+            # so that they are in this order on the page
             for name in ('state', 'picture', 'samples', 'words'):
                 self.show(name, {'text/plain': ''})
-            # the first picture takes a second: now, while the ranks start
+            # the first figure takes a second: it is drawn now, while the ranks start
             to_png(draw_curves({'': []}))
 
     def refresh(self) -> None:
-        """Shows what has changed; where no page can be updated, all of it once the run is over.
+        """Shows what has changed since the last call.
 
-        A disk that does not answer while the run goes on is asked again with the next call.
+        Where outputs cannot be updated, everything is shown once, when the run is over. If the disk gives an
+        error while the run is running, the next call tries again.
         """
         status = self.run.status
         running = status in ('starting', 'running')
@@ -312,7 +317,7 @@ class View(Curves):
                 raise
 
     def show_all(self, status: str, running: bool) -> None:
-        "Shows what has changed, given how the run stands."
+        "Shows what has changed, given the status of the run and whether it is running."
         self.records += self.log.new()
         line = [
             state_line(self.run, self.records, status),
@@ -337,8 +342,10 @@ class View(Curves):
 
 # %% ../../nbs/7_launcher/01_view.ipynb #94460818
 def stop_button(run: Any, awaited: bool = False) -> Any:
-    """A stop button on the page and the handle of its output, or None where a button cannot work: for a run
-    on another machine, or in a cell that awaits with an old ipykernel.
+    """A stop button on the page and the handle of its output, or None where a button cannot work.
+
+    It cannot work outside a Jupyter kernel, for a run on another node, or in a cell that awaits (`awaited`)
+    with an ipykernel before 7.4.
     """
     if not can_update() or other_machine(run.folder):
         return None
@@ -359,13 +366,16 @@ def stop_button(run: Any, awaited: bool = False) -> Any:
 
 
 def remove_button(button: Any) -> None:
-    "Takes a stop button off the page."
+    "Removes a stop button from the page; None is no button."
     if button:
         button[0].close(), button[1].update(Text(''))
 
 # %% ../../nbs/7_launcher/01_view.ipynb #4b92ad5d
 def show_live(run: Any, every: float = 0.5) -> None:
-    "Shows a run that is going on, with a stop button, and keeps it up to date while other cells run."
+    """Shows a run with a stop button and keeps it up to date while other cells run.
+
+    A thread updates the outputs every `every` seconds until the run is over.
+    """
     button, view = stop_button(run), View(run)
 
     def follow():
@@ -385,7 +395,7 @@ def show_live(run: Any, every: float = 0.5) -> None:
 
 
 def show_run(run: Any) -> None:
-    "Shows a run in a cell: live while it goes on, where a page can be updated."
+    "Shows a run in a cell, kept up to date if it is running and outputs can be updated."
     from IPython.display import display
 
     if can_update() and run.running:

@@ -34,7 +34,7 @@ from ..toy.vae import LinearCodec
 # %% ../../nbs/3_models/07_codecs.ipynb #9ba0a75c
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    "Pieces of a frame for the VAE: their height and width, and the steps from one to the next, in pixels."
+    "Tiles of a frame for the VAE: their height and width and the stride from one to the next, in pixels."
 
     height: int = 272
     width: int = 272
@@ -63,8 +63,9 @@ def find_part(folder: str | Path, part: str) -> Path:
 # %% ../../nbs/3_models/07_codecs.ipynb #e7844238
 @contextmanager
 def read_whole(path: Path) -> Iterator[None]:
-    """Has files of a folder that are cut short, which the libraries do not name, raise a ValueError with the
-    folder.
+    """Context manager: files that cannot be read, as truncated ones, raise ValueError with their folder.
+
+    The libraries' own errors do not name it.
     """
     try:
         yield
@@ -76,9 +77,9 @@ def read_whole(path: Path) -> Iterator[None]:
 
 
 def load_whole(kind: type, path: Path, **options: Any) -> nn.Module:
-    """The frozen model of a folder.
+    """Loads the frozen model of a folder.
 
-    Raises ValueError when a weight is missing, which the libraries would replace by a random one.
+    Raises ValueError when a weight is missing, which the libraries would initialise at random.
     """
     with read_whole(path):
         model, told = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
@@ -97,10 +98,10 @@ def open_vae(
     device: str | torch.device = 'cpu',
     tiles: Tiles | None = None,
 ) -> nn.Module:
-    "The frozen VAE or LinearCodec in `vae/` of a pipeline folder."
+    "The frozen VAE in `vae/` of a pipeline folder: `AutoencoderKLWan` or `LinearCodec`."
     path = find_part(folder, 'vae')
     kind = load_json(path / 'config.json').get('_class_name')
-    # its blocks do not see each other: nothing to tile
+    # its blocks are independent: nothing to tile
     if kind == 'LinearCodec':
         with read_whole(path):
             return LinearCodec.from_pretrained(path).to(device, dtype)
@@ -114,7 +115,7 @@ def open_vae(
 
 # %% ../../nbs/3_models/07_codecs.ipynb #2e9f771d
 def statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
-    "Mean and 1 / spread of the latents, float32 (c 1 1 1)."
+    "Mean and 1 / standard deviation of the latents per channel, float32 (c 1 1 1)."
 
     def column(values):
         return torch.tensor(values, dtype=torch.float32, device=vae.device).view(-1, 1, 1, 1)
@@ -123,13 +124,13 @@ def statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def to_range(frames: np.ndarray | Tensor) -> Tensor:
-    "float32 (3 t h w) in [-1, 1] of uint8 frames (t h w 3)."
+    "Frames as float32 (3 t h w) in [-1, 1], from uint8 (t h w 3)."
     return torch.tensor(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
 def encode_pixels(vae: nn.Module, video: Tensor) -> Tensor:
-    "Normalised latents (c f h w) of a video (3 t H W) in [-1, 1]; the mode, nothing is drawn."
+    "Normalised latents (c f h w) of a video (3 t H W) in [-1, 1]: the posterior's mode, not a sample."
     mean, scale = statistics(vae)
     latents = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
     return ((latents.float() - mean) * scale).to(vae.dtype)
@@ -171,7 +172,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, crf: int 
         )
         stream.height, stream.width, stream.pix_fmt = *even.shape[1:3], 'yuv420p'
         context = stream.codec_context
-        # BT.709, 16 to 235
+        # BT.709, limited range (16 to 235)
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         for frame in even:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')
@@ -184,7 +185,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, crf: int 
 # %% ../../nbs/3_models/07_codecs.ipynb #441f5ba3
 @dataclass(frozen=True)
 class TextEncoder:
-    "UMT5 with its tokenizer."
+    "The UMT5 text encoder with its tokenizer."
 
     tokenizer: Any
     model: nn.Module
@@ -193,7 +194,7 @@ class TextEncoder:
 def open_text_encoder(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = 'cpu'
 ) -> TextEncoder:
-    "The frozen encoder in `text_encoder/` and `tokenizer/` of a pipeline folder."
+    "The frozen text encoder in `text_encoder/` and `tokenizer/` of a pipeline folder."
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     path = find_part(folder, 'text_encoder')
@@ -202,8 +203,10 @@ def open_text_encoder(
 
 
 def clean_caption(caption: str) -> str:
-    """The caption with broken letters mended, HTML's names of characters replaced and single spaces, as Wan
-    and diffusers clean it.
+    """The caption as Wan and diffusers clean it.
+
+    Garbled characters (mojibake) are repaired, HTML entities unescaped, and white space becomes single
+    spaces.
     """
     import ftfy
 
@@ -212,7 +215,7 @@ def clean_caption(caption: str) -> str:
 
 @torch.no_grad()
 def encode_text(encoder: TextEncoder, caption: str, room: int = 512) -> Tensor:
-    "The vectors (L d) of a caption with its end token, at most `room` of them, without padding."
+    "UMT5 embeddings (L d) of a caption with its end token, truncated to `room` tokens, without padding."
     ids = encoder.tokenizer(
         clean_caption(caption), max_length=room, truncation=True, add_special_tokens=True, return_tensors='pt'
     ).input_ids
@@ -222,7 +225,7 @@ def encode_text(encoder: TextEncoder, caption: str, room: int = 512) -> Tensor:
 # %% ../../nbs/3_models/07_codecs.ipynb #fd11535b
 @dataclass(frozen=True)
 class ImageEncoder:
-    "CLIP's vision model with its processor."
+    "CLIP's vision model with its image processor."
 
     processor: Any
     model: nn.Module
@@ -231,7 +234,7 @@ class ImageEncoder:
 def open_image_encoder(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = 'cpu'
 ) -> ImageEncoder:
-    "The frozen encoder in `image_encoder/` and `image_processor/` of a pipeline folder."
+    "The frozen image encoder in `image_encoder/` and `image_processor/` of a pipeline folder."
     import transformers
 
     path = find_part(folder, 'image_encoder')
@@ -242,7 +245,7 @@ def open_image_encoder(
 
 @torch.no_grad()
 def encode_image(encoder: ImageEncoder, frame: np.ndarray) -> Tensor:
-    "The vectors (n d) of a uint8 frame (h w 3)."
+    "CLIP hidden states (n d) of a uint8 frame (h w 3), from the last layer but one."
     from PIL import Image
 
     pixels = torch.as_tensor(
@@ -254,8 +257,9 @@ def encode_image(encoder: ImageEncoder, frame: np.ndarray) -> Tensor:
 
 
 def encode_first_frame(vae: nn.Module, frame: np.ndarray, frames: int) -> Tensor:
-    """Mask and latents (4+c f h w) of a clip of `frames` frames of which only the first, uint8 (H W 3), is
-    given.
+    """Mask and normalised latents (4+c f h w) of a clip of which only the first frame is given.
+
+    `frame` is uint8 (H W 3), `frames` the number of frames of the clip; the others are grey.
     """
     first = to_range(frame[None])
     latents = encode_pixels(vae, torch.cat([first, first.new_zeros(3, frames - 1, *first.shape[2:])], 1))
@@ -265,7 +269,7 @@ def encode_first_frame(vae: nn.Module, frame: np.ndarray, frames: int) -> Tensor
 
 # %% ../../nbs/3_models/07_codecs.ipynb #79792457
 def read_pieces(path: Path, pieces: int = 64, length: int = 1 << 20) -> bytes:
-    "A file whole, or `pieces` evenly spaced parts of it when it is longer than them."
+    "The bytes of a file, or `pieces` evenly spaced parts of `length` bytes when it is longer than these."
     size = path.stat().st_size
     with open(path, 'rb') as file:
         if size <= pieces * length:
@@ -285,9 +289,10 @@ def fingerprint(folder: str | Path) -> str:
 # %% ../../nbs/3_models/07_codecs.ipynb #a71fb107
 @dataclass(frozen=True)
 class Codecs:
-    """The encoders of a folder, each opened when it is first needed.
+    """The VAE and the encoders of a pipeline folder, each loaded when it is first needed.
 
-    The names under which their results may be kept, and how many tokens of a caption the model sees.
+    `clip_identity` and `text_identity` are keys under which their results may be cached; `room` is the
+    maximum number of caption tokens that the model reads.
     """
 
     folder: Path
@@ -312,9 +317,10 @@ class Codecs:
         return open_image_encoder(self.folder, self.dtype, self.device)
 
     def clip(self, frames: np.ndarray) -> dict[str, Tensor]:
-        """latents (c f h w) of uint8 frames (t H W 3).
+        """`latents` (c f h w) of uint8 frames (t H W 3), on the CPU.
 
-        For a model that continues pictures also first (4+c f h w) and image (n d).
+        For image to video also `first` (4+c f h w), mask and latents of the first frame, and `image` (n d),
+        its CLIP hidden states.
         """
         found = dict(latents=encode_video(self.vae, frames))
         if self.continues:
@@ -325,12 +331,12 @@ class Codecs:
         return {name: value.cpu() for name, value in found.items()}
 
     def caption(self, caption: str) -> Tensor:
-        "The vectors (L d) of a caption, at most `room` of them."
+        "UMT5 embeddings (L d) of a caption, at most `room` of them, on the CPU."
         return encode_text(self.text, caption, self.room).cpu()
 
 # %% ../../nbs/3_models/07_codecs.ipynb #a9e2b13c
 def check_encoders(folder: str | Path, image: bool) -> None:
-    "Raises ValueError when something that encodes is not in a pipeline folder; `image` for i2v."
+    "Raises ValueError when a pipeline folder lacks something that encodes; `image` for image to video."
     for part in ('vae', 'text_encoder', *['image_encoder'] * image):
         find_part(folder, part)
     for part in ('tokenizer', *['image_processor'] * image):
@@ -345,7 +351,10 @@ def open_codecs(
     device: str | torch.device = 'cpu',
     tiles: Tiles | None = None,
 ) -> Codecs:
-    "The Codecs of a pipeline folder; `image` for i2v. Raises ValueError when a part is not there."
+    """The `Codecs` of a pipeline folder; `image` for image to video.
+
+    Raises ValueError when a part is missing.
+    """
     check_encoders(folder, image)
     parts = ['vae', *(['image_encoder', 'image_processor'] if image else [])]
 

@@ -20,22 +20,22 @@ from .shapes import QwenShape, TextShape, VisionShape, WanShape, dealt
 # %% ../../nbs/3_models/10_costs.ipynb #1a9b7c9b
 @dataclass(frozen=True)
 class Cost:
-    "One rank's part of a piece of a model, for one micro-batch."
+    "What a part of a model needs on one rank, for one micro-batch."
 
-    weights: float = 0  # parameters in the number format of the run
+    weights: float = 0  # parameters in the dtype of the run
     exact: float = 0  # parameters that stay in float32
     widest: float = 0  # parameters of the largest weight
-    linear: float = 0  # operations of products with weights, forward
-    entry: float = 0  # those of them whose input needs no gradient
-    mixing: float = 0  # operations of attention among tokens, forward
-    scores: float = 0  # those of them that a ring does again in the backward pass
-    kept: float = 0  # bytes kept for the backward pass
-    spared: float = 0  # bytes of them that recompute=selective does not keep
-    enters: float = 0  # bytes that come in: all that recompute=full keeps
-    sent: float = 0  # bytes sent in the forward pass
-    returned: float = 0  # bytes sent in the backward pass
-    tied: float = 0  # parameters that are one weight with those at the other end of the tower
-    # parameters of which every rank of sequence parallel makes a part of the gradient
+    linear: float = 0  # FLOPs of matrix products with weights, forward
+    entry: float = 0  # the part of `linear` whose input needs no gradient
+    mixing: float = 0  # FLOPs of attention, forward
+    scores: float = 0  # the part of `mixing` that ring attention recomputes in the backward pass
+    kept: float = 0  # bytes of activations kept for the backward pass
+    spared: float = 0  # the part of `kept` that recompute=selective does not keep
+    enters: float = 0  # bytes of the input: all that recompute=full keeps
+    sent: float = 0  # bytes communicated in the forward pass
+    returned: float = 0  # bytes communicated in the backward pass
+    tied: float = 0  # parameters tied to those at the other end of the tower
+    # parameters whose gradient is summed over the tensor-parallel ranks under sequence parallelism
     tokenwise: float = 0
 
     def __add__(self, other: 'Cost') -> 'Cost':
@@ -46,19 +46,21 @@ class Cost:
 
 # %% ../../nbs/3_models/10_costs.ipynb #01bcb097
 def gathers(size: float, ranks: int) -> float:
-    "Bytes that each of some ranks sends to gather, scatter or exchange `size` bytes."
+    "Bytes that each rank sends in an all-gather, reduce-scatter or all-to-all of `size` bytes."
     return size * (ranks - 1) / ranks
 
 
 def reduces(size: float, ranks: int) -> float:
-    "Bytes that each of some ranks sends to sum `size` bytes on all of them."
+    "Bytes that each rank sends in an all-reduce of `size` bytes."
     return 2 * gathers(size, ranks)
 
 # %% ../../nbs/3_models/10_costs.ipynb #50cb0517
 @dataclass(frozen=True)
 class Talks:
-    """A micro-batch of conversations: tokens of each sample, (steps, rows, columns) in patches of each
-    picture or video, number of labels.
+    """A micro-batch of conversations: one packed sequence with its images and videos.
+
+    `lengths` are the tokens of each sample, `grids` (steps, rows, columns) in patches of each image or video,
+    `labels` the number of labelled tokens.
     """
 
     lengths: tuple[int, ...]
@@ -66,22 +68,24 @@ class Talks:
     labels: int
 
     def row(self, layout: Layout) -> int:
-        "Tokens of the row, padded as the layout needs it."
+        "Tokens of the packed sequence, padded as the layout needs it."
         return -(-sum(self.lengths) // layout.sequence_multiple) * layout.sequence_multiple
 
     def segments(self, layout: Layout) -> tuple[int, ...]:
-        "What only sees itself in the padded row: the samples and the padding."
+        "Lengths of what only attends to itself in the padded sequence: the samples and the padding."
         return *self.lengths, self.row(layout) - sum(self.lengths)
 
     def size(self, shape: QwenShape) -> float:
-        "Bytes of the micro-batch itself: patches in float32, six whole numbers for every token."
+        "Bytes of the micro-batch itself: patches in float32, six int64 for every token."
         return sum(map(math.prod, self.grids)) * shape.vision.patch_size * 4 + sum(self.lengths) * 6 * 8
 
 
 @dataclass(frozen=True)
 class Videos:
-    """A micro-batch of clips: their number, (frames, rows, columns) of their latents, tokens of a caption and
-    of a picture (0: none).
+    """A micro-batch of `clips` clips of one size.
+
+    `latents` are (frames, rows, columns) of the latents of a clip, `words` the tokens of its caption,
+    `picture` the tokens of its image (0: none).
     """
 
     clips: int
@@ -90,7 +94,7 @@ class Videos:
     picture: int = 0
 
     def size(self, shape: WanShape) -> float:
-        "Bytes of the micro-batch itself, in float32: clips, noise and noisy clips, captions and pictures."
+        "Bytes of the micro-batch in float32: clips, noise, noisy clips, text embeddings, image features."
         return (
             self.clips
             * 4
@@ -105,14 +109,17 @@ class Videos:
 def busiest(
     grids: Sequence[tuple[int, int, int]], layout: Layout, shape: VisionShape
 ) -> list[tuple[int, int, int]]:
-    "The pictures and videos of the rank of cp that has the most patches."
+    "Grids of the images and videos of the context-parallel rank that has the most patches."
     owners = dealt([math.prod(grid) for grid in grids], layout.cp)
     shares = [[grid for grid, owner in zip(grids, owners) if owner == rank] for rank in range(layout.cp)]
     return max(shares, key=lambda own: sum(map(math.prod, own))) or [(1, shape.merge, shape.merge)]
 
 
 def window_pairs(grid: tuple[int, int, int], shape: VisionShape) -> tuple[int, int]:
-    "Pairs of patches that see each other in a picture or video: within windows, and within whole frames."
+    """Query-key pairs of patches of an image or video: in window attention, and in full attention.
+
+    Full attention is within a whole frame.
+    """
     steps, rows, columns = grid
     side, unit = shape.window // (shape.patch * shape.merge), shape.merge**2
 
@@ -126,8 +133,10 @@ def window_pairs(grid: tuple[int, int, int], shape: VisionShape) -> tuple[int, i
 
 # %% ../../nbs/3_models/10_costs.ipynb #5b7f20d3
 def pairs(lengths: Sequence[int], causal: bool, ring: int) -> int:
-    """Pairs of tokens of a row of segments that only see themselves, for which the busiest place on a ring
-    computes scores.
+    """Query-key pairs for which the busiest rank of a ring computes scores.
+
+    `lengths` are the segments of a packed sequence, each of which only attends to itself. A `ring` of 1 is
+    attention without a ring.
     """
     if ring == 1:
         return sum(n * n for n in lengths)
@@ -146,16 +155,18 @@ def pairs(lengths: Sequence[int], causal: bool, ring: int) -> int:
 
 
 def attention(lengths: Sequence[int], causal: bool, width: float, layout: Layout) -> tuple[float, float]:
-    """Operations of attention within consecutive segments of a row, forward, and of the scores that are made
-    again in the backward pass.
+    """FLOPs of attention within the segments of a packed sequence: forward, and recomputed.
+
+    The recomputed ones are those of the scores in the backward pass of ring attention.
     """
     found = pairs(lengths, causal, layout.ring) * width / layout.tp / layout.ulysses
     return 4 * found, 2 * found if layout.ring > 1 else 0
 
 # %% ../../nbs/3_models/10_costs.ipynb #dbee098d
 def kept_by_norm(tokens: float, width: float, size: int) -> float:
-    """Bytes that a norm and the linear behind it keep: what came in, what went out with and without the
-    weight, and a float32 for every token.
+    """Bytes of activations that a norm and the linear after it keep for the backward pass.
+
+    They are the norm's input, its output with and without the weight, and a float32 for every token.
     """
     return tokens * (3 * width * size + 4)
 
@@ -163,10 +174,10 @@ def kept_by_norm(tokens: float, width: float, size: int) -> float:
 def vision_layer_cost(
     shape: VisionShape, grids: Sequence[tuple[int, int, int]], layout: Layout, size: int, number: int
 ) -> Cost:
-    "Layer `number` of the tower, for the pictures that a rank sees."
+    "Cost of layer `number` of the vision tower, for the images and videos of a rank."
     w, h, tp, patches = shape.width, shape.hidden, layout.tp, sum(map(math.prod, grids))
     pairs = sum(window_pairs(grid, shape)[number in shape.full_layers] for grid in grids)
-    # q, k and v, turned q and k, the answer in parts and as a whole, a logarithm for every head
+    # q, k and v, rotated q and k, the output in parts and as a whole, a logsumexp for every head
     attended = 7 * w / tp * size + 4 * shape.heads / tp
     mlp = 2 * patches * h / tp * size
     return Cost(
@@ -185,7 +196,7 @@ def vision_layer_cost(
 def vision_ends(
     shape: VisionShape, grids: Sequence[tuple[int, int, int]], layout: Layout, size: int
 ) -> tuple[Cost, Cost]:
-    "What comes before the layers, the patches, and what behind them, the merger."
+    "Cost of what comes before the layers, the patch embedding, and of what follows them, the merger."
     w = shape.width
     wide = shape.width * shape.merge**2
     out = shape.out_width
@@ -211,20 +222,22 @@ def vision_ends(
 
 # %% ../../nbs/3_models/10_costs.ipynb #948cb65d
 def text_exchange(shape: TextShape, tokens: float, layout: Layout, size: int) -> tuple[float, float, float]:
-    """Bytes that the attention of a layer sends over the ranks of cp in the forward and in the backward pass,
-    and keeps.
+    """Bytes of a layer's attention under context parallelism: sent forward, sent backward, and kept.
+
+    The first two are what a rank sends to the other ranks of cp in the forward and in the backward pass, the
+    third the activations that it keeps for the backward pass.
     """
     u = layout.ulysses
     r = layout.ring
     q = shape.width / layout.tp
     kv = shape.groups * shape.head_width / layout.tp
     groups = shape.groups // layout.tp
-    # so that every rank has keys and values
+    # repeated so that every rank has a key-value head
     repeated = kv * math.lcm(groups, u) / groups
     exchanged = gathers(tokens * (2 * q + 2 * repeated) * size, u)
-    # turned q and the answers
+    # rotated q and the outputs
     kept = 4 * q * size if u == r == 1 else 3 * q * size if r == 1 else q * (size + 4)
-    # turned k; q, k and v as they come from one product
+    # rotated k; q, k and v as they come from one matrix product
     own = (3 * kv * size if u == 1 else 2 * repeated * size) + (q * size if u == 1 else 0)
     return (
         exchanged + (r - 1) * tokens * 2 * repeated * size,
@@ -234,14 +247,14 @@ def text_exchange(shape: TextShape, tokens: float, layout: Layout, size: int) ->
 
 
 def text_layer_cost(shape: TextShape, talks: Talks, layout: Layout, size: int) -> Cost:
-    "A layer of the tower."
+    "Cost of a decoder layer."
     w, h, tp, tokens = shape.width, shape.hidden, layout.tp, talks.row(layout) / layout.cp
     kv = shape.groups * shape.head_width
     row = tokens * shape.width * size
     part = tokens / (layout.tp if layout.sequence_parallel else 1)
     to, back, attended = text_exchange(shape, tokens, layout, size)
     mlp, (mixing, scores) = 2 * tokens * h / tp * size, attention(talks.segments(layout), True, w, layout)
-    sent = 4 * gathers(row, tp)  # two sums, or two times gather and scatter
+    sent = 4 * gathers(row, tp)  # two all-reduces, or two all-gathers and two reduce-scatters
     returned = (6 if layout.sequence_parallel else 4) * gathers(row, tp)
     return Cost(
         weights=(2 * w * w + 2 * w * kv + w + 2 * kv + 3 * w * h) / tp + 2 * w,
@@ -259,7 +272,11 @@ def text_layer_cost(shape: TextShape, talks: Talks, layout: Layout, size: int) -
 
 # %% ../../nbs/3_models/10_costs.ipynb #1844d8d3
 def text_ends(shape: TextShape, talks: Talks, layout: Layout, size: int) -> tuple[Cost, Cost]:
-    "What comes before the layers, the words and the tokens of pictures, and what behind them, the loss."
+    """Cost of what comes before the layers, and of what follows them.
+
+    Before are the embedding and the all-reduce of visual tokens; after are the final norm, the LM head and
+    the loss.
+    """
     w, tp, tokens, labels = shape.width, layout.tp, talks.row(layout) / layout.cp, talks.labels / layout.cp
     vocabulary, pictures = shape.vocabulary / tp, sum(map(math.prod, talks.grids)) / 4
     row, part = tokens * w * size, tokens / (tp if layout.sequence_parallel else 1)
@@ -285,23 +302,21 @@ def text_ends(shape: TextShape, talks: Talks, layout: Layout, size: int) -> tupl
 
 # %% ../../nbs/3_models/10_costs.ipynb #2a635a0d
 def video_tokens(shape: WanShape, videos: Videos, layout: Layout) -> tuple[int, int, float]:
-    "Tokens of a clip, the same padded, and those of all clips that a rank of cp holds."
+    "Tokens of a clip, tokens of a padded clip, and padded tokens of all clips on a context-parallel rank."
     tokens = math.prod(n // p for n, p in zip(videos.latents, shape.patch))
     row = -(-tokens // layout.sequence_multiple) * layout.sequence_multiple
     return tokens, row, videos.clips * row / layout.cp
 
 
 def wan_exchange(shape: WanShape, tokens: float, layout: Layout, size: int) -> tuple[float, float]:
-    """Bytes that the self-attention of a block sends over the ranks of cp in the forward and in the backward
-    pass.
-    """
+    "Bytes that a block's self-attention sends over the ranks of cp: forward, and in the backward pass."
     u, r, q = layout.ulysses, layout.ring, tokens * shape.width / layout.tp
     exchanged = gathers(4 * q * size, u)
     return exchanged + (r - 1) * 2 * q * size, exchanged + (r if r > 1 else 0) * 4 * q * 4
 
 # %% ../../nbs/3_models/10_costs.ipynb #3b24eeab
 def wan_block_cost(shape: WanShape, videos: Videos, layout: Layout, size: int) -> Cost:
-    "A block."
+    "Cost of a transformer block."
     w, f, tp, (tokens, row, own) = shape.width, shape.hidden, layout.tp, video_tokens(shape, videos, layout)
     among, scores = attention((tokens, row - tokens), False, w, layout)
     told, pictures = videos.clips * (videos.words + videos.picture), 1 if shape.image_width else 0
@@ -334,8 +349,9 @@ def wan_block_cost(shape: WanShape, videos: Videos, layout: Layout, size: int) -
 
 # %% ../../nbs/3_models/10_costs.ipynb #1f50c16b
 def wan_ends(shape: WanShape, videos: Videos, layout: Layout, size: int) -> tuple[Cost, Cost]:
-    """What comes before the blocks, the embeddings of patches, text, time and picture, and what behind them,
-    the head.
+    """Cost of what comes before the blocks, and of what follows them.
+
+    Before are the embeddings of patches, text, timestep and image; after is the head.
     """
     w, tp, clips, (_, row, own) = shape.width, layout.tp, videos.clips, video_tokens(shape, videos, layout)
     n = shape.in_channels * math.prod(shape.patch)
@@ -380,8 +396,9 @@ def wan_ends(shape: WanShape, videos: Videos, layout: Layout, size: int) -> tupl
 # %% ../../nbs/3_models/10_costs.ipynb #584c55b4
 @dataclass(frozen=True)
 class Tower:
-    """The costs of a tower, and the bytes that a stage hands to the next behind one of its layers, and behind
-    the whole tower.
+    """The costs of a tower, and the bytes of activations that a pipeline stage sends to the next.
+
+    `leaves` are those sent after one of its layers, `emerges` those sent after the whole tower.
     """
 
     first: Cost
@@ -392,7 +409,7 @@ class Tower:
 
 
 def qwen_costs(shape: QwenShape, talks: Talks, layout: Layout, size: int) -> dict[str, Tower]:
-    "The costs of Qwen2.5-VL on one rank of a layout, for micro-batches of numbers of `size` bytes."
+    "Costs of Qwen2.5-VL on one rank of a layout; `size` is the number of bytes of an element."
     grids = busiest(talks.grids, layout, shape.vision)
     part = layout.cp * (layout.tp if layout.sequence_parallel else 1)
     seen = tuple(
@@ -415,7 +432,7 @@ def qwen_costs(shape: QwenShape, talks: Talks, layout: Layout, size: int) -> dic
 
 
 def wan_costs(shape: WanShape, videos: Videos, layout: Layout, size: int) -> dict[str, Tower]:
-    "The costs of Wan2.1 on one rank of a layout, for micro-batches of numbers of `size` bytes."
+    "Costs of Wan2.1 on one rank of a layout; `size` is the number of bytes of an element."
     own = video_tokens(shape, videos, layout)[2] / (layout.tp if layout.sequence_parallel else 1)
     first, last = wan_ends(shape, videos, layout, size)
     leaves = (own + videos.clips * (7 + videos.words + videos.picture)) * shape.width * size

@@ -20,8 +20,9 @@ from ..parallel.pipeline import forward_through_stages
 
 # %% ../../nbs/3_models/09_denoise.ipynb #dd076a5f
 def as_one(chunks: Sequence[Wan2_1], mesh: Mesh) -> Callable[..., Tensor]:
-    """This rank's stages as the model they are a part of: called with what the model takes, its velocity
-    comes out on every rank.
+    """All pipeline stages as one model: a function of the model's inputs, with the velocity on every rank.
+
+    `chunks` are the stages of this rank.
     """
     return lambda *inputs: forward_through_stages(chunks, mesh, lambda chunk, x: chunk(*inputs, received=x))
 
@@ -34,8 +35,11 @@ def guided(
     first: Tensor | None = None,
     image: Tensor | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Velocity of clips (b c f h w) at times (b): away from `nothing` (b s d) towards `words` (b s d),
-    `guidance` times as far.
+    """Classifier-free guidance: a function of clips (b c f h w) and times (b) that gives their velocity.
+
+    It starts from the velocity for the empty caption `nothing` (b s d) and goes `guidance` times the way to
+    that for the caption `words` (b s d). For image to video, `first` (mask and latents of the first frame) is
+    concatenated to the clips and `image` are the image features.
     """
 
     def velocity(x, time):
@@ -50,7 +54,7 @@ def guided(
 
 # %% ../../nbs/3_models/09_denoise.ipynb #b665871b
 def open_scheduler(kind: str = 'unipc', shift: float = 5.0) -> Any:
-    "A scheduler of diffusers: `unipc` or `euler` with its shift."
+    "A diffusers scheduler for flow matching: `unipc` or `euler`, with its shift."
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     require(kind in ('unipc', 'euler'), f'scheduler {kind!r} is not one of unipc, euler')
@@ -69,13 +73,13 @@ def denoise(
     steps: int,
     watch: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
-    "The clips (b c f h w) that `steps` steps make of noise; `watch` is told every step."
+    "Clips (b c f h w) after `steps` steps of a scheduler from noise; `watch` gets the number of each step."
     scheduler.set_timesteps(steps, device=noise.device)
     # many steps with a large shift start with two equal times: looked up by time, the first would be skipped
     scheduler.set_begin_index(0)
     x = noise
     for step, time in enumerate(scheduler.timesteps):
-        # or Euler rounds the clip to a half-precision model's dtype after every step
+        # without the cast, Euler rounds the clip to a half-precision model's dtype after every step
         direction = velocity(x, time.expand(len(x))).to(x.dtype)
         x = scheduler.step(direction, time, x, return_dict=False)[0]
         watch(step)
@@ -83,8 +87,9 @@ def denoise(
 
 # %% ../../nbs/3_models/09_denoise.ipynb #1b8e2aa9
 def starting_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Normal noise (n *shape) in float32, a generator of its own for each seed, drawn on the CPU so that
-    every device starts from the same.
+    """Standard normal noise (n *shape) in float32, with a generator of its own for each seed.
+
+    It is drawn on the CPU, so that every device starts from the same noise.
     """
     return torch.stack(
         [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -101,6 +106,9 @@ def make_latents(
     image: Tensor | None = None,
     watch: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
-    "The clips (b c f h w) that `sampling` makes of noise for captions (b s d), away from `nothing` (b s d)."
+    """Clips (b c f h w) sampled from noise with the settings `sampling`, by classifier-free guidance.
+
+    `words` (b s d) are the embeddings of the captions, `nothing` (b s d) those of the empty caption.
+    """
     velocity = guided(model, words, nothing, sampling.guidance, first, image)
     return denoise(velocity, noise, open_scheduler(sampling.scheduler, sampling.shift), sampling.steps, watch)

@@ -16,17 +16,18 @@ from torch import Tensor
 from ..config import Flow
 
 # %% ../../nbs/3_models/06_flow.ipynb #856b125a
-TIMES = 1000  # the model's time is TIMES * sigma
+TIMES = 1000  # the model's timestep is TIMES * sigma
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:
-    "shift * u / (1 + (shift - 1) * u): 0 and 1 stay, what is between moves towards 1."
+    "Shifts u in 0...1 towards 1: shift * u / (1 + (shift - 1) * u). 0 and 1 stay."
     return shift * u / (1 + (shift - 1) * u)
 
 # %% ../../nbs/3_models/06_flow.ipynb #a38cdb67
 def flow_table(flow: Flow) -> tuple[Tensor, Tensor]:
-    """Sigmas (steps) from noise towards the clip, and the weights (steps) of their losses, 1 on average, both
-    in float64.
+    """Sigmas (steps), from noise towards the clip, and the weights (steps) of their losses, in float64.
+
+    The weights are 1 on average.
     """
     count = flow.steps + flow.extra_one_step
     sigmas = shifted(torch.linspace(1, flow.sigma_min, count, dtype=torch.float64)[: flow.steps], flow.shift)
@@ -36,7 +37,7 @@ def flow_table(flow: Flow) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/3_models/06_flow.ipynb #80464f0d
 def dice(seed: int, step: int, samples: Sequence[int]) -> list[np.random.Generator]:
-    "A random generator for each sample of a step."
+    "A random generator for each sample of a step, seeded by `seed`, step and sample."
     return [np.random.default_rng((seed, step, sample)) for sample in samples]
 
 
@@ -54,24 +55,24 @@ def flow_times(flow: Flow, generators: Sequence[np.random.Generator]) -> tuple[T
 
 
 def flow_noise(shape: Sequence[int], generators: Sequence[np.random.Generator]) -> Tensor:
-    "Normal noise (b *shape) in float32, one draw from each generator."
+    "Standard normal noise (b *shape) in float32, one draw from each generator."
     return torch.stack(
         [torch.from_numpy(g.standard_normal(tuple(shape), dtype=np.float32)) for g in generators]
     )
 
 # %% ../../nbs/3_models/06_flow.ipynb #8be4fe8e
 def each(sigma: Tensor, like: Tensor) -> Tensor:
-    "Numbers (b) as (b 1 1 ...) on the device of `like`, for a product with it."
+    "Numbers (b) as (b 1 1 ...) on the device of `like`, to be broadcast against it."
     return sigma.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    "(1 - sigma) * clean + sigma * noise for clips (b ...) and sigma (b)."
+    "Noisy clips (1 - sigma) * clean + sigma * noise, for clips (b ...) and sigma (b)."
     return clean + each(sigma, clean) * (noise - clean)
 
 
 def velocity_losses(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    "Mean square (b) of velocity - (noise - clean) of each clip (b ...), in float32."
+    "Mean squared error (b) of the velocity against noise - clean for each clip (b ...), in float32."
     return (velocity.float() - (noise.float() - clean.float())).square().flatten(1).mean(1)
 
 # %% ../../nbs/3_models/06_flow.ipynb #ca8474a2
@@ -83,7 +84,7 @@ def euler_sigmas(steps: int, shift: float) -> Tensor:
 def euler_steps(
     velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Tensor
 ) -> Iterator[Tensor]:
-    "The clips (b ...) after each step from noise; `velocity` gets clips (b ...) and times (b)."
+    "Yields the clips (b ...) after each Euler step from noise; `velocity` gets clips (b ...) and times (b)."
     x = noise
     for here, there in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
         x = x + (there - here) * velocity(x, torch.full((len(x),), TIMES * here, device=x.device)).to(x.dtype)

@@ -21,12 +21,15 @@ Pick = Callable[[Tensor], Tensor]  # logits (n, vocabulary) -> ids (n,)
 
 # %% ../../nbs/3_models/08_generate.ipynb #32cbb022
 def likeliest(logits: Tensor) -> Tensor:
-    "The id with the largest logit in each row."
+    "Greedy decoding: the ids (n,) with the largest of the logits (n, vocabulary)."
     return logits.argmax(-1)
 
 
 def drawn(temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Pick:
-    "A pick by chance; temperature 0 is the likeliest."
+    """Sampling with temperature, top-k and top-p; temperature 0 is greedy decoding.
+
+    `top_k` 0 and `top_p` 1 switch these filters off.
+    """
     if temperature == 0:
         return likeliest
     from transformers.generation.logits_process import (
@@ -52,7 +55,7 @@ def drawn(temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0)
 
 # %% ../../nbs/3_models/08_generate.ipynb #1fe5d1c0
 def whole_logits(model: Qwen2_5_VL, x: Tensor, mesh: Mesh) -> Tensor:
-    "Logits (n, vocabulary) of vectors (n, width) on every rank."
+    "Logits (n, vocabulary) of hidden states (n, width), all-gathered on every tensor-parallel rank."
     mine = model.text_decoder.logits(x)
     parts = [torch.empty_like(mine) for _ in range(mesh.tp.size)]
     dist.all_gather(parts, mine.contiguous(), group=mesh.tp.group)
@@ -62,8 +65,9 @@ def whole_logits(model: Qwen2_5_VL, x: Tensor, mesh: Mesh) -> Tensor:
 def further(
     chunk: Qwen2_5_VL, x: Tensor | None, ids: Tensor, place: Tensor, attends: Sequence[Attend]
 ) -> Tensor | None:
-    """What a stage makes of one more token (n) at a place (n) in each row: vectors for the next stage, or
-    normed ones (n, width).
+    """A stage's output for one more token `ids` (n) at position `place` (n) of each prompt.
+
+    It is hidden states for the next stage or, on the last, those after the final norm (n, width).
     """
     text = chunk.stage.layers['text']
     if not text:
@@ -77,9 +81,10 @@ def further(
 def tokens(
     chunks: Sequence[Qwen2_5_VL], batch: dict, prompts: int, room: int, mesh: Mesh, pick: Pick = likeliest
 ) -> Iterator[Tensor]:
-    """Ids (prompts,) of up to `room` new tokens after the first `prompts` segments of a packed batch.
+    """Yields ids (prompts,) of up to `room` new tokens after each of the first `prompts` samples of a batch.
 
-    The caller stops. Under sequence parallel, tp divides `prompts`.
+    The batch is packed. The loop does not know stop tokens: the caller ends it. Under sequence parallelism tp
+    must divide `prompts`.
     """
     lengths = batch['lengths'][:prompts]
     device = batch['input_ids'].device
@@ -129,9 +134,9 @@ def generate(
     room: int = 128,
     pick: Pick = likeliest,
 ) -> list[list[int]]:
-    """The new ids of each of the first `prompts` samples of a packed batch, without the stop token.
+    """Generated ids for each of the first `prompts` samples of a packed batch, without the stop token.
 
-    At most `room` each.
+    There are at most `room` new tokens for each.
     """
     answers: list[list[int]] = [[] for _ in range(prompts)]
     going = [True] * prompts

@@ -26,8 +26,10 @@ from ..parallel.stages import Stage, stages
 def position_ids(
     shape: QwenShape, input_ids: np.ndarray, grid: np.ndarray, seconds: np.ndarray
 ) -> np.ndarray:
-    """Positions (3, s) of time, row and column for ids (s) with items of grid (items, 3) and `seconds`
-    (items) per step.
+    """M-RoPE position ids (3, s) of time, row and column for token ids (s).
+
+    `grid` (items, 3) has steps, rows and columns of each image or video, `seconds` (items) the seconds
+    per step.
     """
     visual = np.isin(input_ids, (shape.image_token, shape.video_token))
     found, start, token = [], 0, 0
@@ -46,7 +48,7 @@ def position_ids(
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #d78f57da
 def shared_items(grid: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of grid (items, 3) that come before this rank's share on an axis, its share, and those behind.
+    """The rows of grid (items, 3) before this rank's share on an axis, its share, and those after it.
 
     Shares have about equally many patches.
     """
@@ -55,9 +57,9 @@ def shared_items(grid: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def own_items(pixels: Tensor, grid: Tensor, shape: VisionShape, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The patches and grids of this rank's share of a row's pictures and videos.
+    """The patches and grids of this rank's share of the images and videos of a packed sequence.
 
-    A blank picture where it has none.
+    A rank whose share is empty gets a blank image.
     """
     before, here, _ = shared_items(grid, axis)
     start, count = int(before.prod(1).sum()), int(here.prod(1).sum())
@@ -69,43 +71,49 @@ def own_items(pixels: Tensor, grid: Tensor, shape: VisionShape, axis: Axis) -> t
 
 
 def whole_tokens(tokens: Tensor, grid: Tensor, shape: VisionShape, axis: Axis) -> Tensor:
-    """The tokens (n 1 width) of all pictures and videos of a row, of those that the ranks of an axis made
-    from their `own_items`.
+    """The visual tokens (n 1 width) of all images and videos of a packed sequence, on every rank of an axis.
+
+    `tokens` are those that this rank computed from its `own_items`; an all-reduce puts them together.
     """
     before, here, behind = (int(part.prod(1).sum()) // shape.merge**2 for part in shared_items(grid, axis))
     return Together.apply(F.pad(tokens[:here], (0, 0, 0, 0, before, behind)), axis)
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #a0177134
-def label_losses(tower: TextTower, x: Tensor, batch: dict, held: Tensor) -> Tensor:
-    """Cross-entropies (n,) in nats of the labelled tokens among those at places `held`, whose normed vectors
-    are x (len(held), width), times `weights` (s) if the batch has them.
-    """
-    labels = batch['labels'][held]
+def label_losses(
+    tower: TextTower,
+    x: Tensor,  # (s/cp, width)  hidden states of this rank's tokens, after the final norm
+    batch: dict,
+    local_positions: Tensor,  # (s/cp,)  where these tokens stand in the packed sequence
+) -> Tensor:  # (n,)  one loss for each of them that has a label
+    "Cross-entropies in nats, multiplied by `weights` (s) if the batch has them."
+    labels = batch['labels'][local_positions]
     losses = vocab_loss(tower, x, labels)
-    return losses * batch['weights'][held][labels >= 0] if 'weights' in batch else losses
+    return losses * batch['weights'][local_positions][labels >= 0] if 'weights' in batch else losses
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #865eedc4
 def scatter_visual_embeddings(
-    words: Tensor, tokens: Tensor, ids: Tensor, held: Tensor, shape: QwenShape
-) -> Tensor:
-    """The vectors (len(held) 1 width) of a row's words at places `held`, with the tokens (n 1 width) of
-    pictures and videos of the whole row of ids (s) in their places.
-    """
-    visual = (ids == shape.image_token) | (ids == shape.video_token)
-    if len(tokens) != visual.sum():
+    text_embeds: Tensor,  # (s/cp, 1, width)  embeddings of this rank's tokens
+    visual_embeds: Tensor,  # (n, 1, width)  all images and videos of the packed sequence, in order
+    input_ids: Tensor,  # (s,)  the whole packed sequence
+    local_positions: Tensor,  # (s/cp,)  where this rank's tokens stand in it
+    shape: QwenShape,
+) -> Tensor:  # (s/cp, 1, width)
+    "Replaces image and video placeholders by visual embeddings. ValueError if their numbers differ."
+    is_visual = (input_ids == shape.image_token) | (input_ids == shape.video_token)
+    if len(visual_embeds) != is_visual.sum():
         raise ValueError(
-            f'the text has {int(visual.sum())} places for picture tokens, the pictures make {len(tokens)}'
+            f'the text has {int(is_visual.sum())} placeholders, the images make {len(visual_embeds)} tokens'
         )
-    here = visual[held]
-    return words.index_copy(
-        0, here.nonzero()[:, 0], tokens[(visual.cumsum(0) - 1)[held][here]].to(words.dtype)
-    )
+    nth_visual = is_visual.cumsum(0) - 1  # placeholder -> its embedding
+    local = is_visual[local_positions]
+    source = visual_embeds[nth_visual[local_positions][local]]
+    return text_embeds.index_copy(0, local.nonzero()[:, 0], source.to(text_embeds.dtype))
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #f723cd7f
 class Qwen2_5_VL(nn.Module):
-    """Qwen2.5-VL over packed micro-batches, or the piece of it that a stage holds.
+    """Qwen2.5-VL over packed micro-batches, or the layers of one pipeline stage.
 
-    Parameters bear the names of MindSpeed-MM's files.
+    Parameters have the names of MindSpeed-MM's files.
     """
 
     def __init__(
@@ -119,49 +127,58 @@ class Qwen2_5_VL(nn.Module):
         if text:
             self.text_decoder = TextTower(shape.text, mesh, dtype, text)
 
-    def look(self, batch: dict, x: Tensor | None) -> Tensor:
-        """The tokens (n 1 width) of this rank's pictures and videos, or rows (p 1 width) for the next vision
-        stage; x came from the one before.
+    def encode_images(self, batch: dict, x: Tensor | None) -> Tensor:
+        """Visual tokens (n 1 width) of this rank's images and videos.
+
+        On any vision stage but the last, hidden states (p 1 width) for the next one; `x` is the output of the
+        previous one.
         """
         pixels, grid = own_items(batch['pixels'], batch['grid'], self.shape.vision, self.mesh.cp)
         return self.image_encoder(pixels if self.stage.first else x, grid)
 
-    def held(self, ids: Tensor) -> Tensor:
-        "The places (s / cp) in a row of ids (s) whose tokens this rank computes."
+    def local_positions(self, ids: Tensor) -> Tensor:
+        "Positions (s / cp) in a packed sequence of ids (s) whose tokens this rank computes."
         return rank_positions(len(ids), self.mesh.layout)[self.mesh.cp.rank].to(ids.device)
 
     def hidden(
         self, batch: dict, received: Tensor | None = None, attends: Sequence[Attend] | None = None
     ) -> Tensor:
-        """Normed vectors (s / cp, width) of a packed micro-batch, every sample attending to its own past, or
-        what the next stage is to receive; with an Attend for every text layer, of all tokens on every
-        rank.
+        """Hidden states (s / cp, width), after the final norm, of a packed micro-batch.
+
+        On any stage but the last, what the next stage receives. Attention is causal within each sample; with
+        `attends`, one for every text layer, every rank computes all tokens.
         """
         x, text, ids = received, self.stage.layers['text'], batch['input_ids']
         if self.stage.layers['vision']:
-            x = self.look(batch, x)
+            x = self.encode_images(batch, x)
         if not text:
             return x
-        held = self.held(ids) if attends is None else torch.arange(len(ids), device=ids.device)
+        positions = (
+            self.local_positions(ids) if attends is None else torch.arange(len(ids), device=ids.device)
+        )
         if text.start == 0:
             x = scatter_visual_embeddings(
-                self.text_decoder.embed(ids[held]),
+                self.text_decoder.embed(ids[positions]),
                 whole_tokens(x, batch['grid'], self.shape.vision, self.mesh.cp),
                 ids,
-                held,
+                positions,
                 self.shape,
             )
         if attends is None:
             attends = [packed_attention(batch['lengths'].tolist(), True, self.mesh)] * len(text)
-        return self.text_decoder(x, batch['positions'][:, held], attends)
+        return self.text_decoder(x, batch['positions'][:, positions], attends)
 
     def forward(self, batch: dict, received: Tensor | None = None) -> Tensor:
-        """Cross-entropies (n,) in nats of the labelled tokens of a packed micro-batch that this rank holds,
-        times `weights` (s) if the batch has them; or what the next stage is to receive.
+        """Cross-entropies (n,) in nats of the labelled tokens of a packed micro-batch that this rank holds.
+
+        They are multiplied by `weights` (s) if the batch has them. On any stage but the last, what the next
+        stage receives.
         """
         x = self.hidden(batch, received)
         return (
-            label_losses(self.text_decoder, x, batch, self.held(batch['input_ids'])) if self.stage.last else x
+            label_losses(self.text_decoder, x, batch, self.local_positions(batch['input_ids']))
+            if self.stage.last
+            else x
         )
 
 # %% ../../nbs/3_models/04_qwen2_5_vl.ipynb #cb0715fc
@@ -169,6 +186,6 @@ PARTS = {'vision': 'image_encoder.encoder.', 'merger': 'image_encoder.projector.
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    "Takes the named parts (vision, merger, text) of a model or a stage out of training."
+    "Excludes the named parts (vision, merger, text) of a model or a stage from training."
     for name, p in model.named_parameters():
         p.requires_grad_(not any(name.startswith(PARTS[part]) for part in parts))

@@ -18,7 +18,7 @@ from ..parallel.layers import npu_rotary
 
 # %% ../../nbs/3_models/00_rope.ipynb #0878fc4e
 def frequencies(dim: int, theta: float, device: torch.device | str = 'cpu') -> Tensor:
-    "theta^(-2i/dim) for i < dim/2, in float32: Su et al. 2021, eq. 15."
+    "Inverse frequencies theta^(-2i/dim) (dim/2,) in float32, for i < dim/2 (Su et al. 2021, eq. 15)."
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
@@ -39,13 +39,13 @@ def mrope(positions: Tensor, dim: int, theta: float, sections: Sequence[int]) ->
 
 # %% ../../nbs/3_models/00_rope.ipynb #78db4072
 def cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    "Cosine and sine (... d) of angles (... d/2), each angle serving both halves."
+    "Cosine and sine (... d) of angles (... d/2); each angle serves both halves of the channels."
     both = torch.cat([angles, angles], -1)
     return both.cos().to(dtype), both.sin().to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    "x (b s h d) turned by cosines and sines (b s d): x cos + rotate(x) sin."
+    "Rotates x (b s h d) by cosines and sines (b s d): x cos + rotate_half(x) sin."
     first, second = x.chunk(2, -1)
     turned = torch.cat([-second, first], -1)
     return (x * cos[..., None, :] + turned * sin[..., None, :]).to(x.dtype)
@@ -55,13 +55,13 @@ apply_rotary = by_device(apply_rotary, npu=partial(npu_rotary, mode='half'))
 
 # %% ../../nbs/3_models/00_rope.ipynb #9c06d488
 def write_rotated(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, into: Sequence[Tensor]) -> None:
-    "Writes first cos - second sin and first sin + second cos into two tensors."
+    "Writes first cos - second sin and first sin + second cos to the two tensors of `into`."
     torch.mul(first, cos, out=into[0]).addcmul_(second, sin, value=-1)
     torch.mul(first, sin, out=into[1]).addcmul_(second, cos)
 
 
 class RotaryInterleaved(torch.autograd.Function):
-    "`apply_rotary_interleaved`, computed in float32."
+    "The autograd function of `apply_rotary_interleaved`, computed in float32."
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,15 +79,16 @@ class RotaryInterleaved(torch.autograd.Function):
 
 
 def apply_rotary_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (b s h d) with each pair of neighbouring channels turned, all first ones before all second ones.
+    """Rotates each pair of neighbouring channels of x (b s h d).
 
-    Cosines and sines are (s, d/2) in float32.
+    Cosines and sines are (s, d/2) in float32. The output has the first channels of all pairs before all
+    second ones.
     """
     return RotaryInterleaved.apply(x, cos[:, None], sin[:, None])
 
 
 def npu_rotary_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    "`apply_rotary_interleaved` by the NPU's kernel, which leaves neighbours side by side."
+    "`apply_rotary_interleaved` with the NPU's kernel, which keeps the channels of a pair side by side."
     return npu_rotary(x, *(table.repeat_interleave(2, -1)[None] for table in (cos, sin)), mode='interleave')
 
 

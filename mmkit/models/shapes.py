@@ -23,7 +23,11 @@ from ..parallel.stages import LayerSplit, check_cut, layer_rows, stages
 # %% ../../nbs/3_models/01_shapes.ipynb #e373596c
 @dataclass(frozen=True)
 class VisionShape:
-    "Sizes of the vision tower; `window` is in pixels, `full_layers` are the layers that see a whole frame."
+    """Sizes of the vision tower.
+
+    `window` is the side of an attention window in pixels; `full_layers` are the layers with full attention
+    over a whole frame.
+    """
 
     layers: int
     width: int
@@ -62,17 +66,17 @@ class VisionShape:
 
     @property
     def patch_size(self) -> int:
-        "Numbers in one patch: channels x frames x height x width."
+        "Values in one patch: channels x frames x height x width."
         return self.channels * self.frames * self.patch**2
 
     @property
-    # what is divided
+    # sizes that tp must divide
     def cuts(self) -> dict[str, int]:
         return {'vision num_heads': self.heads, 'vision intermediate_size': self.hidden}
 
 # %% ../../nbs/3_models/01_shapes.ipynb #7c7b8817
 def vision_costs(shape: VisionShape) -> list[float]:
-    """What each layer does for one token: its weights times the patches of a token.
+    """Relative cost of each layer for one visual token: its weights times the patches of a token.
 
     The merger counts with the last layer.
     """
@@ -82,7 +86,11 @@ def vision_costs(shape: VisionShape) -> list[float]:
 
 # %% ../../nbs/3_models/01_shapes.ipynb #19dbd61a
 def dealt(sizes: Sequence[int], ranks: int) -> list[int]:
-    "Which of some ranks each item of a row gets, by where the middle of the item lies."
+    """For each item of a packed sequence, which of `ranks` ranks gets it.
+
+    `sizes` are the sizes of the items. An item goes to the rank in whose equal share of the total its middle
+    lies.
+    """
     return [(2 * end - size) * ranks // (2 * sum(sizes)) for size, end in zip(sizes, accumulate(sizes))]
 
 # %% ../../nbs/3_models/01_shapes.ipynb #b72782a2
@@ -113,7 +121,10 @@ def check_text(text: dict, rope: dict) -> None:
 # %% ../../nbs/3_models/01_shapes.ipynb #17939b14
 @dataclass(frozen=True)
 class TextShape:
-    "Sizes of the text tower; `tied` means the output head is the embedding."
+    """Sizes of the text tower.
+
+    `groups` is the number of key-value heads; `tied` means that the LM head has the weight of the embedding.
+    """
 
     layers: int
     width: int
@@ -162,14 +173,14 @@ class TextShape:
 
 # %% ../../nbs/3_models/01_shapes.ipynb #1907002a
 def text_costs(shape: TextShape) -> list[float]:
-    "What each layer does for one token: its weights; the output head counts with the last layer."
+    "Relative cost of each layer for one token: its weights. The LM head counts with the last layer."
     layer = shape.width * (2 * shape.width + 2 * shape.groups * shape.head_width + 3 * shape.hidden)
     return [float(layer)] * (shape.layers - 1) + [float(layer + shape.vocabulary * shape.width)]
 
 # %% ../../nbs/3_models/01_shapes.ipynb #126310ce
 @dataclass(frozen=True)
 class QwenShape:
-    "Both towers, the ids of the placeholders, and how many positions a second of video is long."
+    "Both towers, the token ids of the placeholders, and the temporal positions in a second of video."
 
     vision: VisionShape
     text: TextShape
@@ -179,7 +190,7 @@ class QwenShape:
 
     @classmethod
     def from_hf(cls, config: dict) -> 'QwenShape':
-        "The shape from a parsed `config.json`; another kind of model is an error."
+        "The shape from a parsed `config.json`; raises ValueError for another kind of model."
         if config.get('model_type') != 'qwen2_5_vl':
             raise ValueError(
                 f'config.json: model_type is {config.get("model_type")!r}, not qwen2_5_vl; give the folder of'
@@ -196,18 +207,21 @@ class QwenShape:
 
     @property
     def costs(self) -> dict[str, list[float]]:
-        "What each layer of each tower costs, in the order in which they follow one another."
+        "Relative cost of each layer, for each tower in the order of the forward pass."
         return {'vision': vision_costs(self.vision), 'text': text_costs(self.text)}
 
     def check(self, layout: Layout) -> None:
-        "Raises ValueError when the model cannot be laid out like this."
+        "Raises ValueError when the layout does not divide the model or cannot split its layers."
         check_cut(self.vision.cuts | self.text.cuts, layout, 'num_attention_heads')
         stages(self.costs, layout)
 
 # %% ../../nbs/3_models/01_shapes.ipynb #17580fbe
 @dataclass(frozen=True)
 class WanShape:
-    "Sizes of the model; `patch` is in latent frames, rows, columns, `image_width` is None for text to video."
+    """Sizes of the model.
+
+    `patch` is in latent frames, rows and columns; `image_width` is None for text to video.
+    """
 
     layers: int
     heads: int
@@ -225,7 +239,7 @@ class WanShape:
 
     @classmethod
     def from_hf(cls, config: dict) -> 'WanShape':
-        "The shape from a parsed `config.json`; another kind of model is an error."
+        "The shape from a parsed `config.json`; raises ValueError for another kind of model."
         check_wan(config)
         return cls(
             config['num_layers'],
@@ -253,7 +267,7 @@ class WanShape:
         return {'wan': [1.0] * self.layers}
 
     def check(self, layout: Layout) -> None:
-        "Raises ValueError when the model cannot be laid out like this."
+        "Raises ValueError when the layout does not divide the model or cannot split its layers."
         check_cut({'num_attention_heads': self.heads, 'ffn_dim': self.hidden}, layout, 'num_attention_heads')
         stages(self.costs, layout)
 
@@ -282,9 +296,9 @@ def check_wan(config: dict) -> None:
 
 # %% ../../nbs/3_models/01_shapes.ipynb #9200dd7a
 def own_class(task: str) -> type:
-    """The class that `FILE.py:Class` names.
+    """Runs the file of a task `FILE.py:Class` and returns the class.
 
-    A ValueError says what is not there, or how running the file failed.
+    Raises ValueError when the file, the class or its `Shape` is missing, or when running the file fails.
     """
     file, _, name = task.rpartition(':')
     require(
@@ -318,27 +332,30 @@ SHAPES = {'qwen2_5_vl': QwenShape, 'wan2_1': WanShape}
 
 
 def layer_splits(shape: QwenShape | WanShape, layout: Layout) -> dict[str, LayerSplit]:
-    "Rows of layers for each tower of a model, as the layout gives them or balanced."
+    "Layer split over pipeline stages of each tower, as the layout gives it or balanced."
     return layer_rows(shape.costs, layout)
 
 
 def transformer_of(folder: str | Path) -> Path:
-    "The transformer of a pipeline folder, or the folder itself."
+    "The `transformer` folder of a diffusers pipeline, or the folder itself where there is none."
     inner = Path(folder) / 'transformer'
     return inner if (inner / 'config.json').is_file() else Path(folder)
 
 
 def text_room(folder: str | Path) -> int:
-    """How many tokens of a caption the model of a pipeline folder sees: 512, or fewer where its tokenizer
-    says so.
+    """Maximum number of caption tokens of the model of a pipeline folder.
+
+    It is 512, or fewer where the tokenizer's `model_max_length` says so.
     """
     path = Path(folder) / 'tokenizer' / 'tokenizer_config.json'
     return min(512, int(load_json(path).get('model_max_length') or 512)) if path.is_file() else 512
 
 
 def shape_of(config: Config) -> Any:
-    """The shape of the model that a configuration trains: a `QwenShape`, a `WanShape`, or that of a class of
-    your own.
+    """The shape of the model that a configuration trains.
+
+    A `QwenShape`, a `WanShape`, or an instance of the `Shape` of a custom class. Raises ValueError when there
+    is no `config.json`.
     """
     file = transformer_of(config.processor or config.weights) / 'config.json'
     require(

@@ -36,7 +36,7 @@ from ..parallel.stages import check_cut
 
 # %% ../../nbs/3_models/03_text.ipynb #7aab40b7
 class TextAttention(nn.Module):
-    "Grouped-query self-attention over (s 1 width) by a given `Attend`."
+    "Grouped-query self-attention over a packed sequence (s 1 width) by a given `Attend`."
 
     def __init__(self, shape: TextShape, config: Any):
         super().__init__()
@@ -59,7 +59,7 @@ class TextAttention(nn.Module):
 
 
 def text_layer(shape: TextShape, config: Any, layout: Layout) -> Layer:
-    "A layer of the tower."
+    "A decoder layer: grouped-query attention and a SwiGLU MLP."
     mlp = Mlp(
         config,
         shape.width,
@@ -73,7 +73,10 @@ def text_layer(shape: TextShape, config: Any, layout: Layout) -> Layer:
 
 # %% ../../nbs/3_models/03_text.ipynb #29812ad9
 class Head(nn.Module):
-    "The output weight of an untied model: vectors (n, width) to this rank's part of the logits."
+    """LM head with a weight of its own: hidden states (n, width) to this rank's shard of the logits.
+
+    An untied model has it, and the last of several pipeline stages of a tied model.
+    """
 
     def __init__(self, config: Any, vocabulary: int, width: int):
         super().__init__()
@@ -87,8 +90,10 @@ class Head(nn.Module):
 
 # %% ../../nbs/3_models/03_text.ipynb #9a97cae3
 def mark_tied(tower: nn.Module) -> None:
-    """Marks the weight that stages of a tied model hold twice, in Megatron's words: `shared` is the copy that
-    does not count in the norm of the gradient. A tower in one piece has no copy.
+    """Marks the embedding weight that the first and the last pipeline stage of a tied model both hold.
+
+    The attributes are Megatron's: `shared_embedding` on both; `shared` on the one of the LM head, which does
+    not count in the gradient norm. A tower that is not split into stages holds the weight once.
     """
     if hasattr(tower, 'embedding'):
         tower.embedding['word_embeddings'].weight.shared_embedding = True
@@ -97,9 +102,9 @@ def mark_tied(tower: nn.Module) -> None:
 
 # %% ../../nbs/3_models/03_text.ipynb #3c064494
 class TextTower(nn.Module):
-    """Vectors of a packed row in, normed vectors out, and logits on request.
+    """The decoder: embeddings of a packed sequence to hidden states after the final norm; logits on request.
 
-    Or the part of that way that `held` layers go.
+    With `held` only these layers, those of one pipeline stage.
     """
 
     def __init__(self, shape: TextShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
@@ -129,13 +134,14 @@ class TextTower(nn.Module):
             mark_tied(self)
 
     def embed(self, ids: Tensor) -> Tensor:
-        "Vectors (s 1 width) for ids (s), the whole row on every rank."
+        "Embeddings (s 1 width) of token ids (s), all of them on every rank."
         return self.embedding['word_embeddings'](ids[:, None])
 
     def forward(self, x: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
-        """Normed vectors (s width) of a row x (s 1 width) with positions (3 s), one Attend per layer.
+        """Hidden states (s width), after the final norm, of embeddings x (s 1 width) with positions (3 s).
 
-        Between two stages, this rank's share of vectors (s 1 width).
+        `attends` has one `Attend` per layer. Between two stages x, or the result, is this rank's shard of
+        hidden states (s 1 width).
         """
         # b s d/2
         angles = mrope(positions[:, None], self.shape.head_width, self.shape.theta, self.shape.sections)
@@ -151,7 +157,7 @@ class TextTower(nn.Module):
         )
 
     def logits(self, x: Tensor) -> Tensor:
-        "Logits (n, vocabulary / tp) of vectors (n, width): this rank's part of the vocabulary."
+        "Logits (n, vocabulary / tp) of hidden states (n, width): this rank's shard of the vocabulary."
         return (
             self.output_layer(x)
             if hasattr(self, 'output_layer')
@@ -160,8 +166,9 @@ class TextTower(nn.Module):
 
 # %% ../../nbs/3_models/03_text.ipynb #c10aecd8
 def vocab_loss(tower: TextTower, x: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy (n,) in nats of the labelled tokens of a row x (s, width) with labels (s), -100 where
-    none.
+    """Cross-entropy (n,) in nats of the n labelled tokens of a packed sequence.
+
+    `x` (s, width) are hidden states after the final norm; labels (s) are -100 where there is none.
     """
     rows = (labels >= 0).nonzero()[:, 0]
     return megatron().vocab_parallel_cross_entropy(tower.logits(x[rows]).float(), labels[rows])

@@ -44,7 +44,7 @@ def patch_positions(grid: Tensor, merge: int) -> Tensor:
 # %% ../../nbs/3_models/02_vision.ipynb #52b0c9ba
 @dataclass(frozen=True)
 class Windows:
-    "The order of cells that puts windows together, and how many patches each window and each frame has."
+    "The order of cells that makes windows contiguous, and the numbers of patches per window and frame."
 
     order: Tensor
     window_lengths: list[int]
@@ -52,7 +52,7 @@ class Windows:
 
 
 def windows(grid: Tensor, shape: VisionShape) -> Windows:
-    "Windows over a row of pictures and videos with grids (items, 3)."
+    "Attention windows of a packed sequence of images and videos with grids (items, 3)."
     side, unit, start = shape.window // (shape.patch * shape.merge), shape.merge**2, 0
     orders, window_lengths, frame_lengths = [], [], []
     for steps, rows, columns in grid.tolist():
@@ -72,7 +72,7 @@ def windows(grid: Tensor, shape: VisionShape) -> Windows:
 
 # %% ../../nbs/3_models/02_vision.ipynb #88c6b04c
 class PatchEmbed(nn.Module):
-    "Patches (n, channels * frames * patch * patch) to vectors (n, width)."
+    "Patch embedding: patches (n, channels * frames * patch * patch) to embeddings (n, width)."
 
     def __init__(self, shape: VisionShape, dtype: torch.dtype):
         super().__init__()
@@ -85,7 +85,7 @@ class PatchEmbed(nn.Module):
 
 # %% ../../nbs/3_models/02_vision.ipynb #a3f53cc0
 class VisionAttention(nn.Module):
-    "Self-attention over a row (s 1 width) by a given `Attend`."
+    "Self-attention over a packed sequence (s 1 width) by a given `Attend`."
 
     def __init__(self, shape: VisionShape, config: Any):
         super().__init__()
@@ -102,7 +102,7 @@ class VisionAttention(nn.Module):
 
 
 def vision_layer(shape: VisionShape, config: Any, layout: Layout) -> Layer:
-    "A layer of the tower."
+    "A transformer layer of the vision tower: self-attention and a gated MLP."
     mlp = Mlp(
         config,
         shape.width,
@@ -116,7 +116,7 @@ def vision_layer(shape: VisionShape, config: Any, layout: Layout) -> Layer:
 
 # %% ../../nbs/3_models/02_vision.ipynb #cc086da0
 class Merger(nn.Module):
-    "Patches (n, width) in merge order to tokens (n / 4, out_width)."
+    "Patch merger: hidden states of patches (n, width) in merge order to tokens (n / 4, out_width)."
 
     def __init__(self, shape: VisionShape, config: Any):
         super().__init__()
@@ -129,16 +129,16 @@ class Merger(nn.Module):
 
 # %% ../../nbs/3_models/02_vision.ipynb #82a30c63
 class VisionTower(nn.Module):
-    """Pictures and videos, as patches in one row, to tokens for the text tower in the same order.
+    """Patches of images and videos in one packed sequence to visual tokens in the same order.
 
-    Or the part of that way that `held` layers go.
+    With `held` only these layers, those of one pipeline stage.
     """
 
     def __init__(self, shape: VisionShape, mesh: Mesh, dtype: torch.dtype, held: range | None = None):
         super().__init__()
         self.held = held = range(shape.layers) if held is None else held
         check_cut(shape.cuts, mesh.layout)
-        # rows of patches are short and uneven: every rank has all of them
+        # sequences of patches are short and uneven: every tensor-parallel rank has all patches
         config = engine_config(mesh, dtype, sequence_parallel=False)
         self.shape, self.layout = shape, mesh.layout
         first = {'patch_embed': nn.ModuleDict({'proj': PatchEmbed(shape, dtype)})} if held.start == 0 else {}
@@ -154,8 +154,10 @@ class VisionTower(nn.Module):
             self.projector = Merger(shape, config)
 
     def forward(self, x: Tensor, grid: Tensor) -> Tensor:
-        """Patches (p, patch_size) of items with grids (items, 3), a tensor on the host, to tokens (p / 4, 1,
-        out_width); between two stages, rows of vectors (p 1 width).
+        """Visual tokens (p / 4, 1, out_width) of patches (p, patch_size).
+
+        `grid` (items, 3) has steps, rows and columns of each image or video and is a tensor on the host.
+        Between two stages x, or the result, is hidden states (p 1 width).
         """
         found = windows(grid, self.shape)
         order, unit = found.order.to(x.device), self.shape.merge**2
@@ -183,7 +185,7 @@ class VisionTower(nn.Module):
         )
 
     def angles(self, grid: Tensor, order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        "Cosines and sines (1 patches d) in window order, in float32."
+        "Cosines and sines (1 patches d) of two-dimensional RoPE in window order, in float32."
         positions = (
             patch_positions(grid, self.shape.merge)
             .unflatten(0, (-1, self.shape.merge**2))[order]

@@ -42,9 +42,9 @@ from ..parallel.stages import Stage, stages
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #e8f815dd
 def grid_of(latents: Tensor, shape: WanShape) -> tuple[int, int, int]:
-    """Patches along frames, rows and columns of latents (b c f h w).
+    """Number of patches along frames, rows and columns of latents (b c f h w).
 
-    Sizes that the model cannot take raise ValueError.
+    Raises ValueError for sizes that the model cannot take.
     """
     channels, sizes = latents.shape[1], tuple(latents.shape[2:])
     require(
@@ -65,7 +65,7 @@ def grid_of(latents: Tensor, shape: WanShape) -> tuple[int, int, int]:
 
 
 def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    "Patches (s b n) of latents (b c f h w), n = numbers in a patch, the channels fastest."
+    "Cuts latents (b c f h w) into patches (s b n) of n values each, the channels contiguous."
     (b, c, *sizes), (t, y, x) = latents.shape, patch
     f, h, w = (n // p for n, p in zip(sizes, patch))
     return (
@@ -76,23 +76,24 @@ def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
-    "Latents (b c f h w) of patches (s b n): what `patchify` cut."
+    "Latents (b c f h w) of patches (s b n): the inverse of `patchify`."
     (f, h, w), (t, y, x) = grid, patch
     cut = patches.reshape(f, h, w, patches.shape[1], t, y, x, -1).permute(3, 7, 0, 4, 1, 5, 2, 6)
     return cut.reshape(*cut.shape[:2], f * t, h * y, w * x)
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #781d3d2f
 def tokenwise(parameter: nn.Parameter, config: Any) -> nn.Parameter:
-    """The parameter, whole on every rank.
+    """Marks a parameter that is whole on every rank, and returns it.
 
-    Under sequence parallel each rank's tokens make a part of its gradient, and the parts are summed.
+    Under sequence parallelism each rank's tokens give a part of its gradient; the attribute
+    `sequence_parallel` says that the parts are to be summed.
     """
     parameter.sequence_parallel = config.sequence_parallel
     return parameter
 
 
 class PatchEmbed(nn.Module):
-    "Patches (s b n) to tokens (s b width); the weight is that of a 3-D convolution."
+    "Patch embedding: patches (s b n) to tokens (s b width); the weight is that of a 3-D convolution."
 
     def __init__(self, shape: WanShape, config: Any):
         super().__init__()
@@ -112,7 +113,7 @@ class PatchEmbed(nn.Module):
 # %% ../../nbs/3_models/05_wan2_1.ipynb #89795574
 @lru_cache(maxsize=16)
 def rope_3d(grid: tuple[int, int, int], dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    "Cosines and sines (tokens, dim/2) in float32 of all cells of a grid of frames, rows, columns."
+    "3-D RoPE: cosines and sines (tokens, dim/2) in float32 of all cells of a grid of frames, rows, columns."
     side = 2 * (dim // 6)
     cells = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) for count in grid))
     frequencies = [
@@ -124,8 +125,9 @@ def rope_3d(grid: tuple[int, int, int], dim: int, theta: float = 10000.0) -> tup
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #358ad645
 def quiet_linear(config: Any, inputs: int, outputs: int) -> nn.Module:
-    """Megatron's linear with its outputs cut over the ranks, for an input that is whole and whose gradient is
-    summed elsewhere.
+    """Megatron's `ColumnParallelLinear` without communication: its outputs are sharded over the ranks.
+
+    Its input must be whole on every rank, and the gradient of the input be summed elsewhere.
     """
     return megatron().ColumnParallelLinear(
         inputs,
@@ -140,9 +142,9 @@ def quiet_linear(config: Any, inputs: int, outputs: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Queries, keys, values and output of some heads; (s b width) in and out.
+    """Projections, norms and output of this rank's attention heads; (s b width) in and out.
 
-    `config` cuts the sequence or not, `quiet` does not.
+    Linears with `config` shard the sequence under sequence parallelism, those with `quiet` never do.
     """
 
     def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis):
@@ -167,7 +169,7 @@ class Attention(nn.Module):
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #7310267c
 class SelfAttention(Attention):
-    "Each token of a clip sees all others."
+    "Self-attention: each token of a clip attends to all tokens of the clip."
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = self.inward(x, x)
@@ -177,7 +179,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    "Each token of a clip sees the text, and the tokens of a picture if there is one."
+    "Cross-attention: each token of a clip attends to the text and, if there is one, to the image."
 
     def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis):
         super().__init__(shape, config, quiet, axis)
@@ -211,12 +213,18 @@ class LayerNorm(nn.Module):
 
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
-    "norm(x) * (1 + scale) + shift of tokens (s b width) for each clip (b width), computed in float32."
+    """Adaptive layer norm: norm(x) * (1 + scale) + shift, computed in float32.
+
+    `x` are tokens (s b width); `scale` and `shift` are (b width), one for each clip.
+    """
     return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=epsilon), 1 + scale).to(x.dtype)
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    "x + update * gate of tokens (s b width) for each clip (b width), computed in float32."
+    """Gated residual: x + update * gate, computed in float32.
+
+    `x` and `update` are tokens (s b width); `gate` is (b width), one for each clip.
+    """
     return torch.addcmul(x.float(), update.float(), gate).to(x.dtype)
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #9af7b296
@@ -224,8 +232,9 @@ gelu = partial(F.gelu, approximate='tanh')
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and an mlp over tokens (s b width), the first and the last modulated by
-    time (b 6 width).
+    """Transformer block: self-attention, cross-attention and an MLP over tokens (s b width).
+
+    Self-attention and MLP are modulated by the projected timestep embedding (b 6 width).
     """
 
     def __init__(self, shape: WanShape, config: Any, quiet: Any, axis: Axis, recompute: bool = False):
@@ -261,7 +270,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #08373159
 def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
-    "Cosines, then sines (b width) of times (b), in float32."
+    "Sinusoidal timestep embedding (b width) of times (b) in float32: cosines, then sines."
     angles = time.float()[:, None] * torch.exp(
         -math.log(10000) / (width // 2) * torch.arange(width // 2, dtype=torch.float32, device=time.device)
     )
@@ -269,12 +278,12 @@ def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
 
 
 def linear(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
-    "A linear that every rank holds whole, its weight not initialised."
+    "A torch linear that every rank holds whole, its parameters not initialised."
     return nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype)
 
 
 class TextEmbed(nn.Module):
-    "Text (b s text_width) to tokens (s b width)."
+    "MLP from text embeddings (b s text_width) to tokens (s b width)."
 
     def __init__(self, shape: WanShape, dtype: torch.dtype):
         super().__init__()
@@ -286,7 +295,7 @@ class TextEmbed(nn.Module):
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #b506f1ea
 class ImageEmbed(nn.Module):
-    "Features of a picture (b n image_width) to tokens (n b width)."
+    "MLP from image features (b n image_width) to tokens (n b width)."
 
     def __init__(self, shape: WanShape, quiet: Any):
         super().__init__()
@@ -309,7 +318,7 @@ class ImageEmbed(nn.Module):
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #0be2d420
 class Head(nn.Module):
-    "Tokens (s b width) and the time (b width) to patches of the answer (s b n)."
+    "Output head: tokens (s b width) and timestep embedding (b width) to patches of the velocity (s b n)."
 
     def __init__(self, shape: WanShape, config: Any):
         super().__init__()
@@ -325,22 +334,23 @@ class Head(nn.Module):
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #b489120e
 def padded(x: Tensor, multiple: int) -> Tensor:
-    "x (s ...) with zeros behind it up to a multiple."
+    "x (s ...) with zeros appended, up to the next multiple of `multiple`."
     return F.pad(x, [0, 0] * (x.dim() - 1) + [0, -len(x) % multiple])
 
 
 def per_clip(x: Tensor, config: Any, axis: Axis) -> Tensor:
-    """What all tokens of a clip read.
+    """A tensor that all tokens of a clip read; under sequence parallelism its gradient is summed over ranks.
 
-    Only where ranks hold different tokens they make different parts of its gradient.
+    Only there do ranks hold different tokens and compute different parts of the gradient.
     """
     return Shared.apply(x, axis) if config.sequence_parallel else x
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #17fdb8f2
 @dataclass(frozen=True)
 class Conditioning:
-    """What every block of a clip reads beside its tokens: the time (b width) and its modulation (b 6 width),
-    text (l b width), and a picture (n b width) or None.
+    """What every block reads beside the tokens: timestep embedding, modulation, text and image.
+
+    `vector` is (b width), `modulation` (b 6 width), `words` (l b width), `picture` (n b width) or None.
     """
 
     vector: Tensor
@@ -360,7 +370,7 @@ class Conditioning:
 
 
 def unpack(received: Tensor, words: int, picture: int) -> tuple[Conditioning, Tensor]:
-    "What `pack` joined, and the tokens; `words` and `picture` are numbers of tokens."
+    "The conditioning and the tokens that `pack` joined; `words` and `picture` are numbers of tokens."
     vector, modulation, text, image, x = received.split(
         [1, 6, words, picture, len(received) - 7 - words - picture]
     )
@@ -368,10 +378,10 @@ def unpack(received: Tensor, words: int, picture: int) -> tuple[Conditioning, Te
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #c08b48a7
 class Beginning(nn.Module):
-    "What comes before the first block, on the stage that has it."
+    "The embedding layers before the first block, on the first pipeline stage."
 
     def add_embeddings(self, config: Any, quiet: Any) -> None:
-        "What comes before the first block."
+        "Adds the embedding layers of patches, text, timestep and, for image to video, of the image."
         shape, width, dtype = self.shape, self.shape.width, config.params_dtype
         self.patch_embedding = PatchEmbed(shape, config)
         self.text_embedding = TextEmbed(shape, dtype)
@@ -383,7 +393,7 @@ class Beginning(nn.Module):
             self.img_emb = ImageEmbed(shape, quiet)
 
     def make_conditioning(self, time: Tensor, text: Tensor, image: Tensor | None) -> Conditioning:
-        "What is read beside the tokens, from times (b), text (b s text_width) and image (b n image_width)."
+        "The conditioning for times (b), text (b s text_width) and image (b n image_width)."
         words, picture = (
             None if x is None else Shared.apply(x, self.mesh.tp)
             for x in (self.text_embedding(text), image if image is None else self.img_emb(image))
@@ -396,9 +406,9 @@ class Beginning(nn.Module):
 
 # %% ../../nbs/3_models/05_wan2_1.ipynb #6f26fa95
 class Wan2_1(Beginning):
-    """Wan2.1: which way the noise lies in noisy latents, or the piece of that way that a stage goes.
+    """The diffusion transformer of Wan2.1, which predicts the velocity, or the blocks of one pipeline stage.
 
-    Parameters bear the names of MindSpeed-MM's files.
+    Parameters have the names of MindSpeed-MM's files.
     """
 
     def __init__(
@@ -426,8 +436,10 @@ class Wan2_1(Beginning):
         image: Tensor | None = None,
         received: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000, for text (b s
-        text_width), zeros behind it, and image (b n image_width); or what the next stage is to receive.
+        """Velocity (b c f h w) of noisy latents (b c f h w) at times (b) from 0 to 1000.
+
+        `text` is (b s text_width), padded with zeros, `image` (b n image_width). On any stage but the last,
+        what the next stage receives; `received` is what the previous one sent.
         """
         require(
             (image is None) == (self.shape.image_width is None),
@@ -445,7 +457,7 @@ class Wan2_1(Beginning):
             x = self.patch_embedding(slice_sequence(row[held.to(row.device)], self.config))
         else:
             conditioning, x = unpack(received, text.shape[1], 0 if image is None else image.shape[1])
-        # clips do not see the padding behind them
+        # clips do not attend to the padding after them
         within = packed_attention([length, len(row) - length], False, self.mesh)
         given = (conditioning.modulation, conditioning.words, conditioning.picture, cos, sin)
         for number, block in enumerate(self.blocks):

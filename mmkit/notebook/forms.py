@@ -25,7 +25,7 @@ from ..trainer.plan import amount, check_files, plan
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #a1256a74
 def settings(kind: type, above: str = '') -> dict[str, Any]:
-    "The dotted name of every setting of a dataclass and of those inside it, with its type."
+    "The types of all settings of a dataclass, and of the dataclasses inside it, by dotted name."
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         found |= (
@@ -37,7 +37,7 @@ def settings(kind: type, above: str = '') -> dict[str, Any]:
 
 
 def default_tree(kind: type) -> dict[str, Any]:
-    "The defaults of a dataclass as parsed JSON; None where there is none."
+    "The defaults of a dataclass as parsed JSON, a nested dict; None where there is no default."
     given = {
         one.name: (
             one.default
@@ -59,27 +59,27 @@ def default_tree(kind: type) -> dict[str, Any]:
 
 
 def at(tree: dict, name: str) -> Any:
-    "What a tree holds under a dotted name."
+    "The value in a nested dict under a dotted name."
     for part in name.split('.'):
         tree = tree[part]
     return tree
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #347d571a
 def spell(value: Any) -> str:
-    "A JSON value as the word that `parse` reads back."
+    "A JSON value as the text of an argument, which `parse` reads back."
     if isinstance(value, str) and parse(value) == value:
         return value
     return json.dumps(value, ensure_ascii=False, separators=(',', ':'))
 
 
 def tree_words(kind: type, tree: dict) -> list[str]:
-    "Words such as `layout.tp=2` for everything in a tree that differs from the defaults."
+    "Command-line arguments such as `layout.tp=2` for all values of a tree that differ from the defaults."
     usual = default_tree(kind)
     return [f'{name}={spell(at(tree, name))}' for name in settings(kind) if at(tree, name) != at(usual, name)]
 
 
 def spread(name: str, value: Any, hints: dict[str, Any]) -> list[tuple[str, Any]]:
-    "The settings that `name=value` gives: one, or all those of a part that is given as an object."
+    "The settings (name, value) that `name=value` sets: one, or all those of a section given as an object."
     if name in hints or not any(one.startswith(f'{name}.') for one in hints):
         return [(name, value)]
     require(isinstance(value, dict), f'{name} must be an object, not {value!r}')
@@ -87,7 +87,10 @@ def spread(name: str, value: Any, hints: dict[str, Any]) -> list[tuple[str, Any]
 
 
 def words_tree(kind: type, words: Sequence[str]) -> dict:
-    "The tree of defaults changed by words; a name or a value that cannot be is a one-line ValueError."
+    """The tree of defaults as changed by command-line arguments.
+
+    Raises a one-line ValueError for an unknown name or an invalid value.
+    """
     tree, hints = default_tree(kind), settings(kind)
     for word in words:
         require('=' in word, f'{word!r} is not of the form name.name=value, for example layout.tp=2')
@@ -99,18 +102,23 @@ def words_tree(kind: type, words: Sequence[str]) -> dict:
 
 
 def to_words(config: Any) -> list[str]:
-    "The words that make this value from the defaults of its class."
+    "The command-line arguments that make this value from the defaults of its class."
     return tree_words(type(config), json.loads(dumps(config)))
 
 
 def from_words(words: Sequence[str], kind: type = Config) -> Any:
-    "The value that words make from the defaults of a class. Every mistake is a one-line ValueError."
+    """The value that command-line arguments make from the defaults of a class.
+
+    Raises a one-line ValueError for every mistake.
+    """
     return read(kind, words_tree(kind, words))
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #a84d73a6
 class Control(NamedTuple):
-    """How to make a box for a kind of setting, what it shows for a JSON value, and the JSON value that is
-    meant by what it shows.
+    """How settings of a type are edited.
+
+    `make` makes the widget, `shown` gives what it shows for a JSON value, and `meant` the JSON value for what
+    it shows.
     """
 
     make: Callable[..., Any]
@@ -153,7 +161,7 @@ def control_for(hint: Any) -> Control:
     if kind == tuple[str, ...]:
         return Control(ipywidgets.TagsInput, list, list)
     choices = [choice for part in inside if get_origin(part) is Literal for choice in get_args(part)]
-    # one of these, or words of one's own
+    # one of these, or any text
     if choices and str in inside:
         return Control(partial(ipywidgets.Combobox, options=choices))
     if hint in simple:
@@ -167,7 +175,7 @@ def control_for(hint: Any) -> Control:
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #4f69a962
 def make_box(name: str, control: Control, value: Any) -> Any:
-    "The box of a setting."
+    "The widget of the setting `name`, which shows `value`."
     box = control.make(value=control.shown(value))
     if 'description' in box.trait_names():
         box.description = name.split('.')[-1]
@@ -183,7 +191,7 @@ def make_box(name: str, control: Control, value: Any) -> Any:
 
 
 def labelled(name: str, box: Any) -> Any:
-    "The box with its name before it, if it has no place for a name of its own."
+    "The widget, with its name as a label before it if it has no description of its own."
     import ipywidgets  # noqa: F811
 
     if 'description' in box.trait_names():
@@ -194,7 +202,10 @@ def labelled(name: str, box: Any) -> Any:
 
 
 def lay_out(kind: type, boxes: dict[str, Any]) -> Any:
-    "A page of boxes for every part, headed by what the part is."
+    """The names of the sections, and a Tab widget with a page of widgets for each.
+
+    A page is headed by the docstring of its dataclass.
+    """
     import ipywidgets  # noqa: F811
 
     parts, pages = {'': kind} | {name.rpartition('.')[0]: None for name in boxes}, []
@@ -215,9 +226,9 @@ def lay_out(kind: type, boxes: dict[str, Any]) -> Any:
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #e24eeeb5
 def describe_plan(config: Any, ranks: int | None) -> str:
-    """What a run on so many ranks would be, in a sentence ('' for None).
+    """A sentence about a run on `ranks` ranks: replicas, micro-batches and memory ('' when `ranks` is None).
 
-    Raises ValueError with why it cannot be.
+    Raises ValueError with the reason when the config cannot run.
     """
     if ranks is None or not isinstance(config, Config):
         return ''
@@ -231,7 +242,7 @@ def describe_plan(config: Any, ranks: int | None) -> str:
 
 
 def named_in(sentence: str, names: Sequence[str]) -> list[str]:
-    "Which settings a sentence is about: it names their path, or gives their value."
+    "Which settings an error message is about: it contains their dotted name, or `name=` with their value."
     return [
         name
         for name in names
@@ -243,10 +254,10 @@ def named_in(sentence: str, names: Sequence[str]) -> list[str]:
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #289ae797
 class Form(Generic[Settings]):
-    """A value of settings as boxes and as words.
+    """A config, or a section of one, as widgets and as command-line arguments.
 
-    `config` is the value now, and raises a ValueError while something is wrong. With `ranks`, what launching
-    would refuse is said too.
+    `config` is the current value, and raises a ValueError while something is wrong. With `ranks`, what
+    launching would refuse is shown, too.
     """
 
     def __init__(self, config: Settings, ranks: int | None = None):
@@ -269,7 +280,7 @@ class Form(Generic[Settings]):
 
     @property
     def config(self) -> Settings:
-        "The value now. Raises ValueError with what is wrong."
+        "The current value; raises ValueError with the error message while something is wrong."
         require(not self.wrong, self.wrong)
         return read(self.kind, self.tree)
 
@@ -298,7 +309,7 @@ class Form(Generic[Settings]):
 
 # %% ../../nbs/8_notebook/01_forms.ipynb #d081dae3
 def box_changed(form: Form, name: str) -> None:
-    "Takes over what a box shows."
+    "Takes the value of a changed widget into the tree and updates the arguments."
     if form.writing:
         return
     replace_at(form.tree, name.split('.'), form.controls[name].meant(form.boxes[name].value))
@@ -306,7 +317,7 @@ def box_changed(form: Form, name: str) -> None:
 
 
 def words_changed(form: Form) -> None:
-    "Takes over the words, or says what is wrong with them."
+    "Takes changed arguments into the tree and updates the widgets, or shows what is wrong with them."
     if form.writing:
         return
     try:
@@ -318,7 +329,7 @@ def words_changed(form: Form) -> None:
 
 
 def refresh(form: Form, words: bool = True) -> None:
-    "Writes the value into the boxes and, unless they are being edited, the words; says what is wrong."
+    "Updates the arguments from the tree, or with `words=False` the widgets, and shows what is wrong."
     form.writing = True
     try:
         if words:
@@ -350,8 +361,9 @@ def describe(form: Form) -> tuple[str, str]:
 
 
 def show_verdict(form: Form, wrong: str) -> None:
-    """Says what is wrong ('' is nothing), marks the boxes it is about and counts on every page what differs
-    from the defaults.
+    """Shows an error message ('' for none), marks the widgets it is about and updates the titles of the tabs.
+
+    A title says how many settings of its section differ from the defaults.
     """
     form.wrong = wrong
     colour, sentence = describe(form)
@@ -371,7 +383,7 @@ def show_verdict(form: Form, wrong: str) -> None:
 
 
 def show(form: Form) -> None:
-    "Shows a form in a cell, and below it the words, which stay in a saved notebook when boxes no longer can."
+    "Shows a form in a cell, and below it the arguments as text, which remain in a saved notebook."
     from IPython.display import display
 
     display({**form.widget._repr_mimebundle_(), 'text/plain': ''}, raw=True)
@@ -379,8 +391,8 @@ def show(form: Form) -> None:
 
 
 def form(config: Settings, ranks: int | None = None) -> Form[Settings]:
-    """The Form of a Config or of a part of one.
+    """The Form of a Config or of a section of one.
 
-    With `ranks` it says too whether that many can run it, and what they need.
+    With `ranks` it also shows whether that many ranks can run it, and how much memory they need.
     """
     return Form(config, ranks)

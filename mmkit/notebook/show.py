@@ -30,7 +30,7 @@ from ..trainer.plan import Plan, amount
 
 # %% ../../nbs/8_notebook/00_show.ipynb #51cec671
 def by_name(runs: Any) -> dict[str, list[dict]]:
-    "The records of one or several runs by name, one record per step in the order of steps."
+    "The metrics of one or several runs by name: a dict for each step, in the order of steps."
 
     def records(run):
         found = (
@@ -64,14 +64,15 @@ def by_name(runs: Any) -> dict[str, list[dict]]:
 
 # %% ../../nbs/8_notebook/00_show.ipynb #b787b91f
 def plot_losses(runs: Any, smooth: float = 0.8, title: str = '') -> 'Figure':
-    """A matplotlib Figure of loss, gradient norm, learning rate and tokens per second over the steps of one
-    or several runs, and of the parts of the loss.
+    """A matplotlib Figure of the training curves of one or several runs over the steps.
+
+    The curves are loss, gradient norm, learning rate, tokens per second and the parts of the loss.
     """
     return draw_curves(by_name(runs), smooth, title)
 
 # %% ../../nbs/8_notebook/00_show.ipynb #3dba9246
 def differences(first: Sequence[dict], other: Sequence[dict]) -> dict[int, float]:
-    "The relative difference of two losses at every step that both have."
+    "The relative difference of two losses at every step that both runs have."
     losses = {record['step']: record['loss'] for record in first if 'loss' in record}
     return {
         record['step']: abs(record['loss'] - losses[record['step']]) / max(abs(losses[record['step']]), 1e-12)
@@ -81,9 +82,7 @@ def differences(first: Sequence[dict], other: Sequence[dict]) -> dict[int, float
 
 
 def compare(runs: Any, smooth: float = 0.0) -> 'Figure':
-    """A matplotlib Figure: the losses of several runs over each other, and the relative difference of each
-    from the first.
-    """
+    "A matplotlib Figure of the losses of several runs and the relative difference of each from the first."
     figure, lines = new_figure(8, 4.6), by_name(runs)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     first = next(iter(lines.values()), [])
@@ -106,7 +105,7 @@ def compare(runs: Any, smooth: float = 0.0) -> 'Figure':
                 marker='.' if len(apart) < 40 else '',
             )
     above.set_ylabel('loss')
-    # it covers no data
+    # outside the axes it covers no data
     if lines:
         figure.legend(*above.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
     below.set(xlabel='step', ylabel='relative difference\n(1e-12: equal)', yscale='log')
@@ -115,9 +114,11 @@ def compare(runs: Any, smooth: float = 0.0) -> 'Figure':
 
 # %% ../../nbs/8_notebook/00_show.ipynb #07045697
 def compare_table(runs: Any, plans: Mapping[str, Plan] = {}) -> 'Markdown':
-    """A table of several runs: steps, last loss, the largest relative difference of a loss from the first
-    run's, median seconds of a step, most memory of a rank in GiB; and from their plans, what a rank needs
-    and sends in a step at most.
+    """A Markdown table that compares several runs with the first.
+
+    Its columns are steps, last loss, largest relative difference of a loss from that of the first run, median
+    seconds of a step and peak memory of a rank in GiB; from `plans` also the memory that a rank needs and the
+    bytes that it sends in a step, at most.
     """
     from IPython.display import Markdown
 
@@ -157,20 +158,22 @@ def compare_table(runs: Any, plans: Mapping[str, Plan] = {}) -> 'Markdown':
 
 # %% ../../nbs/8_notebook/00_show.ipynb #9e2f8038
 def last_record(folder: Path) -> dict:
-    "The newest record of a run, read from the end of its file; empty before the first."
-    # the last one may be half written
+    "The newest metrics of a run, read from the end of `metrics.jsonl`; empty before the first step."
+    # the last line may be half written
     lines = read_end(folder / 'metrics.jsonl').split('\n')[:-1]
     return json.loads(lines[-1]) if lines and lines[-1].startswith('{') else {}
 
 
 def in_cell(text: str) -> str:
-    "A text as a cell of a Markdown table can hold it."
+    "A text on one line and with `|` escaped, for a cell of a Markdown table."
     return ' '.join(text.replace('|', '\\|').split())
 
 
 def table_row(run: RunFolder) -> str:
-    """A run as a row of the table of runs: name, task, status, steps, last loss, the time of its last start
-    and how long it trained since then.
+    """A run as a row of the Markdown table of runs.
+
+    The cells are name, task, status, steps, last loss, the time of its last start and how long it has trained
+    since then.
     """
     last, begun, status = last_record(run.folder), started(run.folder), run.status
     end = run.folder / 'log' / 'end.json'
@@ -191,7 +194,7 @@ def table_row(run: RunFolder) -> str:
 
 
 def dated_row(folder: Path) -> tuple[float, str]:
-    "When a run was started last, and its row; of a folder that is broken, why."
+    "When a run was started last, and its row of the table; for a damaged folder the row gives the error."
     try:
         return started(folder), table_row(RunFolder(folder))
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -201,7 +204,7 @@ def dated_row(folder: Path) -> tuple[float, str]:
 
 
 def runs(folder: str | Path = 'runs') -> 'Markdown':
-    "A table of all runs in a folder, the newest first."
+    "A Markdown table of all runs in a folder, the newest first."
     from IPython.display import Markdown
 
     found = [note.parent for note in Path(folder).glob('*/command.txt')]
@@ -220,8 +223,9 @@ def runs(folder: str | Path = 'runs') -> 'Markdown':
 
 # %% ../../nbs/8_notebook/00_show.ipynb #7a8b6a99
 def show_samples(run: RunFolder | str | Path, step: int | None = None, count: int = 8) -> 'HTML':
-    """An HTML table of the samples after `step` (default: the newest): picture, question, answer and what was
-    expected, or video and prompt.
+    """An HTML table of the samples after `step` (default: the newest), `count` at most.
+
+    A sample is an image, a question, the generated and the expected answer, or a video and its prompt.
     """
     from IPython.display import HTML
 
@@ -233,17 +237,18 @@ def show_samples(run: RunFolder | str | Path, step: int | None = None, count: in
 
 # %% ../../nbs/8_notebook/00_show.ipynb #ecc4e98a
 def looks(run: Run, smooth: float) -> Callable[[], None]:
-    """A function that shows what is new about a run with every call: on a page, or as lines of text where
-    there is none.
+    """A function that shows what is new about a run with every call.
+
+    It updates outputs in a notebook, and prints lines of text in a script or a terminal.
     """
-    # the error has the traceback
+    # RunFailed has the traceback
     return new_lines(run) if text_alone() else View(run, smooth, failure=False).refresh
 
 
 def watch(run: Run, every: float = 0.25, smooth: float = 0.8) -> None:
-    """Shows a run while it goes on and returns when it is done or stopped; raises RunFailed.
+    """Shows a run while it is running and returns when it is done or stopped; raises RunFailed.
 
-    An interrupt stops all ranks.
+    It is updated every `every` seconds. An interrupt stops all ranks.
     """
     run.wait(watch=looks(run, smooth), every=every)
 
@@ -251,8 +256,8 @@ def watch(run: Run, every: float = 0.25, smooth: float = 0.8) -> None:
 class AwaitInterrupted(Interrupted, asyncio.CancelledError):
     """An interrupt of a cell that awaits.
 
-    It also counts as a cancelled task: of a mere KeyboardInterrupt out of one of several tasks the kernel's
-    event loop would die.
+    It is a CancelledError, too: the kernel's event loop would end if one of several tasks raised a mere
+    KeyboardInterrupt.
     """
 
 

@@ -29,9 +29,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (b s h d), (b s g d), (b 
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #15d30262
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention, (b s h d) with g key heads that divide h.
+    """Scaled dot-product attention of q (b s h d) over k and v (b s g d), where g divides h.
 
-    `mask` is True where a query may look.
+    `mask` is True where a query may attend to a key.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(
@@ -40,7 +40,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor |
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #87dd0cab
 def stacking(lengths: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
-    "The order of tokens that puts segments of equal length together, and (count, length) of each group."
+    """Returns the order of tokens that puts segments of equal length together, and the groups.
+
+    A group is (count, length) of its segments.
+    """
     by_length: dict[int, list[Tensor]] = {}
     start = 0
     for length in lengths:
@@ -52,7 +55,10 @@ def stacking(lengths: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #d5fbdb86
 def segments(lengths: Sequence[int], causal: bool, device: torch.device | str = 'cpu') -> Attend:
-    "Attention within consecutive segments of a row; `lengths` sum to the row's length."
+    """Returns attention within consecutive segments of a packed sequence.
+
+    The `lengths` of the segments sum to the length of the sequence.
+    """
     order, groups = stacking(lengths)
     sorted_already = torch.equal(order, torch.arange(len(order)))
     order = order.to(device)
@@ -75,18 +81,19 @@ def segments(lengths: Sequence[int], causal: bool, device: torch.device | str = 
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #67c2e156
 def ring_chunks(length: int, ring: int) -> list[Tensor]:
-    """For every place on a ring the two chunks (2, length / ring / 2) of a row's places that it holds.
+    """Returns for every ring rank the positions (2, length / ring / 2) of its two zig-zag chunks.
 
-    2 ring divides the length.
+    2 * `ring` must divide the length.
     """
     front, back = torch.arange(length).unflatten(0, (2 * ring, -1)).chunk(2)
     return list(torch.stack([front, back.flip(0)], 1))
 
 
 def rank_positions(length: int, layout: Layout) -> list[Tensor]:
-    """For every rank of cp the places (length / cp) of a row that it holds.
+    """Returns for every context-parallel rank the positions (length / cp) of its tokens.
 
-    `layout.sequence_multiple` divides the length.
+    They are positions in a packed sequence of `length` tokens. Raises ValueError if
+    `layout.sequence_multiple` does not divide the length.
     """
     if length % layout.sequence_multiple:
         raise ValueError(f'a row of {length} tokens is no multiple of {layout.sequence_multiple}; pad it')
@@ -99,7 +106,10 @@ def rank_positions(length: int, layout: Layout) -> list[Tensor]:
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #e64f928e
 def exchanged(x: Tensor, axis: Axis, inward: bool) -> Tensor:
-    "(b s h d) of this rank's tokens to (b n·s h/n d) of its heads if `inward`, else back."
+    """All-to-all over the n ranks of an axis that exchanges tokens for heads (Ulysses).
+
+    If `inward`, (b s h d) of this rank's tokens becomes (b n·s h/n d) of its heads, else the reverse.
+    """
     parts = (
         x.unflatten(2, (axis.size, -1)).movedim(2, 0)
         if inward
@@ -111,7 +121,7 @@ def exchanged(x: Tensor, axis: Axis, inward: bool) -> Tensor:
 
 
 class Exchange(torch.autograd.Function):
-    "`exchanged`, whose gradient goes the way back."
+    "`exchanged` with autograd: its backward pass is the reverse all-to-all."
 
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis, inward: bool) -> Tensor:
@@ -124,9 +134,9 @@ class Exchange(torch.autograd.Function):
 
 
 def ulysses(axis: Axis, inner: Attend) -> Attend:
-    """`inner` over the tokens of all ranks of an axis, each of which computes some heads.
+    """Returns `inner` over the tokens of all ranks of an axis, each of which computes some heads (Ulysses).
 
-    A multiple of the axis's size of them.
+    The number of heads must be a multiple of the axis's size; key heads are repeated where theirs is not.
     """
 
     def across(q, k, v):
@@ -139,9 +149,9 @@ def ulysses(axis: Axis, inner: Attend) -> Attend:
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #a90bac5d
 def tile_scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores (b g r a c) in float32 of queries (b a g·r d) and keys (b c g d).
+    """Returns the scores (b g r a c) in float32 of queries (b a g·r d) and keys (b c g d).
 
-    -inf where `mask` (a c) is False.
+    They are -inf where `mask` (a c) is False.
     """
     scores = (
         torch.einsum('bagrd,bcgd->bgrac', q.unflatten(2, (k.shape[2], -1)), k).float() * q.shape[-1] ** -0.5
@@ -150,17 +160,18 @@ def tile_scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    "A tile's own result (b a g r d) and the log of its summed exponentials (b g r a), in float32."
+    "Returns a tile's own output (b a g r d) and its log-sum-exp (b g r a), in float32."
     scores = tile_scores(q, k, mask)
     own = scores.logsumexp(-1)
-    # a query that sees nothing here has no weights
+    # a query that sees no key of this tile has weights of 0
     weights = torch.exp(scores - own.masked_fill(own == -torch.inf, 0)[..., None])
     return torch.einsum('bgrac,bcgd->bagrd', weights, v.float()), own
 
 
 def add_tile(mixed: Tensor, total: Tensor, part: Tensor, own: Tensor) -> None:
-    """Joins a tile's result into mixed (b a g r d) and its log of summed exponentials into total (b g r a),
-    in place.
+    """Merges a tile's output and log-sum-exp into those of the tiles before it, in place.
+
+    `mixed` and `part` are outputs (b a g r d), `total` and `own` log-sum-exps (b g r a).
     """
     joint = torch.logaddexp(total, own)
 
@@ -175,10 +186,12 @@ def add_tile(mixed: Tensor, total: Tensor, part: Tensor, own: Tensor) -> None:
 def tile_gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gradient: Tensor, mixed: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a tile's q, k, v in float32 for that of the result (b a g r d), with the result (b a g r
-    d) and total (b g r a) of whole rows.
+    """Returns the gradients of a tile's q, k and v in float32.
+
+    `gradient` is that of the output (b a g r d); `mixed` (b a g r d) and `total` (b g r a) are output and
+    log-sum-exp over whole sequences.
     """
-    # k travels in float32; its scores are those of the forward pass
+    # k is sent in float32; the scores are computed as in the forward pass
     weights = torch.exp(tile_scores(q, k.to(q.dtype), mask) - total[..., None])
     inner = (gradient * mixed).sum(-1).permute(0, 2, 3, 1)  # b g r a
     pull = (
@@ -194,16 +207,17 @@ def tile_gradients(
     )
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #da64a477
-# for every place on the ring: (my tokens, its tokens, mask or None for all)
+# for every ring rank: (this rank's tokens, that rank's tokens, mask or None where all are seen)
 Tiles = list[list[tuple[slice, slice, Any]]]
 
 
 def ring_tiles(
     lengths: Sequence[int], causal: bool, rank: int, ring: int, device: torch.device | str = 'cpu'
 ) -> Tiles:
-    """The tiles of a rank's queries, for a row of consecutive segments that only see themselves.
+    """Returns the tiles of a rank's queries, for a packed sequence of segments that only see themselves.
 
-    Its own chunks against themselves come first.
+    There is a list for the keys of every ring rank. In its own, the tiles of a chunk against itself come
+    first.
     """
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     chunks, found = ring_chunks(len(segment), ring), []
@@ -225,7 +239,7 @@ def ring_tiles(
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #66a8eb65
 def passed_on(x: Tensor, axis: Axis) -> Tensor:
-    "What the rank before this one on a ring holds, while this one gives x to the next."
+    "Sends x to the next rank of the ring, and returns what the previous rank sent."
     before, after = (dist.get_global_rank(axis.group, (axis.rank + step) % axis.size) for step in (-1, 1))
     found = torch.empty_like(x)
     for request in dist.batch_isend_irecv(
@@ -236,8 +250,9 @@ def passed_on(x: Tensor, axis: Axis) -> Tensor:
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #58ecb20e
 class Ring(torch.autograd.Function):
-    """Attention of this rank's queries (b s h d) over the keys and values (b s g d) of all ranks of an axis,
-    tile by tile.
+    """Ring attention of this rank's queries (b s h d) over the keys and values of all ranks of an axis.
+
+    Keys and values (b s g d) are sent round; the attention is computed tile by tile.
     """
 
     @staticmethod
@@ -274,7 +289,10 @@ class Ring(torch.autograd.Function):
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #ca26ee12
 def ring(axis: Axis, lengths: Sequence[int], causal: bool, device: torch.device | str = 'cpu') -> Attend:
-    "Attention within consecutive segments of a row whose chunks lie on the ranks of an axis (`ring_chunks`)."
+    """Returns ring attention within consecutive segments of a packed sequence.
+
+    The chunks of the sequence lie on the ranks of the axis (`ring_chunks`).
+    """
     if axis.size == 1:
         return segments(lengths, causal, device)
     tiles = ring_tiles(lengths, causal, axis.rank, axis.size, device)
@@ -282,12 +300,15 @@ def ring(axis: Axis, lengths: Sequence[int], causal: bool, device: torch.device 
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #2f783bdd
 def packed_attention(lengths: Sequence[int], causal: bool, mesh: Mesh) -> Attend:
-    "Attention within consecutive segments of a row, of which this rank holds the tokens at `rank_positions`."
+    """Returns attention within consecutive segments of a packed sequence under context parallelism (USP).
+
+    This rank holds the tokens at its `rank_positions`.
+    """
     return ulysses(mesh.ulysses, ring(mesh.ring, lengths, causal, mesh.at))
 
 
 class GatherSequence(torch.autograd.Function):
-    """All tokens (s ...) in their order on every rank of cp, of the parts they hold.
+    """All-gather of the tokens (s ...) of all context-parallel ranks, in the order of the sequence.
 
     Every rank must go on to compute the same loss, each counting its share.
     """
@@ -299,7 +320,7 @@ class GatherSequence(torch.autograd.Function):
         dist.all_gather(parts, x.contiguous(), group=mesh.cp.group)
         places = torch.cat(rank_positions(len(x) * mesh.cp.size, mesh.layout))
         ctx.places = places.to(x.device)
-        # sorted on the host: an NPU has no kernel for whole numbers
+        # sorted on the host: an NPU has no sort kernel for integers
         return torch.cat(parts)[places.argsort().to(x.device)]
 
     @staticmethod
@@ -308,9 +329,9 @@ class GatherSequence(torch.autograd.Function):
 
 
 class Together(torch.autograd.Function):
-    """The sum over an axis of what its ranks hold.
+    """All-reduce (sum) over an axis, in the forward and in the backward pass.
 
-    Each goes on to use it for a part of the loss, so the gradients are summed as well.
+    Each rank goes on to use the sum for a part of the loss, so the gradients are summed as well.
     """
 
     @staticmethod
@@ -324,13 +345,16 @@ class Together(torch.autograd.Function):
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #5bab1cbe
 class Cache:
-    "Keys and values of one layer for rows of the given lengths, with room for `room` more tokens each."
+    """KV cache of one layer for sequences of the given lengths.
+
+    `room` is the maximum number of new tokens of each sequence.
+    """
 
     def __init__(self, lengths: Sequence[int], room: int):
         self.lengths, self.room, self.keys, self.values = list(lengths), room, None, None
 
     def fill(self, within: Attend) -> Attend:
-        "`within` over the packed prompts, keeping their keys and values."
+        "Returns `within` for the packed prompts (prefill), which also stores their keys and values."
 
         def attend_and_keep(q, k, v):
             self.keys, self.values = (self.rows(x) for x in (k, v))
@@ -339,9 +363,9 @@ class Cache:
         return attend_and_keep
 
     def rows(self, packed: Tensor) -> Tensor:
-        """Packed keys (1 T g d) as rows (n, longest + room, g, d), zeros behind each.
+        """Returns packed keys or values (1 T g d) as a zero-padded batch (n, longest + room, g, d).
 
-        What follows the last row is left out.
+        What follows the last sequence is left out.
         """
         rows = packed.new_zeros(len(self.lengths), max(self.lengths) + self.room, *packed.shape[2:])
         for row, part in zip(rows, packed[0, : sum(self.lengths)].split(self.lengths)):
@@ -349,8 +373,9 @@ class Cache:
         return rows
 
     def step(self, filled: Tensor) -> Attend:
-        """Attention of one new token per row, packed as (1 n h d), over the `filled` (n) tokens before it and
-        itself.
+        """Returns attention of one new token of every sequence (decoding), packed as (1 n h d).
+
+        A token attends to the `filled` (n) tokens before it and to itself; its key and value are stored.
         """
 
         def attend_and_append(q, k, v):
@@ -364,8 +389,9 @@ class Cache:
 # %% ../../nbs/2_parallel/03_attention.ipynb #6912405a
 @lru_cache(maxsize=None)
 def future(device: torch.device) -> Tensor:
-    """True above the diagonal (2048 2048): how the kernel is told, for rows of any length, that no query sees
-    a later key.
+    """Returns the causal mask of the NPU's kernel, (2048 2048), True above the diagonal.
+
+    For sequences of any length it tells the kernel that no query sees a later key.
     """
     return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
@@ -373,9 +399,10 @@ def future(device: torch.device) -> Tensor:
 def kernel_options(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, hidden: Tensor | None = None
 ) -> dict[str, Any]:
-    """What the kernel is told beside its tensors, (b s h d) or, of joined rows, (t h d).
+    """Returns the options of the NPU's kernel for tensors (b s h d) or, of packed sequences, (t h d).
 
-    `hidden` is True where a query may not look. Shapes it would not refuse raise ValueError.
+    `hidden` is True where a query may not attend to a key. Raises ValueError for shapes that do not fit and
+    that the kernel would not refuse.
     """
     require(
         k.shape == v.shape and k.shape[-1] == q.shape[-1] and k.dim() == q.dim(),
@@ -393,9 +420,9 @@ def kernel_options(
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, hidden: Tensor | None = None, **ends: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, and maximum and sum (b h s 8) of the exponentials of every query, by the NPU's kernel.
+    """Returns output, and softmax maximum and sum (b h s 8) of every query, by the NPU's kernel.
 
-    `ends` say where joined rows end.
+    `ends` give the cumulative lengths of packed sequences.
     """
     import torch_npu
 
@@ -411,8 +438,8 @@ def fused_attention(
 def npu_attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """`attend` by the NPU's kernel.
 
-    A mask has a row for every query and a column for every key, and is the same for all rows and heads, for
-    all heads, or for none.
+    A mask is boolean, (queries keys) in its last dims, and the same for all samples and heads, for all heads,
+    or for none. Raises ValueError for any other, or with `causal`.
     """
     require(not (causal and mask is not None), 'a mask and causal at once')
     forms = [(*ahead, q.shape[1], k.shape[1]) for ahead in ((), (1, 1), (len(q), 1), (len(q), q.shape[2]))]
@@ -427,7 +454,10 @@ def npu_attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tens
 def npu_segments(
     lengths: Sequence[int], causal: bool, device: torch.device | str = 'cpu', at_once: int = 1024
 ) -> Attend:
-    "`segments` by the NPU's kernel; of several rows, each has the same segments."
+    """`segments` by the NPU's kernel.
+
+    All samples of a batch have the same segments; `at_once` is the maximum number of segments in one call.
+    """
     lengths = [length for length in lengths if length]
     if len(lengths) == 1:
         return partial(attend, causal=causal)
@@ -451,8 +481,10 @@ segments = by_device(segments, npu=npu_segments)
 
 # %% ../../nbs/2_parallel/03_attention.ipynb #69dfe630
 def overlap(start: int, stop: int, chunk: int, half: int, place: int) -> slice | None:
-    """Where the part from `start` to `stop` of a row lies on a rank that holds its chunk number `chunk`, of
-    length `half`, at `place`; None if it holds nothing of it.
+    """Returns where the part from `start` to `stop` of a sequence lies among a rank's tokens.
+
+    The rank holds chunk number `chunk` of the sequence, of length `half`, as its chunk number `place`.
+    Returns None if that holds nothing of the part.
     """
     first, last = max(start, chunk * half), min(stop, chunk * half + half)
     return slice(first + (place - chunk) * half, last + (place - chunk) * half) if first < last else None
@@ -461,7 +493,10 @@ def overlap(start: int, stop: int, chunk: int, half: int, place: int) -> slice |
 def npu_tiles(
     lengths: Sequence[int], causal: bool, rank: int, ring: int, device: torch.device | str = 'cpu'
 ) -> Tiles:
-    "`ring_tiles` as rectangles: (my tokens, its tokens, whether each query sees only up to itself)."
+    """`ring_tiles` as rectangles: (this rank's tokens, the other rank's tokens, causal).
+
+    Causal means that each query sees only the keys up to itself.
+    """
     half, held = sum(lengths) // (2 * ring), lambda place: (place, 2 * ring - 1 - place)
 
     def pairs(theirs):
@@ -499,7 +534,7 @@ def npu_tile_gradients(
     import torch_npu
 
     k, v, gradient, mixed = (x.to(q.dtype) for x in (k, v, gradient.flatten(2, 3), mixed.flatten(2, 3)))
-    # b h a 8: the kernel keeps eight of each
+    # b h a 8: the kernel keeps eight copies of each value
     total = total.flatten(1, 2)[..., None].repeat(1, 1, 1, 8)
     found = torch_npu.npu_fusion_attention_grad(
         q,

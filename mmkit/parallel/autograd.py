@@ -17,8 +17,9 @@ from .mesh import Axis
 
 # %% ../../nbs/2_parallel/08_autograd.ipynb #d665fba4
 class SplitRMSNormFunction(torch.autograd.Function):
-    """x (s b n) times weight (n) over the root mean square of a row of `width` numbers, of which every rank
-    of an axis holds n.
+    """RMSNorm of x (s b n) over a hidden dim of size `width`, of which every rank of an axis holds n.
+
+    The result is x times `weight` (n) over the root mean square of all `width` elements of a token.
     """
 
     @staticmethod
@@ -41,12 +42,12 @@ class SplitRMSNormFunction(torch.autograd.Function):
 
 # %% ../../nbs/2_parallel/08_autograd.ipynb #9f57f1c7
 def split_rms_norm(x: Tensor, weight: Tensor, width: int, epsilon: float, axis: Axis) -> Tensor:
-    "`SplitRMSNormFunction` of x (s b n)."
+    "RMSNorm of x (s b n) over a hidden dim that is split over an axis; see `SplitRMSNormFunction`."
     return SplitRMSNormFunction.apply(x, weight, width, epsilon, axis)
 
 
 def npu_split_rms_norm(x: Tensor, weight: Tensor, width: int, epsilon: float, axis: Axis) -> Tensor:
-    "`split_rms_norm`, by the NPU's kernel where a rank has whole rows."
+    "`split_rms_norm`, by the NPU's kernel where a rank has the whole hidden dim."
     return (
         rms_norm(x, weight, epsilon)
         if axis.size == 1
@@ -58,7 +59,7 @@ split_rms_norm = by_device(split_rms_norm, npu=npu_split_rms_norm)
 
 
 class SplitRMSNorm(nn.Module):
-    "RMS norm of (s b width / tp) over the whole width, of which every rank holds a part."
+    "RMSNorm of (s b width / tp) over the whole hidden dim, of which every rank holds a part."
 
     def __init__(self, config: Any, axis: Axis, width: int, epsilon: float):
         super().__init__()
@@ -73,9 +74,9 @@ class SplitRMSNorm(nn.Module):
 
 # %% ../../nbs/2_parallel/08_autograd.ipynb #3342df28
 class Shared(torch.autograd.Function):
-    """The tensor as it is, whole on all ranks of an axis.
+    """Identity in the forward pass, all-reduce of the gradient over an axis in the backward pass.
 
-    Each makes a part of its gradient, and the parts are summed.
+    The tensor is whole on all ranks. Each computes a part of its gradient, and the parts are summed.
     """
 
     @staticmethod

@@ -23,24 +23,26 @@ from .mesh import Axis, Mesh, axis, grid
 
 # %% ../../nbs/2_parallel/07_data.ipynb #5f601ecc
 class Trained(nn.Module):
-    """A model, or a stage of one, as Megatron's schedules want it.
+    """A model, or a pipeline stage of one, with the interface that Megatron's schedules need.
 
-    `learns_before` says whether anything in front of it is trained.
+    `learns_before` says whether anything in the stages before it is trained.
     """
 
     def __init__(self, module: nn.Module, config: Any, learns_before: bool = False):
         super().__init__()
         self.module, self.config, self.learns_before, self.received = module, config, learns_before, None
         self.model_type = megatron().ModelType.encoder_or_decoder
-        # tied weights are summed here, not by Megatron: text need not begin on its first rank
+        # `finish_with` sums tied weights, not Megatron: the text tower need not begin on the first rank
         self.share_embeddings_and_output_weights, self.pre_process = False, True
 
     def set_input_tensor(self, tensor: list[Tensor | None]) -> None:
         (self.received,) = tensor
 
     def named_parameters(self, *args, **options) -> Iterator[tuple[str, nn.Parameter]]:
-        """Tied weights last: Megatron fills its buffers from the back and gives them a bucket of their own,
-        which would overlap the one before it where that ends off a multiple of 128.
+        """Yields the parameters by name, tied weights last.
+
+        Megatron fills its buffers from the back and gives tied weights a bucket of their own, which would
+        overlap the one before it where that ends off a multiple of 128.
         """
         yield from sorted(
             super().named_parameters(*args, **options),
@@ -57,7 +59,7 @@ class Trained(nn.Module):
 
 # %% ../../nbs/2_parallel/07_data.ipynb #9d938552
 def along_pipeline(mesh: Mesh, numbers: Sequence[int]) -> list[list[int]]:
-    "The numbers of every rank of the pipeline, as many on each."
+    "Returns the `numbers` of every rank of the pipeline (all-gather); each rank gives equally many."
     mine = torch.tensor(numbers, dtype=torch.long, device=mesh.at)
     found = [torch.empty_like(mine) for _ in range(mesh.pp.size)]
     dist.all_gather(found, mine, group=mesh.pp.group)
@@ -65,7 +67,7 @@ def along_pipeline(mesh: Mesh, numbers: Sequence[int]) -> list[list[int]]:
 
 
 def as_trained(chunks: Sequence[nn.Module], config: Any, mesh: Mesh) -> list[Trained]:
-    "This rank's stages as Megatron wants them."
+    "Returns this rank's stages wrapped in `Trained` for Megatron's schedules."
     told = along_pipeline(
         mesh, [sum(p.numel() for p in chunk.parameters() if p.requires_grad) for chunk in chunks]
     )
@@ -78,7 +80,7 @@ def as_trained(chunks: Sequence[nn.Module], config: Any, mesh: Mesh) -> list[Tra
 
 # %% ../../nbs/2_parallel/07_data.ipynb #60c567fd
 def tied_parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    "The parameters that are one weight with another of the pipeline."
+    "Returns the trained parameters that are tied to another one of the pipeline."
     return [
         p
         for chunk in chunks
@@ -88,7 +90,7 @@ def tied_parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 def tied_axis(chunks: Sequence[nn.Module], mesh: Mesh) -> Axis | None:
-    "The axis along the ranks of this pipeline that hold a tied weight; None on the other ranks."
+    "Returns the axis over the ranks of this pipeline that hold a tied weight; None on the other ranks."
     held = [
         place for place, (count,) in enumerate(along_pipeline(mesh, [len(tied_parameters(chunks))])) if count
     ]
@@ -101,7 +103,10 @@ def tied_axis(chunks: Sequence[nn.Module], mesh: Mesh) -> Axis | None:
 
 
 def sum_tied(parameters: Sequence[nn.Parameter], along: Axis) -> None:
-    "Gives all copies of a tied weight the sum of their gradients, or of this rank's shares of them."
+    """Gives all parameters of a tied weight the sum of their gradients, all-reduced over the axis `along`.
+
+    Of sharded gradients, it sums this rank's shards.
+    """
     held = [p.main_grad if hasattr(p, 'main_grad') else own_part(p.grad) for p in parameters]
     total = along.sum(torch.stack(held).sum(0))
     for x in held:
@@ -109,7 +114,10 @@ def sum_tied(parameters: Sequence[nn.Parameter], along: Axis) -> None:
 
 # %% ../../nbs/2_parallel/07_data.ipynb #81d6c0b7
 def finish_with(tied: Sequence[nn.Parameter], along: Axis | None) -> Callable[..., None]:
-    "Megatron's end of a step's backward passes (reduce, then divide by the count), with tied weights summed."
+    """Returns Megatron's `finalize_model_grads`, with the gradients of tied weights summed.
+
+    It ends the backward passes of a step: reduce, then divide by the count.
+    """
 
     def finish(chunks, count=None):
         megatron().finalize_model_grads(chunks, count)
@@ -120,7 +128,10 @@ def finish_with(tied: Sequence[nn.Parameter], along: Axis | None) -> Callable[..
 
 
 def distributed(trained: Sequence[Trained], config: Any, layout: Layout) -> list[nn.Module]:
-    "Megatron's DistributedDataParallel around each stage, and with overlap what pauses its reductions."
+    """Wraps each stage in Megatron's `DistributedDataParallel`.
+
+    With `layout.overlap`, `config.no_sync_func` becomes what pauses its gradient reductions.
+    """
     engine, zero1 = megatron(), layout.data_parallel == 'zero1'
     options = engine.DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -138,9 +149,9 @@ def distributed(trained: Sequence[Trained], config: Any, layout: Layout) -> list
 
 
 def wrap_data_parallel(model: Sequence[nn.Module], config: Any, mesh: Mesh) -> list[nn.Module]:
-    """What Megatron trains, around each of this rank's stages.
+    """Wraps each of this rank's stages for training under the layout's kind of data parallelism.
 
-    `config` is the one their layers were made with.
+    `config` is the one that their layers were made with.
     """
     for p in (p for chunk in model for p in chunk.parameters()):
         megatron().set_defaults_if_not_set_tensor_model_parallel_attributes(p)
@@ -155,7 +166,10 @@ def wrap_data_parallel(model: Sequence[nn.Module], config: Any, mesh: Mesh) -> l
 
 # %% ../../nbs/2_parallel/07_data.ipynb #3c974db7
 def finite(norm: Callable[[], float]) -> Callable[[], float]:
-    "The norm of the gradients; FloatingPointError when it is not finite."
+    """Returns the function `norm`, the global gradient norm, with a check of its result.
+
+    It raises FloatingPointError when the norm is not finite.
+    """
 
     def checked():
         found = norm()
@@ -172,8 +186,9 @@ def finite(norm: Callable[[], float]) -> Callable[[], float]:
 def build_optimizer(
     wrapped: Sequence[nn.Module], optim: Optim, layout: Layout, dtype: torch.dtype, steps: int
 ) -> tuple[Any, Any]:
-    """Megatron's optimizer and learning-rate schedule for the wrapped stages of this rank and a run of this
-    many steps.
+    """Returns Megatron's optimizer and learning-rate schedule for the wrapped stages of this rank.
+
+    `dtype` is that of the model, `steps` the number of steps of the run.
     """
     # under fsdp the parameters themselves are kept in float32
     engine, masters = megatron(), dtype == torch.bfloat16 and layout.data_parallel != 'fsdp'
@@ -194,9 +209,9 @@ def build_optimizer(
         list(wrapped),
         use_gloo_process_groups=False,
     )
-    # the chain of optimizers counts zero gradients, and sums them over the ranks, asked or not
+    # `ChainedOptimizer` counts zero gradients and sums them over the ranks, even when not asked to
     optimizer.count_zeros = lambda: 0
-    optimizer.get_grad_norm = finite(optimizer.get_grad_norm)  # asked before every update
+    optimizer.get_grad_norm = finite(optimizer.get_grad_norm)  # called before every update
     schedule = engine.OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -211,7 +226,7 @@ def build_optimizer(
         wd_incr_style='constant',
     )
     if optim.warmup:
-        schedule.step(1)  # the first update already moves: rate lr/warmup instead of 0
+        schedule.step(1)  # the first update uses lr / warmup instead of 0
     return optimizer, schedule
 
 # %% ../../nbs/2_parallel/07_data.ipynb #07264441
@@ -222,10 +237,10 @@ def accumulate(
     forward: Callable[[nn.Module, Any], Tensor],
     loss: Callable[[Tensor, Any], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
-    """Runs `count` micro-batches forward and backward, reduces gradients.
+    """Runs `count` micro-batches forward and backward and reduces the gradients.
 
     Returns the sums, on this rank, of what `loss(forward(model, batch), batch)` gives: (sum of losses, count,
-    ...). Nothing before the last stage.
+    ...). On ranks without the last stage the tuple is empty.
     """
 
     def forward_step(iterator, model):
@@ -254,7 +269,7 @@ def accumulate(
 
 # %% ../../nbs/2_parallel/07_data.ipynb #f365afeb
 def gradients(wrapped: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
-    "This rank's gradients of one wrapped stage by parameter name, in float32, after `accumulate`."
+    "Returns this rank's gradients of one wrapped stage by parameter name, in float32, after `accumulate`."
     if wrapped.ddp_config.use_distributed_optimizer:
         for buffer in wrapped.buffers:
             for bucket in buffer.buckets:

@@ -28,7 +28,7 @@ from ..core.device import INSTALL_MINDSPEED, Device, torch_module
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #97460e49
 class Idle:
-    "A stream or event for a device that is always up to date."
+    "A CUDA stream or event for a device that runs nothing asynchronously; its methods do nothing."
 
     def __init__(self, *arguments, **options):
         pass
@@ -71,7 +71,7 @@ FACTORIES = (
 
 
 def on_cpu(factory: Callable) -> Callable:
-    "The factory with `device='cuda'` read as the CPU and without pinned memory."
+    "Returns the tensor factory with `device='cuda'` read as the CPU and `pin_memory` ignored."
 
     def make(*arguments, **options):
         if str(options.get('device', '')).startswith('cuda'):
@@ -114,7 +114,7 @@ class TypeName(str):
 
 
 def answer_with_type() -> None:
-    "Lets `Tensor.type()` answer to CUDA's names."
+    "Patches `Tensor.type()` so that the name it returns also equals CUDA's name."
     plain = torch.Tensor.type
 
     def type_name(self, *arguments, **options):
@@ -125,13 +125,16 @@ def answer_with_type() -> None:
 
 
 def answer_for_cuda() -> None:
-    "Lets `Tensor.cuda()` return the tensor and `Tensor.type()` answer to CUDA's names."
+    "Patches `Tensor.cuda()` to return the tensor itself, and `Tensor.type()` as `answer_with_type` does."
     answer_with_type()
     torch.Tensor.cuda = lambda self, *arguments, **options: self
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #d45f8042
 def repair_random(module: Any) -> None:
-    "Megatron's random tracker on the CPU's generator, without its warning that the CPU's state changed."
+    """Makes Megatron's RNG tracker use the CPU's generator.
+
+    It also silences the tracker's warning that the CPU's state changed.
+    """
     module._get_cuda_rng_state = lambda *arguments, **options: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *arguments, **options: torch.set_rng_state(state)
     logging.getLogger(module.__name__).addFilter(
@@ -140,27 +143,29 @@ def repair_random(module: Any) -> None:
 
 
 def repair_jit(module: Any) -> None:
-    "Functions that Megatron would compile run as written."
+    "Turns Megatron's `jit_fuser` off: functions that it would compile run as written."
     module.jit_fuser = lambda function: function
 
 
 def repair_norm(module: Any) -> None:
-    """The norms of single gradients are added in float64: rounded to float32 the sum is almost always the
-    same in any order, so over any pipeline.
+    """Makes Megatron add the norms of single gradients in float64 for the global gradient norm.
+
+    Rounded to float32 the sum is then almost always the same in any order, so for any number of pipeline
+    stages.
     """
     module.l2_norm_impl = lambda _chunk, _overflow, gradients, _each: (
         torch.stack([x.norm() for x in gradients[0]]).double().norm(),
         None,
     )
     plain = module.get_grad_norm_fp32
-    # or a rank without any would add in float32
+    # otherwise a rank without gradients would add in float32
     module.get_grad_norm_fp32 = lambda gradients, *rest, **options: plain(
         gradients if len(gradients) else [torch.zeros(1)], *rest, **options
     )
 
 
 def repair_fp8(module: Any) -> None:
-    "Quantizing a list of no 8-bit parameters is nothing to do, not an error."
+    "Lets `quantize_param_shard` do nothing, not raise, for an empty list of FP8 parameters."
     if getattr(module, 'HAVE_TE', False):
         return
     quantize = module.quantize_param_shard
@@ -170,7 +175,7 @@ def repair_fp8(module: Any) -> None:
 
 
 def repair_groups(module: Any) -> None:
-    "Of the groups that Megatron makes in one call, those of the same ranks are one."
+    "Makes `initialize_model_parallel` create one process group, not several, for the same ranks."
     initialize, create = module.initialize_model_parallel, module.create_group
 
     def initialize_once(*arguments, **options):
@@ -191,20 +196,26 @@ def repair_groups(module: Any) -> None:
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #6942c5b3
 class FusedAdamW(torch.optim.AdamW):
-    "torch's AdamW in its fused form, the twin of Apex's FusedAdam."
+    "torch's AdamW with `fused=True`, the counterpart of Apex's `FusedAdam`."
 
     def __init__(self, params: Any, **options: Any):
         super().__init__(params, fused=True, **options)
 
 
 def repair_mappings(module: Any) -> None:
-    "An all-reduce also of a tensor that is not contiguous: Megatron sums a copy of it and drops the sum."
+    """Makes Megatron's all-reduce work on a tensor that is not contiguous.
+
+    Megatron sums a copy of such a tensor and drops the sum.
+    """
     reduce = module._reduce
     module._reduce = lambda x: reduce(x.contiguous())
 
 
 def repair_optimizer(module: Any) -> None:
-    "Megatron's Adam is torch's fused one where neither Transformer Engine nor Apex brings its own."
+    """Makes torch's fused AdamW Megatron's Adam.
+
+    Only where neither Transformer Engine nor Apex provides one.
+    """
     if module.Adam is torch.optim.AdamW:
         module.Adam = FusedAdamW
 
@@ -223,7 +234,7 @@ ON_CPU = {
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #9a928bc6
 class Repairing(importlib.machinery.SourceFileLoader):
-    "Loads a module of megatron.core and then repairs it."
+    "An import loader that loads a module of megatron.core and then repairs it."
 
     def __init__(self, name: str, path: str, repair: Callable[[Any], None]):
         super().__init__(name, path)
@@ -235,7 +246,7 @@ class Repairing(importlib.machinery.SourceFileLoader):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    "Finds the modules of megatron.core as usual, to be repaired after loading."
+    "An import finder that gives the modules of megatron.core the loader `Repairing`."
 
     def __init__(self, repair: Callable[[Any], None]):
         self.repair = repair
@@ -250,7 +261,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #b03f7916
 def repairs(device: Device) -> Callable[[Any], None]:
-    "What is done to every megatron.core module on this device."
+    "Returns the function that repairs a megatron.core module for this device."
     table = {**ANYWHERE, **(ON_CPU if device.name == 'cpu' else {})}
     stand_in = CpuTorch() if device.name == 'cpu' else None
 
@@ -272,7 +283,7 @@ WITHOUT_MINDSPEED = (
 
 
 def load_mindspeed() -> None:
-    "Loads MindSpeed's adaptor with the options that it may see."
+    "Imports MindSpeed's adaptor with `MINDSPEED_OPTIONS` as the only command-line options."
     arguments, sys.argv = sys.argv, [sys.argv[0], *MINDSPEED_OPTIONS]
     try:
         importlib.import_module('mindspeed.megatron_adaptor')
@@ -281,11 +292,14 @@ def load_mindspeed() -> None:
 
 
 def prepare_npu() -> None:
-    "Loads MindSpeed's adaptor, or torch_npu's transfer and a warning where MindSpeed is not installed."
+    """Imports MindSpeed's adaptor.
+
+    Where MindSpeed is not installed, it imports torch_npu's `transfer_to_npu` instead and warns.
+    """
     torch_module('npu')
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    with warnings.catch_warnings(record=True):  # pages of them, about what both do on purpose
+    with warnings.catch_warnings(record=True):  # many, about what both do on purpose
         if importlib.util.find_spec('mindspeed'):
             load_mindspeed()
         else:
@@ -299,14 +313,15 @@ def prepare_npu() -> None:
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #4d773330
 def prepared_for() -> str | None:
-    "The name of the device that this process's Megatron-Core was prepared for, or None."
+    "Returns the name of the device that this process's Megatron-Core was prepared for, or None."
     return getattr(sys.modules.get('megatron.core'), 'mmkit_device', None)
 
 
 def prepare(device: Device) -> None:
-    """Makes Megatron-Core usable on this device.
+    """Prepares Megatron-Core for this device and imports it.
 
-    RuntimeError if it was imported before, or prepared for another device.
+    Raises RuntimeError if it was imported before, or was prepared for another device. A second call for the
+    same device does nothing.
     """
     if prepared_for() == device.name:
         return
@@ -324,7 +339,7 @@ def prepare(device: Device) -> None:
     sys.meta_path.insert(0, Finder(repairs(device)))
     if device.name == 'npu':
         prepare_npu()
-    # Megatron's calls, nothing a user can change
+    # Megatron makes these calls; a user cannot change them
     warnings.filterwarnings('ignore', r'`torch\.distributed\.\w+` is deprecated', FutureWarning)
     with warnings.catch_warnings():
         # it warns about Transformer Engine and Apex, which nobody here needs
@@ -359,7 +374,7 @@ NAMES = {
 
 # %% ../../nbs/2_parallel/00_engine.ipynb #ef5951cf
 def load_names() -> types.SimpleNamespace:
-    "Megatron's names of the table, and `parallel_state`, as one namespace."
+    "Returns the names in `NAMES`, and `parallel_state`, from Megatron-Core as one namespace."
     with warnings.catch_warnings():
         # it warns about Transformer Engine and Apex, which nobody here needs
         warnings.simplefilter('ignore')
@@ -377,7 +392,10 @@ LOADED: list[types.SimpleNamespace] = []
 
 
 def megatron() -> types.SimpleNamespace:
-    "Megatron-Core's names; `prepare` must have been called."
+    """Returns Megatron-Core's names as one namespace.
+
+    Raises RuntimeError if `prepare` has not been called.
+    """
     if prepared_for() is None:
         raise RuntimeError('Megatron-Core is not prepared; open a mesh first (mmkit.parallel.mesh.open_mesh)')
     if not LOADED:

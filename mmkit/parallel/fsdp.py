@@ -22,17 +22,20 @@ from .engine import megatron
 
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #f41bfb3e
 def own_part(x: Tensor) -> Tensor:
-    "This rank's share of a tensor that is cut over the copies, in the same memory; a whole tensor as it is."
+    """Returns this rank's shard of a tensor that is sharded over the data-parallel replicas.
+
+    The shard shares the tensor's memory. A whole tensor is returned as it is.
+    """
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def computed_in(parameter: Tensor) -> torch.dtype:
-    "The number format in which a parameter takes part in the computation."
+    "Returns the dtype in which a parameter takes part in the computation."
     return getattr(parameter, 'computed_in', parameter.dtype)
 
 
 def share_of(value: Tensor, parameter: Tensor) -> Tensor:
-    "What this rank keeps of a whole `value` that is cut as `parameter` is."
+    "Returns this rank's shard of a whole `value` that is sharded as `parameter` is."
     if not isinstance(parameter, DTensor):
         return value
     pieces = value.chunk(parameter.device_mesh.size(), parameter.placements[0].dim)
@@ -41,7 +44,10 @@ def share_of(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole_of(share: Tensor, parameter: Tensor) -> Tensor:
-    "The whole of which this rank keeps `share`, cut as `parameter` is; all copies call it together."
+    """Returns the whole tensor of which this rank holds the shard `share`, sharded as `parameter` is.
+
+    All replicas call it together.
+    """
     if not isinstance(parameter, DTensor):
         return share
     return DTensor.from_local(
@@ -56,45 +62,53 @@ def whole_of(share: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Sets a parameter, or this rank's share of it, to the whole `value`, rounded to the format of the
-    computation.
-    """
-    # as under any other layout, where the shares start from parameters in that format
+    "Sets a parameter, or this rank's shard of it, to the whole `value`, rounded to its `computed_in`."
+    # as under any other layout, where the float32 values start from parameters in that dtype
     own_part(parameter).copy_(share_of(value, parameter).to(computed_in(parameter)))
 
 
 def every_part(x: Tensor) -> Tensor:
-    "The whole of a tensor on every rank, in the format that it is computed in; all copies call it together."
+    """Returns the whole of a tensor on every rank, in the dtype that it is computed in.
+
+    All replicas call it together.
+    """
     return x.detach().full_tensor().to(computed_in(x)) if isinstance(x, DTensor) else x.detach()
 
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #ea2a3da8
 def cut_along(copies: int) -> Callable[[nn.Parameter], Shard]:
-    "How `fully_shard` is to cut a parameter for so many copies."
+    """Returns the function that tells `fully_shard` along which dim to shard a parameter.
+
+    It is the first dim whose size is divisible by the number of replicas `copies`, or dim 0 if there is none.
+    """
     return lambda p: Shard(next((dim for dim, size in enumerate(p.shape) if size % copies == 0), 0))
 
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #b5193bd6
 def whole_formats(module: nn.Module) -> set[torch.dtype]:
-    "Formats of the parameters in a module that are not cut yet."
+    "Returns the dtypes of the parameters in a module that are not sharded yet."
     return {p.dtype for p in module.parameters() if not isinstance(p, DTensor)}
 
 
 def uniform_parts(module: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
-    "The largest modules inside a module whose parameters, where not cut yet, all have this format."
+    """Returns the largest modules inside a module whose parameters all have this dtype.
+
+    Parameters that are sharded already do not count.
+    """
     if whole_formats(module) == {dtype} and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return [module]
     return [part for child in module.children() for part in uniform_parts(child, dtype)]
 
 
 def in_float32(module: nn.Module) -> None:
-    "Gives the parameters that are not cut yet the format in which their shares are kept."
+    "Casts the parameters that are not sharded yet to float32, the dtype in which their shards are kept."
     for p in module.parameters():
         if not isinstance(p, DTensor):
             p.data = p.data.float()
 
 
 def shard_unit(module: nn.Module, **options: Any) -> None:
-    """Cuts what is not cut yet in a module: parameters in float32 as one unit, those in each shorter format
-    as another inside it.
+    """Shards the parameters of a module that are not sharded yet, as FSDP units.
+
+    Those in float32 form one unit, those in each shorter dtype another one inside it.
     """
     for dtype in whole_formats(module) - {torch.float32}:
         policy = MixedPrecisionPolicy(
@@ -111,9 +125,9 @@ def shard_unit(module: nn.Module, **options: Any) -> None:
 
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #5fa4cd1c
 def shard(model: nn.Module) -> None:
-    """Cuts a model's parameters, in place, over the copies.
+    """Shards a model's parameters, in place, over the data-parallel replicas.
 
-    Their marks (tensor parallel, sequence parallel) stay with them.
+    The attributes of the parameters (tensor parallel, sequence parallel) stay with them.
     """
     first = next(model.parameters(), None)
     group = megatron().parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -132,13 +146,14 @@ def shard(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         for mark, value in marks[name].items():
             setattr(p, mark, value)
-    # else the root is whatever runs first, and that may be one layer of a model that answers
+    # otherwise FSDP's root is the module that runs first, in inference perhaps a single layer
     model._get_fsdp_state()._lazy_init()
 
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #4f6da6bb
 class Sharded(nn.Module):
-    """A trained module whose model is cut over the copies, with the doors that Megatron knows from its
-    DistributedDataParallel.
+    """A trained module whose model is sharded over the data-parallel replicas (FSDP).
+
+    It has the interface of Megatron's `DistributedDataParallel`.
     """
 
     def __init__(self, module: nn.Module, config: Any):
@@ -157,14 +172,14 @@ class Sharded(nn.Module):
         return nullcontext()
 
     def zero_grad_buffer(self) -> None:
-        "There is no buffer: a gradient is a share beside its parameter."
+        "Does nothing: there is no buffer, a gradient is a shard beside its parameter."
 
     def finish_grad_sync(self) -> None:
-        "The gradients are reduced when the backward pass is over."
+        "Does nothing: the gradients are reduced when the backward pass is over."
 
     @torch.no_grad()
     def scale_gradients(self, factor: Tensor) -> None:
-        "Makes the mean over the copies their sum, times `factor`."
+        "Turns the mean of the gradients over the replicas into their sum, times `factor`."
         found = [own_part(p.grad) for p in self.parameters() if p.grad is not None]
         if found:
             torch._foreach_mul_(found, factor * self.copies)
@@ -172,8 +187,9 @@ class Sharded(nn.Module):
 # %% ../../nbs/2_parallel/06_fsdp.ipynb #93a286af
 @contextmanager
 def gathered(*models: nn.Module) -> Iterator[None]:
-    """For the length of a `with`, this rank holds all of models that may be cut, and their forward passes
-    wait for nobody; all copies enter and leave together.
+    """Keeps the parameters of models that may be sharded all-gathered on this rank within a `with`.
+
+    Forward passes there wait for no other rank. All replicas enter and leave together.
     """
     units = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:

@@ -24,7 +24,7 @@ from .mesh import Mesh
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #fcb5590e
 def engine_config(mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool) -> Any:
-    "Megatron's configuration for layers on this mesh."
+    "Returns Megatron's `TransformerConfig` for layers on this mesh."
     # layers are given their sizes one by one; hidden_size and heads only have to pass Megatron's check that
     # tp divides them
     return megatron().TransformerConfig(
@@ -42,7 +42,7 @@ def engine_config(mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool) -> An
         moe_token_dispatcher_type='alltoall',
         # on gloo a message may still be read when its tensor would be freed
         deallocate_pipeline_outputs=False,
-        # batched, two messages to one peer swap
+        # batched, two messages to the same rank swap
         overlap_p2p_comm=mesh.layout.vpp > 1,
         batch_p2p_comm=mesh.layout.vpp == 1,
         microbatch_group_size_per_vp_stage=mesh.pp.size,
@@ -55,11 +55,14 @@ def engine_config(mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool) -> An
 
 
 def as_allocated(weight: Tensor) -> None:
-    "An initialisation that leaves the weight as it is: it will be read from a folder."
+    "Initialises nothing: a weight stays as allocated, because it is read from a folder afterwards."
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #a59193e5
 def column_linear(config: Any, inputs: int, outputs: int, bias: bool) -> nn.Module:
-    "Megatron's linear with its outputs cut over the ranks; use it by `apply_linear`."
+    """Returns Megatron's `ColumnParallelLinear`: its outputs are sharded over the tensor-parallel ranks.
+
+    Use it by `apply_linear`.
+    """
     return megatron().ColumnParallelLinear(
         inputs,
         outputs,
@@ -72,7 +75,10 @@ def column_linear(config: Any, inputs: int, outputs: int, bias: bool) -> nn.Modu
 
 
 def row_linear(config: Any, inputs: int, outputs: int, bias: bool) -> nn.Module:
-    "Megatron's linear with its inputs cut over the ranks and its results summed; use it by `apply_linear`."
+    """Returns Megatron's `RowParallelLinear`: its inputs are sharded over the tensor-parallel ranks.
+
+    The results of the ranks are summed. Use it by `apply_linear`.
+    """
     return megatron().RowParallelLinear(
         inputs,
         outputs,
@@ -85,16 +91,17 @@ def row_linear(config: Any, inputs: int, outputs: int, bias: bool) -> nn.Module:
 
 
 def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """The output of one of Megatron's linears for x (s b inputs).
+    """Returns the output of one of Megatron's linear layers for x (s b inputs).
 
-    A bias that it left over is added in place: Megatron writes the whole output a second time for it.
+    A bias that the layer returns beside it is added in place: Megatron writes the whole output a second time
+    for it.
     """
     output, bias = linear(x)
     return output if bias is None else output.add_(bias)
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #1f8f82a6
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    "x (... n) over the root mean square of its rows, times weight (n)."
+    "RMSNorm: x (... n) over the root mean square of its last dim, times `weight` (n)."
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
@@ -110,7 +117,7 @@ rms_norm = by_device(rms_norm, npu=npu_rms_norm)
 
 
 class Norm(nn.Module):
-    "RMS norm over the last dim."
+    "RMSNorm over the last dim."
 
     def __init__(self, config: Any, size: int, epsilon: float):
         super().__init__()
@@ -123,16 +130,16 @@ class Norm(nn.Module):
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #396a06d9
 def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    "The layer's output, of which nothing but the inputs is kept for the backward pass."
-    # a layer left halfway would not let its parameters go
+    "Returns the layer's output and keeps only the inputs for the backward pass (gradient checkpointing)."
+    # a layer that stops halfway would not free its all-gathered parameters
     with set_checkpoint_early_stop(False):
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def recompute(layout: Layout, number: int, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The output of layer number `number` (from 0) of a tower on a stage.
+    """Returns the output of layer number `number` (from 0) of a tower on a stage.
 
-    Where the layout wants it, the layer is run again in the backward pass.
+    Where the layout asks for full recomputation of it, the layer is recomputed in the backward pass.
     """
     chosen = layout.recompute == 'full' and (
         layout.recompute_layers is None or number < layout.recompute_layers
@@ -143,7 +150,10 @@ def recompute(layout: Layout, number: int, layer: Callable[..., Tensor], *inputs
 def activated(
     linear: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor, recompute: bool
 ) -> Tensor:
-    "linear(activation(x)); with `recompute`, only x is kept for the backward pass."
+    """Returns linear(activation(x)).
+
+    With `recompute`, only x is kept and the activation is recomputed in the backward pass.
+    """
     if not (recompute and torch.is_grad_enabled()):
         return apply_linear(linear, activation(x))
     made, kept = recomputed(activation, x), x.detach()
@@ -160,7 +170,7 @@ def activated(
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #fcef74c6
 def swiglu(x: Tensor) -> Tensor:
-    "silu(gate) * value of a tensor (... 2h) that holds both side by side."
+    "SwiGLU: silu(gate) * value of a tensor (... 2h) that holds both side by side."
     gate, value = x.chunk(2, -1)
     return F.silu(gate) * value
 
@@ -178,9 +188,9 @@ swiglu = by_device(swiglu, npu=npu_swiglu)
 
 
 class Mlp(nn.Module):
-    """Column linear, activation, row linear: (... inputs) -> (... outputs).
+    """MLP: column-parallel linear, activation, row-parallel linear, (... inputs) -> (... outputs).
 
-    With `recompute`, the activation is computed again in the backward pass.
+    The activation is SwiGLU if `gated`, else GELU. With `recompute`, it is recomputed in the backward pass.
     """
 
     def __init__(
@@ -203,7 +213,7 @@ class Mlp(nn.Module):
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #3235e96f
 class Layer(nn.Module):
-    "x + attention(norm(x)), then x + mlp(norm(x)), on (s b width)."
+    "Pre-norm transformer layer on (s b width): x + attention(norm(x)), then x + mlp(norm(x))."
 
     def __init__(self, config: Any, width: int, epsilon: float, attention: nn.Module, mlp: nn.Module):
         super().__init__()
@@ -216,7 +226,11 @@ class Layer(nn.Module):
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #7ce50f39
 def npu_rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
-    "x (b s h d) turned by the NPU's kernel with cosines and sines (b or 1, s, d), in their format."
+    """Returns x (b s h d) rotated (rotary position embedding) by the NPU's kernel.
+
+    Cosines and sines are (b or 1, s, d); the kernel computes in their dtype. `mode` is `half` or
+    `interleave`. Raises ValueError for shapes beyond the kernel's limits.
+    """
     import torch_npu
 
     (b, s, h, d), pairs = x.shape, mode == 'interleave'
@@ -238,19 +252,25 @@ def npu_rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
 
 # %% ../../nbs/2_parallel/04_layers.ipynb #96b5c2dc
 def slice_sequence(x: Tensor, config: Any) -> Tensor:
-    "This rank's share of (s b h) under sequence parallel, else all of it."
+    "Returns this rank's shard of the tokens (s b h) under sequence parallel, else all of them."
     return megatron().scatter_to_sequence_parallel_region(x) if config.sequence_parallel else x
 
 
 def whole_sequence(x: Tensor, config: Any) -> Tensor:
-    "All of (s b h) on every rank; gradients are summed over the ranks on the way back."
+    """Returns all tokens (s b h) on every rank, all-gathered under sequence parallel.
+
+    Gradients are summed over the ranks in the backward pass.
+    """
     if config.sequence_parallel:
         return megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
     return megatron().copy_to_tensor_model_parallel_region(x)
 
 
 def same_sequence(x: Tensor, config: Any) -> Tensor:
-    "All of (s b h) on every rank, where all ranks go on to compute the same."
+    """Returns all tokens (s b h) on every rank, where all ranks go on to compute the same.
+
+    Gradients are not summed over the ranks.
+    """
     return (
         megatron().gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         if config.sequence_parallel

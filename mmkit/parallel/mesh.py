@@ -22,22 +22,24 @@ from .engine import megatron, prepare
 # %% ../../nbs/2_parallel/02_mesh.ipynb #e8d457e0
 @dataclass(frozen=True)
 class Axis:
-    "One axis of the mesh: this rank's place on it, its size, and the group that talks along it."
+    "One axis of the device mesh: this process's rank on it, its size, and its process group."
 
     rank: int
     size: int
     group: Any
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        "The sum of `x` over the axis, in place."
+        "All-reduces `x` (sum) over the axis, in place, and returns it."
         dist.all_reduce(x, group=self.group)
         return x
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #4c798873
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run as a grid: a data-parallel replica has its layers on `pp` ranks, their weights on
-    `tp`, its tokens on `cp`; `dp` copies share the data.
+    """The device mesh: the ranks of a run as a grid with an axis for every kind of parallelism.
+
+    A data-parallel replica has its layers on `pp` ranks, their weights on `tp`, its tokens on `cp`; `dp`
+    replicas share the data.
     """
 
     layout: Layout
@@ -45,10 +47,10 @@ class Mesh:
     place: Place
     tp: Axis
     cp: Axis
-    ulysses: Axis  # the part of cp that exchanges heads
-    ring: Axis  # the part of cp that passes keys and values round
+    ulysses: Axis  # the ranks of cp that exchange tokens for heads (all-to-all)
+    ring: Axis  # the ranks of cp that send keys and values round
     dp: Axis
-    dp_cp: Axis  # all ranks that hold parts of the same gradient
+    dp_cp: Axis  # dp and cp: all ranks that hold parts of the same gradient
     pp: Axis
 
     @property
@@ -58,12 +60,12 @@ class Mesh:
 
     @property
     def first(self) -> bool:
-        "Whether this rank is the one that writes for all."
+        "Whether this is rank 0, which writes for all ranks."
         return self.place.rank == 0
 
     @property
     def first_of_replica(self) -> bool:
-        "Whether this rank is the one that writes what its copy of the model makes."
+        "Whether this is the first rank of its data-parallel replica, which writes what the replica makes."
         return self.tp.rank == self.cp.rank == self.pp.rank == 0
 
     def __enter__(self):
@@ -74,41 +76,43 @@ class Mesh:
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #c3776327
 def grid(layout: Layout, world: int) -> np.ndarray:
-    "Rank numbers as an array pp x dp x cp x tp."
+    "Returns the rank numbers as an array (pp, dp, cp, tp)."
     return np.arange(world).reshape(layout.pp, layout.replicas(world), layout.cp, layout.tp)
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #0f3980d8
-# the launch's meeting place, and one more entry for every world that was opened at it
+# the launch's store (rendezvous), and one more store for every world that was opened in it
 MEETINGS: list[dist.Store] = []
 
 
 def join_world(device: Device, here: Place, minutes: float) -> None:
-    """Joins this process to the others of its launch, or makes it a world of one.
+    """Initialises torch.distributed with the other processes of the launch, or alone with world size 1.
 
-    Every world meets under a name of its own.
+    Every world has a prefix of its own in the launch's store. `minutes` is the timeout.
     """
     limit = timedelta(minutes=minutes)
     if not MEETINGS:
         MEETINGS.append(
             next(dist.rendezvous('env://', timeout=limit))[0] if here.launched else dist.HashStore()
         )
-    # under an old name a fast rank would read the others' old addresses
+    # under an old prefix a fast rank would read the old addresses of the others
     store = dist.PrefixStore(f'world {len(MEETINGS)}', MEETINGS[0])
     MEETINGS.append(store)
     dist.init_process_group(device.backend, timeout=limit, store=store, rank=here.rank, world_size=here.world)
 
 
 def axis(group: Any) -> Axis:
-    "The axis along a process group, seen from this rank."
+    "Returns the axis over a process group, as seen from this rank."
     return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #0e995858
 def open_mesh(
     layout: Layout = Layout(), device: Device | None = None, seed: int = 42, minutes: float = 30
 ) -> Mesh:
-    """This rank's mesh; `minutes` is how long a rank waits for the others.
+    """Initialises the process groups of `layout` and returns this rank's mesh.
 
-    Use it in a `with`, or call `close_mesh` at the end.
+    `seed` goes to `seed_everything`; `minutes` is the timeout, how long a rank waits for the others. Use the
+    mesh in a `with`, or call `close_mesh` at the end. Raises ValueError if the layout does not fit the world
+    size, RuntimeError if a mesh is already open.
     """
     device, here = device or pick_device(), place()
     layout.replicas(here.world)
@@ -142,13 +146,13 @@ def open_mesh(
 
 
 def close_mesh() -> None:
-    "Leaves the world; without a mesh it does nothing."
+    "Destroys the process groups; without an open mesh it does nothing."
     if not dist.is_initialized():
         return
     state = megatron().parallel_state
     state.destroy_model_parallel()
-    # What Megatron forgets to forget: the next mesh may be a pipeline, and a group that somebody still holds
-    # keeps its threads.
+    # Megatron does not reset these: the next mesh may be a pipeline, and a process group that is still
+    # referenced keeps its threads.
     state._EMBEDDING_GLOBAL_RANKS = state._POSITION_EMBEDDING_GLOBAL_RANKS = (
         state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP
     ) = None
@@ -157,7 +161,7 @@ def close_mesh() -> None:
 
 # %% ../../nbs/2_parallel/02_mesh.ipynb #61a0297b
 def seed_everything(seed: int) -> None:
-    "Seeds every random generator of this process from one number."
+    "Seeds every random generator of this process, Megatron's RNG tracker included, from one number."
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

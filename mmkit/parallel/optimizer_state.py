@@ -21,8 +21,9 @@ MOMENTS = ('exp_avg', 'exp_avg_sq')
 
 # %% ../../nbs/2_parallel/09_optimizer_state.ipynb #5dc75a39
 def updated(inner: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Every parameter of which one of Megatron's optimizers updates something on this rank, with the tensor
-    in float32 that is updated.
+    """Yields the parameters that one of Megatron's optimizers updates on this rank, wholly or in part.
+
+    Each comes with the float32 tensor that is updated, such as its master weight.
     """
     if inner.is_stub_optimizer:
         return
@@ -42,8 +43,10 @@ def updated(inner: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a parameter's state lies on this rank: the tensor that is updated, what AdamW keeps of it, and
-    the first element of the parameter that it holds (None: it is not a flat range).
+    """Where the optimizer state of a parameter lies on this rank.
+
+    `main` is the tensor that is updated, `state` what AdamW keeps of it, and `start` the first element of the
+    parameter that it holds (None: it is not a flat range).
     """
 
     main: Tensor
@@ -52,8 +55,9 @@ class Place:
 
 # %% ../../nbs/2_parallel/09_optimizer_state.ipynb #f55362d1
 class OptimizerState:
-    """The state of an optimizer by parameter and kind: `master`, the value in float32, and AdamW's `exp_avg`
-    and `exp_avg_sq`.
+    """The state of an optimizer by parameter and kind, read and set as whole tensors.
+
+    The kinds are `master`, the value in float32, and AdamW's `exp_avg` and `exp_avg_sq`.
     """
 
     def __init__(self, optimizer: Any, mesh: Mesh):
@@ -76,13 +80,16 @@ class OptimizerState:
         self.flat = mesh.layout.data_parallel == 'zero1'
 
     def part(self, place: Place, kind: str) -> Tensor:
-        "What lies on this rank, in place; zeros where nothing is kept yet."
+        "Returns this rank's part of one kind, in the same memory; zeros where nothing is kept yet."
         found = place.main if kind == 'master' else place.state.get(kind)
         return own_part(torch.zeros_like(place.main) if found is None else found.detach())
 
     @torch.no_grad()
     def whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        "One kind for the whole of a trained parameter, in float32 and its shape."
+        """Returns one kind for the whole of a trained parameter, in float32 and in the parameter's shape.
+
+        With `zero1` and `fsdp` all replicas call it together.
+        """
         place = self.places.get(parameter)
         if not self.flat:
             return whole_of(self.part(place, kind), parameter)
@@ -94,9 +101,9 @@ class OptimizerState:
 
     @torch.no_grad()
     def fill(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        """Sets this rank's part of one kind from the whole of it.
+        """Sets this rank's part of one kind from the whole of it, `value`.
 
-        With `master` the parameter becomes what it rounds to.
+        With `master` the parameter is set as well, to `value` rounded to its dtype.
         """
         place, value = self.places.get(parameter), value.to(parameter.device)
         if kind == 'master':
@@ -114,7 +121,10 @@ class OptimizerState:
 
 # %% ../../nbs/2_parallel/09_optimizer_state.ipynb #f5420287
 def adam_steps(moments: OptimizerState) -> int:
-    "How many steps AdamW has made on this rank's parameters; 0 where it has none."
+    """Returns how many steps AdamW has made on this rank's parameters; 0 where it has none.
+
+    Raises ValueError if the parameters differ in it.
+    """
     found = {
         int(state['step'])
         for inner in moments.inner
@@ -136,14 +146,15 @@ def adam_steps(moments: OptimizerState) -> int:
 
 
 def counts_on_device(optimizer: Any) -> bool:
-    """Whether an optimizer counts the steps of a group of parameters in a tensor on the device, as
+    """Whether an optimizer counts the steps of a parameter group in a tensor on the device.
+
     MindSpeed's AdamW does.
     """
     return type(optimizer).__module__.split('.')[0] == 'mindspeed'
 
 
 def set_adam_steps(moments: OptimizerState, steps: int) -> None:
-    "Tells AdamW how many steps it has made."
+    "Sets AdamW's step count, of parameters or of parameter groups."
     for inner in moments.inner:
         if not isinstance(inner.optimizer, torch.optim.AdamW):
             for group in inner.optimizer.param_groups:

@@ -20,9 +20,9 @@ from .stages import stages
 def build_stages(
     model: Callable[..., nn.Module], shape: Any, mesh: Mesh, dtype: torch.dtype
 ) -> list[nn.Module]:
-    """This rank's stages, in the order of their turns, of a model whose `shape` knows its costs.
+    """Builds this rank's stages of a model, in the order of its virtual stages, on the rank's device.
 
-    On the rank's device.
+    `shape.costs` gives the cost of each layer of each tower.
     """
     return [
         model(shape, mesh, dtype, stage).to(mesh.at)
@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 
 
 def broadcast_from_stage(x: Tensor | None, source: int, mesh: Mesh) -> Tensor | None:
-    "What the rank at place `source` of the pipeline gives, a tensor or None, on all ranks of the pipeline."
+    "Broadcasts the tensor or None of pipeline rank `source` to all ranks of the pipeline and returns it."
     root, giving = dist.get_global_rank(mesh.pp.group, source), mesh.pp.rank == source
     head = torch.zeros(9, dtype=torch.long, device=mesh.at)
     if giving and x is not None:
@@ -56,9 +56,10 @@ def broadcast_from_stage(x: Tensor | None, source: int, mesh: Mesh) -> Tensor | 
 def forward_through_stages(
     chunks: Sequence[nn.Module], mesh: Mesh, run: Callable[[Any, Tensor | None], Tensor | None]
 ) -> Tensor | None:
-    """What `run(chunk, x)` of the last stage gives, on every rank.
+    """Runs all stages one after the other and returns the output of the last one on every rank.
 
-    X is what the stage before gave, None at first. `chunks` are this rank's, each with its `stage`.
+    `run(chunk, x)` runs a stage on the output `x` of the stage before it, None at first. `chunks` are this
+    rank's stages, each with its `stage`.
     """
     x, held = None, {chunk.stage.index: chunk for chunk in chunks}
     for number in range(chunks[0].stage.count):

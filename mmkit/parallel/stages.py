@@ -16,13 +16,13 @@ from itertools import accumulate, pairwise
 from ..config import Layout
 from ..core.values import require
 
-# layers of a tower: one row for every turn, one number for every rank of the pipeline
+# layer split of a tower: for each virtual stage, the number of layers on every rank of the pipeline
 LayerSplit = tuple[tuple[int, ...], ...]
 
 # %% ../../nbs/2_parallel/01_stages.ipynb #422cd47c
 @dataclass(frozen=True)
 class Stage:
-    "A piece of a model: number `index` of `count`, and which layers of each tower it holds."
+    "Pipeline stage number `index` of `count`, virtual stages included, with its layers of each tower."
 
     index: int
     count: int
@@ -30,12 +30,12 @@ class Stage:
 
     @property
     def first(self) -> bool:
-        "Whether the batch enters here."
+        "Whether this is the first stage, which takes in the batch."
         return self.index == 0
 
     @property
     def last(self) -> bool:
-        "Whether the loss is computed here."
+        "Whether this is the last stage, which computes the loss."
         return self.index == self.count - 1
 
 # %% ../../nbs/2_parallel/01_stages.ipynb #44d6d3ff
@@ -43,7 +43,7 @@ COLORS = ('#4c78a8', '#f58518', '#54a24b', '#b279a2')
 
 
 def cell(stage: Stage, pp: int) -> str:
-    "A stage as a cell of an HTML table: as wide as it has layers, coloured by tower."
+    "Returns a stage as a cell of an HTML table: as wide as it has layers, coloured by tower."
     held = [(tower, layers, color) for (tower, layers), color in zip(stage.layers.items(), COLORS) if layers]
     bars = ''.join(
         f'<div style="background:{color};color:white;padding:2px 6px;min-width:{8 * len(layers)}px">{tower}'
@@ -57,12 +57,15 @@ def cell(stage: Stage, pp: int) -> str:
 
 
 class Stages(tuple):
-    "All stages of a model in order, which draw themselves as a strip: one row for every turn of the ranks."
+    """All pipeline stages of a model in order.
+
+    A notebook draws them as a table, with one table row for each virtual stage of the ranks.
+    """
 
     pp = 1
 
     def of(self, place: int) -> list[Stage]:
-        "The stages of the rank at a place of the pipeline."
+        "Returns the stages of the rank with pipeline rank `place`."
         return list(self[place :: self.pp])
 
     def _repr_html_(self) -> str:
@@ -72,12 +75,15 @@ class Stages(tuple):
 # %% ../../nbs/2_parallel/01_stages.ipynb #e7b152ed
 @lru_cache(maxsize=64)
 def cut(costs: tuple[float, ...], count: int) -> tuple[int, ...]:
-    "Where `count` consecutive groups of costs end, none of them empty, the largest sum as small as can be."
+    """Returns where each of `count` consecutive groups of costs ends, with the largest group sum minimal.
+
+    No group is empty.
+    """
     sums = list(accumulate(costs, initial=0.0))
-    # of the first so many layers in one group
+    # by number of layers: the largest group sum and the ends, here with all of them in one group
     best = {end: (sums[end], (end,)) for end in range(1, len(sums))}
     for groups in range(2, count + 1):
-        # where the group before may end: some layers are left for each of the others
+        # the last layer that this group may have: at least one layer is left for each of the groups after it
         room = range(groups - 1, len(costs) - count + groups)
 
         def largest(start, end):
@@ -91,8 +97,10 @@ def cut(costs: tuple[float, ...], count: int) -> tuple[int, ...]:
 
 
 def balanced(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str, LayerSplit]:
-    """Rows of layers for each tower, given what each of its layers costs: the largest stage is as cheap as it
-    can be.
+    """Returns the balanced layer split of each tower, given the cost of each of its layers.
+
+    The most expensive stage is as cheap as it can be. Raises ValueError if there are fewer layers than
+    stages.
     """
     owner, count = [tower for tower, each in costs.items() for _ in each], layout.pp * layout.vpp
     require(
@@ -111,9 +119,9 @@ def balanced(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str, 
 
 # %% ../../nbs/2_parallel/01_stages.ipynb #75ee5032
 def layer_rows(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str, LayerSplit]:
-    """Rows of layers for each tower, as the layout gives them or balanced.
+    """Returns the layer split of each tower: `layout.layers`, or balanced if that is None.
 
-    ValueError for rows that do not fit the model.
+    Raises ValueError for a layer split that does not fit the model.
     """
     if layout.layers is None:
         return balanced(costs, layout)
@@ -132,7 +140,10 @@ def layer_rows(costs: Mapping[str, Sequence[float]], layout: Layout) -> dict[str
 
 
 def check_order(found: Stages, towers: Sequence[str]) -> None:
-    "Raises ValueError when the towers cannot follow one another on these stages."
+    """Raises ValueError if the towers cannot follow one another on these stages.
+
+    It also raises it if the first or the last stage is empty.
+    """
     held = {tower: [stage.index for stage in found if stage.layers[tower]] for tower in towers}
     for before, after in pairwise(towers):
         require(
@@ -151,7 +162,11 @@ def check_order(found: Stages, towers: Sequence[str]) -> None:
 
 
 def stages(costs: Mapping[str, Sequence[float]], layout: Layout) -> Stages:
-    "All stages of a model in order; number v * pp + p is turn v of the rank at place p."
+    """Returns all pipeline stages of a model in order.
+
+    Stage v * pp + p is virtual stage v of pipeline rank p. Raises ValueError for a layer split that does not
+    fit.
+    """
     rows = layer_rows(costs, layout)
     ends = {tower: list(accumulate((n for row in rows[tower] for n in row), initial=0)) for tower in costs}
     count = layout.pp * layout.vpp
@@ -164,14 +179,16 @@ def stages(costs: Mapping[str, Sequence[float]], layout: Layout) -> Stages:
 
 # %% ../../nbs/2_parallel/01_stages.ipynb #7dd89d47
 def divisors(number: int) -> str:
-    "All divisors of a number, in words."
+    "Returns all divisors of a number as text, such as '1, 2 or 4'."
     found = [str(n) for n in range(1, number + 1) if number % n == 0]
     return ' or '.join([', '.join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
 def check_cut(sizes: Mapping[str, int], layout: Layout, exchanged: str | None = None) -> None:
-    """Raises ValueError when one of a model's sizes cannot be cut over the tensor-parallel ranks, or the
-    `exchanged` heads not be distributed among ranks of cp; it names what would do.
+    """Raises ValueError if one of a model's sizes cannot be divided over the tensor-parallel ranks.
+
+    It also raises it if a rank's share of the heads `sizes[exchanged]` cannot be divided over the ranks that
+    Ulysses exchanges heads between. The message names values that would fit.
     """
     for what, size in sizes.items():
         require(

@@ -28,7 +28,7 @@ from .weights import load_weights
 
 # %% ../../nbs/6_trainer/09_chat.ipynb #d2172ec1
 def picture_tag(image: Any, height: int = 96) -> str:
-    "HTML of a picture (file or PIL), scaled to a height in pixels."
+    "HTML of an image (a file or a PIL image), scaled to a height in pixels."
     from PIL import Image
 
     picture = (image if isinstance(image, Image.Image) else Image.open(image)).convert('RGB')
@@ -43,7 +43,7 @@ def picture_tag(image: Any, height: int = 96) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    "What was asked, about which pictures, and what the model said."
+    "A generated answer (`text`) with its question and images."
 
     question: str
     text: str
@@ -63,7 +63,7 @@ class Answer:
 # %% ../../nbs/6_trainer/09_chat.ipynb #b81b8415
 @dataclass(frozen=True)
 class Chat:
-    "A loaded model that answers questions."
+    "A loaded model for inference: it answers questions about images and videos."
 
     folder: Path
     model: list[nn.Module]
@@ -82,7 +82,7 @@ class Chat:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Answer:
-        "The answer, of at most `room` tokens: the likeliest one at temperature 0, else drawn."
+        "Generates an answer of at most `room` new tokens: greedy decoding at temperature 0, else sampling."
         record = to_question(question, images, videos, self.data)
         (said,) = answer(
             self.model,
@@ -96,7 +96,7 @@ class Chat:
         return Answer(record.turns[-1].content, said, tuple(record.images))
 
     def ask_file(self, file: str | Path, media_dir: str | Path = '.', count: int = 10**9) -> list[dict]:
-        "Answers to the first `count` conversations of a file, each as {question, answer, expected, image}."
+        "Answers the first `count` conversations of a file: {question, answer, expected, image} of each."
         data = replace(self.data, media_dir=str(media_dir))
         return examine(self.model, self.mesh, self.folder, data, read_questions(file, data, count))
 
@@ -109,9 +109,9 @@ def open_chat(
     data: Data = Data(),
     layout: Layout = Layout(),
 ) -> Iterator[Chat]:
-    """A Chat with the model of a Hugging Face folder, for the length of a `with`.
+    """Context manager that loads the model of a Hugging Face folder as a `Chat`.
 
-    Under a layout every rank gets every answer.
+    Under a parallel layout every rank gets every answer.
     """
     with open_mesh(layout, pick_device(device)) as mesh:
         task = QwenTask(Config(weights=str(folder), layout=layout))
@@ -127,11 +127,11 @@ def chat(
     videos: Sequence = (),
     **options: Any,
 ) -> Answer:
-    "One answer of the model in a Hugging Face folder; options as in `Chat.ask`."
+    "Loads the model of a Hugging Face folder and answers one question; options as in `Chat.ask`."
     with open_chat(folder) as talk:
         return talk.ask(question, images, videos, **options)
 
 
 def exact_match(found: Sequence[dict]) -> float:
-    "The share of answers that are the expected ones to the letter."
+    "The share of answers that equal the expected ones exactly, up to spaces around them."
     return sum(one['answer'].strip() == one['expected'].strip() for one in found) / max(len(found), 1)

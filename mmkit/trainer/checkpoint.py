@@ -55,8 +55,10 @@ from mmkit.trainer.weights import (
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #0f36fbe7
 @dataclass(frozen=True, eq=False)
 class Training:
-    """What changes while a model is trained: this rank's stages, bare and wrapped, optimizer, schedule,
-    average.
+    """The state that training changes.
+
+    It has this rank's stages (bare, and wrapped for data parallelism), optimizer, learning-rate schedule, EMA
+    (`average`) and access to the optimizer state (`moments`).
     """
 
     model: list[nn.Module]
@@ -67,7 +69,7 @@ class Training:
     moments: OptimizerState
 
     def named(self) -> dict[int, dict[str, nn.Parameter]]:
-        "The trained parameters by number of stage and name."
+        "The trained parameters by stage index and parameter name."
         return {
             chunk.stage.index: {name: p for name, p in chunk.named_parameters() if p.requires_grad}
             for chunk in self.model
@@ -75,13 +77,16 @@ class Training:
 
 
 def kinds(parameter: nn.Parameter, averaged: bool) -> tuple[str, ...]:
-    "What is written of a trained parameter beside its weight."
+    """The kinds of state that a checkpoint holds for a trained parameter beside its weight.
+
+    `averaged` says whether there is an EMA.
+    """
     exact = computed_in(parameter) == torch.float32
     return MOMENTS + ('master',) * (averaged or not exact) + ('average',) * (averaged and not exact)
 
 
 def whole(training: Training, kind: str, parameter: nn.Parameter) -> Tensor:
-    "One kind for the whole of a parameter; all replicas call it together."
+    "One kind of state for the whole of a parameter; all data-parallel replicas call it together."
     if kind != 'average':
         return training.moments.whole(parameter, kind)
     return whole_of(training.average.of(parameter), parameter)
@@ -89,7 +94,7 @@ def whole(training: Training, kind: str, parameter: nn.Parameter) -> Tensor:
 
 @torch.no_grad()
 def fill_kind(training: Training, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
-    "Sets one kind of a parameter from the whole of it."
+    "Sets one kind of state of a parameter from a `value` for the whole parameter."
     if kind != 'average':
         training.moments.fill(parameter, kind, value)
     elif training.average.live:
@@ -97,15 +102,16 @@ def fill_kind(training: Training, kind: str, parameter: nn.Parameter, value: Ten
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #23534cf9
 class Asked(dict):
-    "Tensors by name, each made when it is asked for."
+    "Tensors by name, each computed when `get` asks for it."
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name]() if name in self else default
 
 
 def whole_kind(training: Training, task: Task, mesh: Mesh, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """One kind for every parameter that has it, whole, by Hugging Face name, one after the other, on all
-    ranks.
+    """Yields one kind of state for every parameter that has it, as whole tensors by Hugging Face name.
+
+    All ranks get one tensor after the other.
     """
     averaged = bool(training.average.decay)
     held = {
@@ -122,7 +128,7 @@ def whole_kind(training: Training, task: Task, mesh: Mesh, kind: str) -> Iterato
 
 
 def state_files(training: Training, task: Task, mesh: Mesh) -> dict[str, Files]:
-    "The files of every kind: one for each weight file, with the same tensors as far as they are trained."
+    "The files of every kind of state: one for each weight file, with those of its tensors that are trained."
     named, averaged, places = training.named(), bool(training.average.decay), task.like.places
     mine = {
         hub: kinds(named[k][piece.mm], averaged)
@@ -153,12 +159,12 @@ def state_files(training: Training, task: Task, mesh: Mesh) -> dict[str, Files]:
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #23826693
 @lru_cache(maxsize=None)
 def versions() -> dict[str, str]:
-    "Which versions trained; looked up once, which takes a while."
+    "The versions of the libraries that train; cached, since looking them up takes a while."
     return {name: version(name) for name in ('torch', 'megatron-core', 'safetensors')}
 
 
 def describe_state(training: Training, task: Task, mesh: Mesh, config: Config, step: int) -> dict[str, Any]:
-    "What state.json holds; all ranks call it."
+    "The contents of `state.json`; all ranks call it."
     steps = torch.tensor(adam_steps(training.moments), device=mesh.at)
     dist.all_reduce(steps, dist.ReduceOp.MAX)
     return dict(
@@ -176,28 +182,31 @@ def describe_state(training: Training, task: Task, mesh: Mesh, config: Config, s
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #029e7024
 def checkpoints(run: str | Path) -> list[Path]:
-    "The saved steps of a run, oldest first."
+    "The checkpoints of a run, oldest first."
     return sorted(Path(run, 'checkpoints').glob('step-' + '[0-9]' * 7))
 
 
 def remove(folder: Path) -> None:
-    "Removes a checkpoint; one that is half removed no longer bears its name."
+    "Removes a checkpoint; it is renamed first, so that a half-removed one no longer has its name."
     doomed = folder.with_name(f'.{folder.name}.old.partial')
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def drop_old(run: Path, keep: int, newest: Path) -> None:
-    "With `keep`, removes all checkpoints of a run but the last `keep`, when the newest is as it should be."
+    """Checks the checkpoint `newest`, then removes all checkpoints of a run but the last `keep`.
+
+    With `keep` 0 it removes none.
+    """
     check_manifest(newest, contents=False)
     for folder in checkpoints(run)[:-keep] if keep else ():
         remove(folder)
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #d1422ba9
 def has_room(size: int, mesh: Mesh, report: Callable[[str], None] = print) -> bool:
-    """Whether copies of `size` bytes, spread over the ranks, leave a fifth of the machine's free memory.
+    """Whether this node has free memory for its share of `size` bytes of copies, with a fifth to spare.
 
-    `report` gets a sentence if not.
+    The bytes are spread evenly over all ranks. If there is too little memory, `report` gets a sentence.
     """
     needed = size * min(mesh.place.world, mesh.device.count()) // mesh.place.world
     free = psutil.virtual_memory().available
@@ -211,9 +220,9 @@ def has_room(size: int, mesh: Mesh, report: Callable[[str], None] = print) -> bo
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #5481c020
 class Saving:
-    """Step `step` on its way to `checkpoints/step-0000100` of a run.
+    """A checkpoint of step `step` that is being saved as `checkpoints/step-0000100` of a run.
 
-    All ranks begin it together, and when each is `ready`, or before, end it together.
+    All ranks begin it together, and they end it together, when each is `ready` or before.
     """
 
     def __init__(
@@ -240,7 +249,7 @@ class Saving:
         self.room, self.pen, self.written = ExitStack(), ExitStack(), {}
         self.folder = self.room.enter_context(shared_folder(self.target, size, mesh))
         later = self.pen.enter_context(behind(*[math.inf] * background))
-        # averages give the parameters back before the last of them is written
+        # the EMA weights have left the model again before the last of them is written
         put = partial(
             write_tensors,
             folder=self.folder,
@@ -263,9 +272,9 @@ class Saving:
         return self.last.done()  # this rank's files are written
 
     def end(self) -> Path:
-        """The checkpoint, once all ranks have written their files; raises what writing raised.
+        """Waits until all ranks have written their files, and returns the checkpoint.
 
-        Older ones go as `loop.keep_checkpoints` says.
+        It raises what writing raised. Older checkpoints are removed as `loop.keep_checkpoints` says.
         """
         with self.room.pop_all():
             self.pen.close()
@@ -275,7 +284,7 @@ class Saving:
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #df208e3e
 class Saver:
-    "Saves steps of a run, one after the other; all ranks call it."
+    "Saves checkpoints of a run, one after the other; all ranks call it."
 
     def __init__(self, training: Training, task: Task, mesh: Mesh, config: Config, run: str | Path):
         self.begin = partial(Saving, training, task, mesh, config, run)
@@ -287,15 +296,15 @@ class Saver:
         return self.saving is not None and not self.saving.ready
 
     def end(self) -> Path | None:
-        "Waits for what is on its way."
+        "Waits for the checkpoint that is being saved, and returns its folder (None if there is none)."
         saving, self.saving = self.saving, None
         return saving and saving.end()
 
     def save(self, step: int, wait: bool = False) -> None:
-        "Begins to save a step, and with `wait`, or where nothing is saved in the background, ends it."
+        "Begins to save a step; with `wait`, or without saving in the background, it also waits for the end."
         self.end()
         self.saving = self.begin(step, self.background and not wait)
-        # what has no copies must be written before it changes
+        # tensors that were not copied must be written before they change
         if not self.saving.background:
             self.end()
 
@@ -306,9 +315,9 @@ def save(training: Training, task: Task, mesh: Mesh, config: Config, run: str | 
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #b7e36fb7
 def latest(run: str | Path, report: Callable[[str], None] = print) -> Path:
-    """The newest checkpoint of a run whose manifest holds; FileNotFoundError if there is none.
+    """The newest checkpoint of a run whose files agree with its manifest.
 
-    `report` gets a sentence for each damaged one.
+    `report` gets a sentence for each damaged one. A FileNotFoundError says that there is no whole checkpoint.
     """
     found = checkpoints(run)
     for folder in reversed(found):
@@ -342,7 +351,10 @@ STATE_KINDS = dict(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    "What state.json of a checkpoint says; a ValueError names what in it is not as a training writes it."
+    """The contents of a checkpoint's `state.json`.
+
+    A ValueError names a value in it that no training writes.
+    """
     state, path = load_json(folder / STATE, limit=100_000_000), folder / STATE
     require(
         isinstance(state, dict),
@@ -367,7 +379,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #da7ab055
 def set_aside(run: Path, step: int, report: Callable[[str], None]) -> None:
-    "Renames the checkpoints behind a step, from which a run goes on another way; `report` gets a sentence."
+    """Renames the checkpoints of later steps than `step`, from which a run resumes.
+
+    `report` gets a sentence for each.
+    """
     for folder in [folder for folder in checkpoints(run) if int(folder.name[5:]) > step]:
         number = next(n for n in range(1, 10**6) if not folder.with_name(f'aside-{n}-{folder.name}').exists())
         report(
@@ -379,7 +394,7 @@ def set_aside(run: Path, step: int, report: Callable[[str], None]) -> None:
 
 
 def newest_whole(config: Config, run: Path, report: Callable[[str], None]) -> Path:
-    "`latest`, or a ValueError that says what now."
+    "Returns `latest(run)`, or raises a ValueError that says what to do now."
     try:
         return latest(run, report)
     except FileNotFoundError as error:
@@ -390,10 +405,10 @@ def newest_whole(config: Config, run: Path, report: Callable[[str], None]) -> Pa
 
 
 def find_start(config: Config, run: Path, report: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that a run begins with, as `config.resume` says, checked.
+    """The checkpoint from which a run starts, as `config.resume` says, checked against its manifest.
 
-    None where it begins with `config.weights`. `report` gets one message if others are passed over or put
-    aside.
+    It is None where the run starts from `config.weights`. `report` gets one message if other checkpoints are
+    skipped or renamed.
     """
     wanted, own, notes = config.resume, checkpoints(run), []
     if isinstance(wanted, int):
@@ -428,9 +443,10 @@ def find_start(config: Config, run: Path, report: Callable[[str], None] = print)
 def compare_ledger(
     state: Mapping[str, Any], task: Task, config: Config, report: Callable[[str], None] = print
 ) -> None:
-    """Returns when the samples after a checkpoint are those that would have come.
+    """Checks that the samples after a checkpoint are those that would have come without an interruption.
 
-    ValueError in one sentence if not, and with resume=weights-only a note.
+    If not, a ValueError says so in one sentence; with `resume=weights-only`, `report` gets that sentence
+    instead.
     """
     now = {**task.ledger, 'frozen': list(config.freeze)}
     before = {**state['ledger'], 'frozen': state['frozen']}
@@ -454,9 +470,9 @@ def compare_ledger(
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #7e2ce50f
 def open_states(folder: Path, like: HFFolder) -> dict[str, dict[str, tuple[Any, str]]]:
-    """Where the tensors of every kind lie in a checkpoint: open file and own name, by the hub's name.
+    """The tensors of every kind of state in a checkpoint, by Hugging Face name: open file and name in it.
 
-    A ValueError names one that belongs to no weight of `like`, or is not of its shape in float32.
+    A ValueError names one that belongs to no weight of `like`, or that does not have its shape in float32.
     """
     found = defaultdict(dict)
     for path in sorted((folder / TRAINING).glob('optimizer-*.safetensors')):
@@ -474,8 +490,9 @@ def open_states(folder: Path, like: HFFolder) -> dict[str, dict[str, tuple[Any, 
 
 
 def load_states(folder: Path, training: Training, task: Task, mesh: Mesh) -> None:
-    """Fills masters, moments and average of this rank's trained parameters from a checkpoint, reading one
-    tensor at a time.
+    """Loads the optimizer state and EMA of this rank's trained parameters from a checkpoint.
+
+    These are master weights, Adam's moments and the EMA; one tensor is read at a time.
     """
     found, named = open_states(folder, task.like), training.named()
     for piece, p in (
@@ -498,9 +515,9 @@ def load_states(folder: Path, training: Training, task: Task, mesh: Mesh) -> Non
 
 # %% ../../nbs/6_trainer/07_checkpoint.ipynb #991d7275
 def restore(folder: Path, training: Training, task: Task, mesh: Mesh, config: Config) -> dict[str, Any]:
-    """Brings optimizer, schedule and average to where they were when the checkpoint was saved.
+    """Restores optimizer, learning-rate schedule and EMA from a checkpoint, and returns its `state.json`.
 
-    Returns its state.json.
+    With `resume=weights-only` only the schedule is set.
     """
     state = read_state(folder)
     training.schedule.step(state['step'])

@@ -43,8 +43,9 @@ from .weights import from_rank0, load_weights
 def build(
     config: Config, task: Task, mesh: Mesh, source: HFFolder | None = None
 ) -> tuple[list[nn.Module], list[nn.Module], torch.dtype]:
-    """The stages of the model that this rank holds, with the weights of `source` (default: the task's), the
-    same wrapped for training, and their number format.
+    """This rank's stages of the model with weights loaded, bare and wrapped, and their dtype.
+
+    They are wrapped for data parallelism. The weights come from `source` (default: the source of the task).
     """
     dtype = getattr(torch, config.dtype or mesh.device.dtype)
     model, layers = task.model(mesh, dtype), engine_config(mesh, dtype, mesh.layout.sequence_parallel)
@@ -54,8 +55,9 @@ def build(
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #93d2053d
 def begin(config: Config, task: Task, mesh: Mesh, folder: Path) -> tuple[Training, dict[str, Any]]:
-    """Model, optimizer and schedule as they are to begin with, and the state.json of the checkpoint they come
-    from ({'step': 0} without one).
+    """Model, optimizer and schedule at the start of a run, and the `state.json` of its checkpoint.
+
+    Without a checkpoint the latter is {'step': 0}.
     """
 
     def at_once(words):
@@ -77,7 +79,7 @@ def begin(config: Config, task: Task, mesh: Mesh, folder: Path) -> tuple[Trainin
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #aa6dadd9
 def due(every: int, step: int, last: bool = False) -> bool:
-    "Whether something that happens every so many steps (0: never) happens after this one."
+    "Whether something that happens every `every` steps (0: never) is due after this step."
     return last or (bool(every) and step % every == 0)
 
 
@@ -90,9 +92,9 @@ def after_step(
     folder: Path,
     now: bool = False,
 ) -> bool:
-    """Takes a step's weights into the average and writes what is due into the run folder.
+    """Updates the EMA after a step, and writes metrics and samples that are due into the run folder.
 
-    Returns whether a checkpoint is due, as it also is when one is asked for `now`.
+    Returns whether a checkpoint is due; it also is if `now` asks for one.
     """
     loop, step = config.loop, record.step
     if mesh.first:
@@ -114,7 +116,7 @@ def after_step(
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #23d5ce86
 def neighbour_died(ranks: list[psutil.Process]) -> bool:
-    "Whether one of the processes has ended."
+    "Whether one of these processes, the ranks of this node, has ended."
     try:
         return any(not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE for rank in ranks)
     except psutil.NoSuchProcess:
@@ -123,9 +125,10 @@ def neighbour_died(ranks: list[psutil.Process]) -> bool:
 
 @contextmanager
 def asked_to_stop() -> Iterator[list]:
-    """A list that holds something once this process got SIGTERM.
+    """Context manager that yields a list, which holds something once this process has received SIGTERM.
 
-    It ends at once if a neighbour, another child of its parent, has died then or dies later.
+    After the signal, the process ends at once if another rank of its node (a child of the same parent) has
+    died, or dies later.
     """
     heard, ranks, (ear, mouth) = [], psutil.Process().parent().children(), os.pipe()
 
@@ -166,8 +169,9 @@ def any_rank(mesh: Mesh, *own: bool) -> list[bool]:
 
 @contextmanager
 def kept_when_broken(saver: Saver) -> Iterator[None]:
-    """For the length of a `with`, numbers that are not finite, which every rank meets in the same step, cost
-    no checkpoint that is on its way.
+    """Context manager that completes the checkpoint being saved when a FloatingPointError is raised in it.
+
+    All ranks meet numbers that are not finite in the same step, so that they can complete it together.
     """
     try:
         yield
@@ -177,9 +181,9 @@ def kept_when_broken(saver: Saver) -> Iterator[None]:
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #c70c6ba9
 def fit(config: Config, folder: str | Path) -> list[StepMetrics]:
-    """Trains as `config` says and writes into the run folder, going on from a checkpoint if there is one.
+    """Trains as `config` says, writes into the run folder, and resumes from its checkpoint if there is one.
 
-    Every rank calls it and gets the records of the steps it made.
+    Every rank calls it and gets the metrics of the steps that it made.
     """
     folder, records = Path(folder), []
     with open_mesh(config.layout, pick_device(config.device), config.seed) as mesh, asked_to_stop() as asked:
@@ -209,10 +213,10 @@ def fit(config: Config, folder: str | Path) -> list[StepMetrics]:
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #1ceada27
 def main(folder: str | Path) -> None:
-    "Trains as the run folder's config.json says."
+    "Trains as the `config.json` of the run folder says."
     fit(load_config(Path(folder) / 'config.json'), folder)
 
 # %% ../../nbs/6_trainer/08_loop.ipynb #d55a232a
-# as a module; a notebook has no __file__
+# when it runs as a module; a notebook has no __file__
 if __name__ == '__main__' and '__file__' in globals():
     main(sys.argv[1])

@@ -27,7 +27,7 @@ from ..parallel.stages import LayerSplit, Stage, Stages, balanced, stages
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #b893c3d9
 def check_files(config: Config) -> None:
-    "Raises a one-line ValueError when something that the config names is not there."
+    "Checks that all files that the config names exist; a ValueError in one line names one that does not."
     video = config.video
     for kind, path in [
         ('weights', config.weights),
@@ -48,9 +48,9 @@ def check_files(config: Config) -> None:
 
 
 def check_config(config: Config, ranks: int | None) -> int:
-    """The number of ranks to start (None: as many as there are devices).
+    """Checks that the config can run here, and returns the number of ranks to start.
 
-    Raises a one-line ValueError when the config cannot run here.
+    With `ranks` None it is the number of devices. A ValueError in one line says why the config cannot run.
     """
     if ranks is not None:
         config.check(ranks)
@@ -68,17 +68,17 @@ def check_config(config: Config, ranks: int | None) -> int:
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #e3f8625d
 def fullest_talks(config: Config, shape: QwenShape) -> Talks:
-    "What a micro-batch of conversations holds at most."
+    "The largest micro-batch of conversations that the settings allow."
     vision, length, count = shape.vision, config.data.max_length, config.loop.micro_batch
     cell = vision.patch * vision.merge
-    # in tokens; some words go round them
+    # the side of a square image in visual tokens; a few text tokens surround it
     side = min(math.isqrt(config.data.image_max_pixels) // cell, math.isqrt(max(length - 8, 1)))
     grid = (1, side * vision.merge, side * vision.merge)
     return Talks((length,) * count, (grid,) * count if side else (), (length - side**2) * count)
 
 
 def largest_size(config: Config) -> tuple[int, int, int]:
-    "Frames, rows and columns of the largest clip's latents."
+    "The size (frames, height, width) of the largest clip's latents."
     video, root, clips = config.video, Path(config.processor or config.weights), config.video.clips
     index = Path(video.features or '') / 'index.jsonl'
     kept = (
@@ -96,9 +96,9 @@ def largest_size(config: Config) -> tuple[int, int, int]:
 
 
 def fullest_videos(config: Config, shape: WanShape) -> Videos:
-    "What a micro-batch of clips holds at most."
+    "The largest micro-batch of clips that the settings allow."
     latents = tuple(size // patch * patch for size, patch in zip(largest_size(config), shape.patch))
-    # CLIP's 16 x 16 patches, and one for the whole
+    # the image tokens are CLIP's 16 x 16 patches and its class token
     return Videos(
         config.loop.micro_batch,
         latents,
@@ -107,14 +107,16 @@ def fullest_videos(config: Config, shape: WanShape) -> Videos:
     )
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #449208d9
-# of the layers of a tower, and of what comes behind them
+# by tower: the parts (as `freeze` names them) of its layers and of what comes behind them
 PARTS = {'vision': ('vision', 'merger'), 'text': ('text', 'text'), 'wan': ('wan', 'wan')}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a stage: its costs, whether it `learns`, whether something in front of it does so that it
-    `passes` gradients on, and whether it is run again.
+    """A piece of a stage, such as a layer: its costs, and what they mean for training.
+
+    `learns` says that it is trained, `passes` that something in front of it is, so that it passes gradients
+    on, and `recompute` that its activations are recomputed.
     """
 
     cost: Cost
@@ -124,7 +126,7 @@ class Part:
 
     @property
     def flops(self) -> float:
-        "Operations for a micro-batch, forward and backward."
+        "FLOPs for a micro-batch, forward and backward."
         cost, forward = self.cost, self.cost.linear + self.cost.mixing
         weights = cost.linear if self.learns else 0
         inputs = cost.linear if self.passes else cost.linear - cost.entry if self.learns else 0
@@ -132,7 +134,10 @@ class Part:
         return forward * (2 if self.recompute else 1) + weights + inputs + back
 
     def kept(self, selective: bool) -> float:
-        "Bytes kept for the backward pass of a micro-batch."
+        """Bytes of activations kept for the backward pass of a micro-batch.
+
+        `selective` stands for selective activation recomputation.
+        """
         if not (self.learns or self.passes):
             return 0
         return self.cost.enters if self.recompute else self.cost.kept - (self.cost.spared if selective else 0)
@@ -146,7 +151,7 @@ class Part:
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #000bbc22
 def alone(tower: Tower) -> Tower:
-    "The costs of a tower all of which one stage holds: a tied weight is there once."
+    "The costs of a tower that lies on one stage as a whole: tied embeddings count once."
     return replace(
         tower,
         first=replace(tower.first, tied=0),
@@ -157,7 +162,7 @@ def alone(tower: Tower) -> Tower:
 def parts_of(stage: Stage, towers: dict[str, Tower], config: Config) -> list[Part]:
     """The pieces of a stage, in order.
 
-    What learns in front of a piece, on this stage or another, wants its gradients.
+    A piece passes gradients on if anything in front of it is trained, on this stage or on another.
     """
     layout, found, before = config.layout, [], False
     for name, tower in towers.items():
@@ -184,13 +189,15 @@ def parts_of(stage: Stage, towers: dict[str, Tower], config: Config) -> list[Par
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #e660cc9f
 def in_flight(place: int, count: int, layout: Layout) -> list[int]:
-    """How many micro-batches each of a rank's stages has run forward and not yet backward when most are,
-    under Megatron's schedules.
+    """The number of micro-batches in flight in each of a rank's (virtual) stages, when most are.
+
+    In flight means run forward and not yet backward, under Megatron's schedules (1F1B and interleaved).
+    `place` is the pipeline rank, and `count` the number of micro-batches of a step.
     """
     if layout.vpp == 1:
         return [min(count, layout.pp - place)]
     ahead = min(2 * (layout.pp - place - 1) + (layout.vpp - 1) * layout.pp + 1, count * layout.vpp)
-    # pp micro-batches through one stage, then through the next
+    # interleaved: pp micro-batches through one virtual stage, then through the next
     turns = [unit // layout.pp % layout.vpp for unit in range(ahead)]
     return [turns.count(turn) for turn in range(layout.vpp)]
 
@@ -198,7 +205,11 @@ def in_flight(place: int, count: int, layout: Layout) -> list[int]:
 def standing(
     parts: Sequence[Part], layout: Layout, replicas: int, size: int, average: bool
 ) -> dict[str, float]:
-    "Bytes of weights, gradients and optimizer state on a rank, of which `replicas` ranks hold the like."
+    """Bytes of weights, gradients and optimizer state on a rank.
+
+    `replicas` is the number of ranks with the same parameters, which may shard them, `size` the bytes of a
+    parameter, and `average` says whether there is an EMA.
+    """
 
     def total(name, learning):
         return sum(getattr(part.cost, name) for part in parts if part.learns or not learning)
@@ -221,8 +232,10 @@ def standing(
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #a853ee73
 def passing(parts: Sequence[Part], layout: Layout, size: int) -> float:
-    """Bytes that are there for a moment: the gradient of the largest weight, what a layer makes that is
-    frozen or run again, what fsdp gathers.
+    """Bytes of tensors that exist only for a moment.
+
+    These are the gradient of the largest weight, the activations inside a layer that is frozen or recomputed,
+    and the parameters that FSDP gathers (all-gather).
     """
     learning = [part for part in parts if part.learns]
     again = max(
@@ -235,9 +248,9 @@ def passing(parts: Sequence[Part], layout: Layout, size: int) -> float:
         return size * part.cost.weights + 4 * part.cost.exact
 
     layer = max((part for part in parts if part.cost.enters), key=whole, default=Part(Cost(), False, False))
-    # they stay until the step is over
+    # what is before and behind the layers stays gathered until the step is over
     ends = sum(whole(part) for part in parts if not part.cost.enters)
-    # or a layer and the next one; gradients come when activations have gone
+    # or a layer and the next one; gradients come when the activations are freed
     return again + max(ends, 2 * whole(layer))
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #115b6aab
@@ -254,23 +267,23 @@ def shared_bytes(parts: Sequence[Part], layout: Layout, replicas: int, size: int
         if layout.sequence_parallel
         else 0
     )
-    # words as they come in and as they go out, on two ranks or on one
+    # tied embeddings, of input and output, are on two ranks or on one
     tied = [part.cost.tied for part in learning if part.cost.tied]
     joined += reduces(4 * tied[0], 2) if len(tied) == 1 else 0
     if layout.data_parallel == 'ddp':
         return joined + reduces(gradients, replicas)
     if layout.data_parallel == 'zero1':
         return joined + gathers(gradients + bytes_of(learning), replicas)
-    # layers are let go after the forward pass
+    # layers are resharded after the forward pass and gathered again for the backward pass
     twice = [part for part in parts if part.cost.enters and (part.learns or part.passes)]
     return joined + count * gathers(bytes_of(parts) + bytes_of(twice) + gradients, replicas)
 
 
 def handed_on(stage: Stage, towers: dict[str, Tower]) -> float:
-    "Bytes that a stage hands to the next for a micro-batch."
+    "Bytes of hidden states that a stage sends to the next one for a micro-batch."
     if stage.last:
         return 0
-    # an empty stage hands on what it was given
+    # an empty stage sends on what it received
     begun = [(towers[name], held) for name, held in stage.layers.items() if held.stop]
     tower, held = begun[-1]
     return tower.emerges if held.stop == len(tower.layers) else tower.leaves
@@ -278,8 +291,10 @@ def handed_on(stage: Stage, towers: dict[str, Tower]) -> float:
 # %% ../../nbs/6_trainer/05_plan.ipynb #146783f0
 @dataclass(frozen=True)
 class Place:
-    """What a rank at one place of the pipeline needs and does in a step: parameters, bytes in memory by kind,
-    operations, bytes sent, and the share of the time that it waits.
+    """What each rank at one place of the pipeline needs and does in a step.
+
+    It has the number of parameters, bytes of memory by kind, FLOPs, bytes sent, and the share of the time in
+    which the rank waits (the pipeline bubble).
     """
 
     stages: tuple[Stage, ...]
@@ -303,9 +318,9 @@ def place_of(
     size: int,
     inputs: float,
 ) -> Place:
-    """What the rank with the stages `held` needs and does.
+    """The `Place` of the rank that holds the stages `held`.
 
-    `inputs` are the bytes of a micro-batch, all of which wait on the device for a step.
+    `inputs` are the bytes of a micro-batch; all micro-batches of a step lie on the device.
     """
     layout, count = config.layout, config.check(world)
     replicas = layout.replicas(world) * layout.cp
@@ -338,7 +353,7 @@ def place_of(
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #f8cac2a1
 def amount(number: float, unit: str) -> str:
-    "A number with the prefix that makes it short: 1024 to the next for bytes, 1000 for all else."
+    "Formats a number with a unit prefix: in steps of 1024 for bytes (`B`), of 1000 for all else."
     base, small = (1024, ' KMGTP') if unit == 'B' else (1000, ' kMGTPE')
     power = min(int(math.log(number, base) + 1e-9), len(small) - 1) if number >= 1 else 0
     return (
@@ -349,8 +364,10 @@ def amount(number: float, unit: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What a run needs: its stages, the micro-batch it was counted for, how many of them a step has, and
-    every place of the pipeline.
+    """What a run needs of every rank.
+
+    It has the stages, the micro-batch for which it was computed (`load`), the number of micro-batches of a
+    step, and every place of the pipeline.
     """
 
     stages: Stages
@@ -360,7 +377,7 @@ class Plan:
     advice: str = ''
 
     def table(self) -> list[list[str]]:
-        "Head and rows of the table."
+        "Header and rows of the table, as text."
         kinds = list(self.places[0].memory)
 
         def shown(place):
@@ -414,8 +431,9 @@ class Plan:
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #2f93f2de
 def rows_for(config: Config, towers: dict[str, Tower]) -> dict[str, LayerSplit]:
-    """Rows of layers that make the largest stage as cheap as it can be for the load that the costs were
-    counted for.
+    """The layer split that makes the largest stage as cheap as possible.
+
+    It holds for the micro-batch for which the costs of `towers` were computed.
     """
     whole, costs = Stage(0, 1, {name: range(len(tower.layers)) for name, tower in towers.items()}), {}
     flops = iter([part.flops for part in parts_of(whole, towers, config)])
@@ -430,7 +448,11 @@ def rows_for(config: Config, towers: dict[str, Tower]) -> dict[str, LayerSplit]:
 
 
 def advise(slowest: float, rows: dict[str, LayerSplit], better: float) -> str:
-    "A sentence about another cut if its slowest rank has at least 5 % less to do."
+    """A sentence that recommends the layer split `rows` if its slowest rank has at least 5 % less to compute.
+
+    `slowest` and `better` are the FLOPs of the slowest rank now and with that layer split. Without such a
+    gain the sentence is empty.
+    """
     if better > 0.95 * slowest:
         return ''
     given = json.dumps({tower: [list(row) for row in each] for tower, each in rows.items()})
@@ -441,8 +463,10 @@ def advise(slowest: float, rows: dict[str, LayerSplit], better: float) -> str:
 
 # %% ../../nbs/6_trainer/05_plan.ipynb #c81049a9
 def plan(config: Config, ranks: int, load: Talks | Videos | None = None) -> Plan:
-    """The plan of a run on so many ranks, whose micro-batches hold `load` (default: as much as the settings
-    allow); ValueError when the layout cannot be.
+    """The plan of a run on `ranks` ranks.
+
+    Its micro-batches hold `load` (default: the largest that the settings allow). A ValueError says why the
+    layout is impossible.
     """
     require(
         config.task in ('qwen2_5_vl', 'wan2_1'),

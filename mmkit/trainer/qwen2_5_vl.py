@@ -39,8 +39,10 @@ from ..parallel.pipeline import build_stages
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #1a4b8a35
 def weights_of(labels: Tensor, samples: Tensor, meaning: str) -> tuple[Tensor, Tensor]:
-    """The weight (s,) of every token's loss in the sum of a row, and the whole number that the sum is divided
-    by; tokens without a label (-100) have none.
+    """The weight (s,) of every token in the loss sum of a packed sequence, and the count that divides it.
+
+    `samples` (s,) is the index of each token's sample, and `meaning` is `loop.loss_reduction`. Tokens without
+    a label (-100) have weight 0.
     """
     labelled = (labels >= 0).float()
     counts = labelled.new_zeros(int(samples.max()) + 1).index_add_(0, samples, labelled)
@@ -52,12 +54,12 @@ def weights_of(labels: Tensor, samples: Tensor, meaning: str) -> tuple[Tensor, T
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #fb94e65d
 def positions(shape: QwenShape, input_ids: Tensor, grid: Tensor, seconds: Tensor) -> Tensor:
-    "The model's `position_ids` for tensors."
+    "The M-RoPE `position_ids` (3, s) of the model, from tensors instead of arrays."
     return torch.from_numpy(position_ids(shape, input_ids.numpy(), grid.numpy(), seconds.numpy()))
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    "The micro-batch with its tensors on the device; lengths and grids stay, they are read on the host."
+    "The micro-batch with its tensors on the device; `lengths` and `grid` stay on the host, which reads them."
     return {
         name: x if name in ('lengths', 'grid') else x.to(device, non_blocking=True)
         for name, x in batch.items()
@@ -65,9 +67,9 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def pack(samples: list[dict], multiple: int, pad: int) -> dict:
-    """Samples as one packed micro-batch that knows its number of `tokens` without padding.
+    """Samples as one packed micro-batch, in which `tokens` is the number of tokens without padding.
 
-    Broken samples that were replaced are named on the log.
+    Broken samples that were replaced are named in the log.
     """
     batch = collate_conversations(samples, multiple, pad)
     for index, reason in batch.replaced:
@@ -77,9 +79,9 @@ def pack(samples: list[dict], multiple: int, pad: int) -> dict:
 
 # %% ../../nbs/6_trainer/02_qwen2_5_vl.ipynb #f05ca506
 def read_questions(file: str | Path, data: Data, count: int) -> list[Conversation]:
-    """The first `count` conversations of a file, each with its answer and its pictures there.
+    """The first `count` conversations of a file, each with its answer and its images in place.
 
-    Raises ValueError naming the first that is not so.
+    A ValueError names the first one for which that is not so.
     """
     found = []
     for number, raw in enumerate(read_raw(str(file))[:count]):
@@ -115,7 +117,7 @@ class QwenTask:
         return chunks
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
-        """For every step, this rank's packed micro-batches.
+        """For every step, this rank's micro-batches as packed sequences.
 
         Their lengths are multiples of `layout.sequence_multiple`.
         """
@@ -149,8 +151,9 @@ class QwenTask:
         )
 
     def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy of a micro-batch in nats: (sum, count) in the meaning of `loop.loss_reduction`, and
-        no parts (2 0).
+        """Cross-entropy of a micro-batch in nats: sum, count and no parts (2 0).
+
+        Sum and count are those of `loop.loss_reduction`.
         """
         return (
             output.sum(),
@@ -159,8 +162,9 @@ class QwenTask:
         )
 
     def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
-        """Answers the first held-out conversations and writes question, answer, expected answer and picture
-        of each as JSON.
+        """Answers the held-out conversations and writes the results to `file` as JSON.
+
+        Each has question, answer, expected answer and image.
         """
         found = examine(model, mesh, self.like.path, self.config.data, self.asked)
         if mesh.first:
@@ -177,7 +181,10 @@ def answer(
     pick: Pick = likeliest,
     at_once: int = 32,
 ) -> list[str]:
-    "The model's answer to each record (a conversation that ends with a question), in batches of `at_once`."
+    """The model's answer to each record (a conversation that ends with a question), in batches of `at_once`.
+
+    An answer has at most `room` new tokens, and `pick` chooses each token from the logits.
+    """
     encoder = open_encoder(folder, data)
     tokenizer, said = encoder.tokenizer, []
     stop = [tokenizer.convert_tokens_to_ids(word) for word in ('<|im_end|>', '<|endoftext|>')]
@@ -186,7 +193,7 @@ def answer(
             encode_prompt(record, encoder=encoder, positions=partial(positions, model[0].shape))
             for record in records[start : start + at_once]
         ]
-        # rows are cut over the ranks under sequence parallel
+        # sequence parallelism splits the prompts' new tokens, one each, over the tensor-parallel ranks
         asked = prompts + prompts[:1] * (-len(prompts) % mesh.tp.size)
         batch = to_device(pack(asked, mesh.tp.size, encoder.pad), mesh.at)
         ids = generate(model, batch, len(asked), stop, mesh, room, pick)
@@ -197,7 +204,7 @@ def answer(
 def examine(
     model: Sequence[nn.Module], mesh: Mesh, folder: str | Path, data: Data, records: Sequence[Conversation]
 ) -> list[dict]:
-    "Answers to conversations whose last answers are known, each as {question, answer, expected, image}."
+    "Answers conversations whose last answers are known: a dict {question, answer, expected, image} of each."
     asked = [replace(record, turns=record.turns[:-1]) for record in records]
     said = answer(model, mesh, folder, data, asked)
     return [

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Clip', 'Videos', 'open_shape', 'sampling_of', 'latent_size', 'to_frame', 'VideoPipeline', 'check_request',
-           'encode_new', 'encode_prompts', 'look', 'generate_latents', 'new_files', 'generate_videos', 'open_pipeline',
-           'generate']
+           'encode_new', 'encode_prompts', 'encode_first_frames', 'generate_latents', 'new_files', 'generate_videos',
+           'open_pipeline', 'generate']
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #8a734629
 import html
@@ -57,7 +57,7 @@ from .weights import from_rank0, load_weights
 # %% ../../nbs/6_trainer/01_sampling.ipynb #e96ad553
 @dataclass(frozen=True, eq=False)
 class Clip:
-    "What a prompt became: uint8 frames (t h w 3), frames per second, and the file that holds them, if any."
+    "A generated video: its prompt, uint8 frames (t h w 3), frames per second, and its file, if any."
 
     prompt: str
     frames: np.ndarray
@@ -82,16 +82,16 @@ class Clip:
 
 
 class Videos(tuple):
-    "Clips, which draw themselves together."
+    "A tuple of clips that a notebook displays side by side."
 
     def _repr_html_(self) -> str:
         return ''.join(clip._repr_html_() for clip in self)
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #11696d56
 def open_shape(folder: str | Path) -> WanShape:
-    """The shape of the transformer in a pipeline folder.
+    """The shape (`WanShape`) of the transformer in a pipeline folder.
 
-    A folder that is no whole Wan2.1 pipeline raises ValueError.
+    A ValueError says why the folder is not a complete Wan2.1 pipeline.
     """
     index = Path(folder) / 'model_index.json'
     require(index.is_file(), f'{folder} has no model_index.json: give a diffusers folder of Wan2.1')
@@ -115,7 +115,7 @@ def open_shape(folder: str | Path) -> WanShape:
 
 
 def sampling_of(folder: str | Path, **changes: Any) -> Sampling:
-    "The Sampling that a pipeline folder's scheduler asks for, with changes."
+    "The `Sampling` settings of a pipeline folder's scheduler, with `changes`."
     facts = load_json(Path(folder) / 'scheduler' / 'scheduler_config.json')
     kind = 'euler' if facts.get('_class_name') == 'FlowMatchEulerDiscreteScheduler' else 'unipc'
     return Sampling(
@@ -124,9 +124,9 @@ def sampling_of(folder: str | Path, **changes: Any) -> Sampling:
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #2feb95a6
 def latent_size(sampling: Sampling, vae: Any, shape: WanShape) -> tuple[int, int, int, int]:
-    """Channels, frames, rows and columns of a clip's latents.
+    """The shape (channels, frames, height, width) of a clip's latents.
 
-    What codec and model cannot make raises ValueError.
+    A ValueError names a size that VAE or transformer cannot divide, or parts of different pipelines.
     """
     codec, (deep, *flat) = vae.config, shape.patch
     for name, patch in zip(('height', 'width'), flat):
@@ -156,7 +156,7 @@ def latent_size(sampling: Sampling, vae: Any, shape: WanShape) -> tuple[int, int
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #3eedd5e8
 def to_frame(image: Any, height: int, width: int) -> np.ndarray:
-    "uint8 (height, width, 3) of a picture: a path, a PIL image or uint8 (h, w, 3)."
+    "An image (a path, a PIL image or uint8 (h w 3)) as uint8 (height width 3), resized and center-cropped."
     if not isinstance(image, np.ndarray):
         image = np.asarray(read_picture(image))
     require(
@@ -168,9 +168,9 @@ def to_frame(image: Any, height: int, width: int) -> np.ndarray:
 # %% ../../nbs/6_trainer/01_sampling.ipynb #ce41b8d8
 @dataclass(frozen=True, eq=False)
 class VideoPipeline:
-    """A pipeline folder that makes clips, with the transformer of the folder or one that is `given`.
+    """A pipeline folder for inference, with the transformer of the folder or one that is `given`.
 
-    What is read stays, so do the vectors of captions (`prompt_embeds`).
+    The parts that were read are kept, and so are the embeddings of captions (`prompt_embeds`).
     """
 
     folder: Path
@@ -186,12 +186,12 @@ class VideoPipeline:
 
     @cached_property
     def vae(self) -> torch.nn.Module:
-        "The codec, in float32 as the pipeline has it."
+        "The VAE, in float32 as in diffusers' pipeline."
         return open_vae(self.folder, device=self.mesh.at, tiles=self.tiles)
 
     @cached_property
     def model(self) -> Sequence[Wan2_1]:
-        "The stages of the transformer that this rank holds, with its part of the weights."
+        "This rank's stages of the transformer: those `given`, or with the weights of the folder."
         if self.given is not None:
             return self.given
         source, rows = HFFolder(self.folder / 'transformer'), layer_splits(self.shape, self.mesh.layout)
@@ -209,10 +209,10 @@ class VideoPipeline:
         at_once: int = 1,
         progress: bool = True,
     ) -> Videos:
-        """A clip for each prompt, `at_once` of them together.
+        """Generates a clip for each prompt, `at_once` (the batch size) of them together.
 
-        Each is written into the folder `output` as soon as it is made. Data-parallel replicas share
-        the prompts, and each returns its own clips.
+        Each is written into the folder `output` as soon as it is generated. The prompts are distributed over
+        the data-parallel replicas, and each replica returns its own clips.
         """
         return generate_videos(
             self, prompts, images, sampling or sampling_of(self.folder), output, at_once, progress
@@ -222,9 +222,9 @@ class VideoPipeline:
 def check_request(
     pipeline: VideoPipeline, prompts: str | Sequence[str], images: Any, sampling: Sampling
 ) -> tuple[list[str], list[np.ndarray] | None]:
-    """The prompts as a list, and a frame of the clip's size for each when the model continues pictures.
+    """The prompts as a list and, for an image-to-video model, a first frame of the clip's size for each.
 
-    Raises ValueError when they do not fit the model.
+    A ValueError says why prompts, images or sizes do not fit the model.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     require(
@@ -252,7 +252,10 @@ def check_request(
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #2bfa0dd7
 def encode_new(pipeline: VideoPipeline, captions: Sequence[str], room: int) -> dict[str, Tensor]:
-    "The vectors (L d) of captions; the text encoder is read for them and let go again."
+    """The embeddings (L d) of each caption, at most `room` tokens long.
+
+    The text encoder is loaded for them and released afterwards.
+    """
     encoder = open_text_encoder(pipeline.folder, pipeline.dtype, pipeline.mesh.at)
     found = {caption: encode_text(encoder, caption, room).cpu() for caption in captions}
     for caption in (caption for caption, text in found.items() if len(text) == room):
@@ -264,16 +267,22 @@ def encode_new(pipeline: VideoPipeline, captions: Sequence[str], room: int) -> d
 
 
 def encode_prompts(pipeline: VideoPipeline, prompts: Sequence[str]) -> Tensor:
-    "The vectors (n room d) of prompts, zeros behind each; the first rank encodes the new ones for all."
+    """The embeddings (n room d) of prompts, zero-padded to `room` tokens, the most that the model sees.
+
+    Rank 0 encodes the new ones and broadcasts them.
+    """
     captions, room = [clean_caption(prompt) for prompt in prompts], text_room(pipeline.folder)
     if new := [caption for caption in dict.fromkeys(captions) if caption not in pipeline.prompt_embeds]:
         pipeline.prompt_embeds.update(from_rank0(pipeline.mesh, lambda: encode_new(pipeline, new, room)))
     return pad_text([pipeline.prompt_embeds[caption] for caption in captions], room)
 
 
-def look(pipeline: VideoPipeline, frames: Sequence[np.ndarray], count: int) -> tuple[Tensor, Tensor]:
-    """What a model is told of the first frames of clips of `count` frames: masks and latents (n 4+c f h w),
-    and CLIP's vectors (n m d).
+def encode_first_frames(
+    pipeline: VideoPipeline, frames: Sequence[np.ndarray], count: int
+) -> tuple[Tensor, Tensor]:
+    """The image conditioning of clips of `count` frames, from the first frame of each.
+
+    Returns masks and latents of the first frames (n 4+c f h w), and CLIP's hidden states (n m d).
     """
     encoder = open_image_encoder(pipeline.folder, device=pipeline.mesh.at)
     image = torch.stack([encode_image(encoder, frame).cpu() for frame in frames])
@@ -289,13 +298,13 @@ def generate_latents(
     watch: Callable[[int], None] = lambda step: None,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """The latents (c f h w) in float32 of all clips or those with these numbers, one after the other.
+    """Yields the latents (c f h w), in float32, of all clips or of those with these `numbers`, in order.
 
-    `watch` is told every step of every batch.
+    `watch` is called with every denoising step of every batch.
     """
     size, place = latent_size(sampling, pipeline.vae, pipeline.shape), pipeline.mesh.at
     words, nothing = encode_prompts(pipeline, [*prompts, sampling.negative]).split([len(prompts), 1])
-    first, image = look(pipeline, frames, sampling.num_frames) if frames else (None, None)
+    first, image = encode_first_frames(pipeline, frames, sampling.num_frames) if frames else (None, None)
     numbers = range(len(prompts)) if numbers is None else numbers
     for start in range(0, len(numbers), at_once):
         some = list(numbers[start : start + at_once])
@@ -309,8 +318,9 @@ def generate_latents(
 
 # %% ../../nbs/6_trainer/01_sampling.ipynb #7906f6a1
 def new_files(output: str | Path, prompts: Sequence[str]) -> list[Path]:
-    """A file name for each prompt in a folder, as `03_a_dog_runs.mp4`, with numbers after those that are
-    there.
+    """A new file in the folder `output` for each prompt, such as `03_a_dog_runs.mp4`.
+
+    The numbers continue those of the files that are already there.
     """
     folder = Path(output)
     taken = [
@@ -333,7 +343,7 @@ def generate_videos(
     at_once: int,
     progress: bool,
 ) -> Videos:
-    "The clips that this data-parallel replica makes of a request, each written as soon as it is made."
+    "Generates this data-parallel replica's clips of a request; each is written as soon as it is generated."
     from tqdm.auto import tqdm
 
     mesh, (prompts, frames) = pipeline.mesh, check_request(pipeline, prompts, images, sampling)
@@ -368,7 +378,7 @@ def open_pipeline(
     tiles: Tiles | None = None,
     layout: Layout = Layout(),
 ) -> Iterator[VideoPipeline]:
-    """A VideoPipeline on a pipeline folder, for the length of a `with`.
+    """Context manager that opens a pipeline folder as a `VideoPipeline`.
 
     `dtype` is that of transformer and text encoder.
     """
@@ -392,9 +402,9 @@ def generate(
     layout: Layout = Layout(),
     **options: Any,
 ) -> Videos:
-    """The clips that a pipeline folder makes of prompts.
+    """Generates clips from prompts with the pipeline in `folder`.
 
-    Options (images, sampling, output, at_once, progress) as in `VideoPipeline.generate`.
+    The options (`images`, `sampling`, `output`, `at_once`, `progress`) are those of `VideoPipeline.generate`.
     """
     with open_pipeline(folder, device, dtype, tiles, layout) as pipeline:
         return pipeline.generate(prompts, **options)

@@ -26,8 +26,10 @@ from .task import Task
 # %% ../../nbs/6_trainer/06_step.ipynb #294d1338
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a step left: loss, rate, norm of the gradient before clipping, seconds, tokens, bytes, and the
-    mean losses of parts that a task shows apart.
+    """The metrics of one training step, a line of `metrics.jsonl`.
+
+    `grad_norm` is the norm of the gradient before clipping, `peak_memory` the bytes of each rank, `time` the
+    Unix time at the end of the step, and `parts` are mean losses that a task reports separately.
     """
 
     step: int
@@ -43,7 +45,7 @@ class StepMetrics:
 
 # %% ../../nbs/6_trainer/06_step.ipynb #48c87c7f
 def megatron_log_line(record: StepMetrics, steps: int, global_batch: int) -> str:
-    "The record as a line of MindSpeed-MM's training log."
+    "The metrics as a line of MindSpeed-MM's training log."
     clock = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.time))
     return (
         f' [{clock}] iteration {record.step:8d}/{steps:8d} | consumed samples:'
@@ -55,15 +57,16 @@ def megatron_log_line(record: StepMetrics, steps: int, global_batch: int) -> str
 
 # %% ../../nbs/6_trainer/06_step.ipynb #9bfd7881
 def split_high_low(x: torch.Tensor) -> torch.Tensor:
-    "Numbers as two in float32 each (2 n): the nearest, and what is left."
+    "Each number as two float32 numbers (2 n): the nearest one, and the remainder."
     near = x.flatten().float()
-    # infinity leaves nothing
+    # infinity has no remainder
     return torch.stack([near, (x.flatten() - near.to(x.dtype)).float().nan_to_num()])
 
 
 def totals(mesh: Mesh, *numbers: Any) -> list[float]:
-    """The numbers of the last stage of the pipeline, tensors among them flattened, summed over the
-    data-parallel replicas and the ranks that share their tokens.
+    """The numbers of the last pipeline stage, summed over data-parallel and context-parallel ranks.
+
+    Tensors among them are flattened. Every rank gets the sums.
     """
     parts = [split_high_low(torch.as_tensor(n, device=mesh.at)) for n in numbers]
     mine = broadcast_from_stage(torch.cat(parts, 1) if parts else None, mesh.pp.size - 1, mesh)
@@ -73,7 +76,7 @@ def totals(mesh: Mesh, *numbers: Any) -> list[float]:
 
 
 def of_all_ranks(number: int, mesh: Mesh) -> tuple[int, ...]:
-    "The whole number that each rank gives, in the order of ranks."
+    "The whole numbers that all ranks give, on every rank, in the order of ranks."
     found = torch.zeros(mesh.place.world, dtype=torch.long, device=mesh.at)
     found[mesh.place.rank] = number
     dist.all_reduce(found)
@@ -94,14 +97,14 @@ def train_step(
     mesh: Mesh,
     batches: Sequence[dict],
 ) -> StepMetrics:
-    """Trains on this rank's micro-batches of step number `step` (from 1).
+    """Runs training step number `step` (from 1) on this rank's micro-batches and returns its metrics.
 
-    FloatingPointError when the loss is not finite.
+    A FloatingPointError says that the loss is not finite.
     """
     start = time.perf_counter()
     found = accumulate(wrapped, iter(batches), len(batches), task.forward, task.loss)
     tokens, total, count, *rest = totals(mesh, sum(batch['tokens'] for batch in batches), *found)
-    # every rank of cp tells those of the whole row
+    # every context-parallel rank counts those of the whole packed sequence
     count, tokens = count / mesh.cp.size, tokens / mesh.cp.size
     loss = total / max(count, 1)
     if not math.isfinite(loss):
@@ -140,12 +143,12 @@ class EMA:
         self.places = dict(zip(self.live, self.kept))
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor:
-        "What is kept of a trained parameter, or of this rank's share of it."
+        "The EMA of a trained parameter, or of this rank's shard of it."
         return self.places[parameter]
 
     @torch.no_grad()
     def update(self) -> None:
-        "Takes in the parameters as they are after a step."
+        "Updates the EMA with the parameters as they are after a step."
         share = 1 - min(self.decay, (self.steps + 1) / (self.steps + 10))
         self.steps += 1
         if self.live:
@@ -153,7 +156,7 @@ class EMA:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        "For the length of a `with`, the model has the averaged parameters."
+        "Context manager inside which the model has the EMA weights."
         own = [own_part(p.detach()).clone() for p in self.live]
         with torch.no_grad():
             for p, value in zip(self.live, self.kept):

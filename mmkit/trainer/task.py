@@ -24,42 +24,45 @@ from .wan2_1 import WanTask
 
 # %% ../../nbs/6_trainer/04_task.ipynb #dd04368b
 class Task(Protocol):
-    "What the trainer must know about a model."
+    "The interface between the trainer and a model: everything that the trainer must know about it."
 
-    towers: tuple[Tower, ...]  # the table of its tensors
+    towers: tuple[Tower, ...]  # the rule table of its tensors
     source: HFFolder | MMFolder  # where its weights come from
-    like: HFFolder  # the folder that saved weights look like
+    like: HFFolder  # the folder after which saved weights are laid out
     root: Path  # that folder, or the pipeline folder of which it is a part
-    # what decides which samples a step holds; known once `batches` has begun
+    # the settings that decide which samples a step holds; known once `batches` has begun
     ledger: dict[str, Any]
 
     def model(self, mesh: Mesh, dtype: torch.dtype) -> list[nn.Module]:
-        """The stages of the model that this rank holds (one, the whole model, without a pipeline), with empty
-        weights, frozen parts marked.
+        """Builds this rank's pipeline stages (without pipeline parallelism one, the whole model).
+
+        The weights are not loaded yet; frozen parameters are marked.
         """
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
         "For every step from `first_step` on, this rank's micro-batches."
 
     def forward(self, model: nn.Module, batch: dict) -> Tensor:
-        """What a stage makes of a micro-batch: the last one what `loss` takes, the others what the next one
-        is to receive.
+        """The forward pass of one stage on a micro-batch.
+
+        The last stage returns what `loss` takes, the others what the next stage receives.
         """
 
     def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of losses of a micro-batch, the whole number it is to be divided by, and sums and counts (2
-        n) of n parts that are shown apart.
+        """Sum of the losses of a micro-batch, count that divides it, and sums and counts (2 n) of n parts.
+
+        The count is a whole number. The parts are losses that are reported separately.
         """
 
     def sample(self, model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
-        "Writes what a notebook shows of the model at work."
+        "Generates samples with the model and writes them to `file`, for a notebook to show."
 
 # %% ../../nbs/6_trainer/04_task.ipynb #d6681341
 TASKS: dict[str, Callable[[Config], Task]] = {'qwen2_5_vl': QwenTask, 'wan2_1': WanTask}
 
 
 def open_task(config: Config) -> Task:
-    """The task that a configuration names, in `TASKS` or in a file of its own.
+    """The task that a configuration names, from `TASKS` or from a class in a file of your own.
 
     A ValueError says what the class lacks.
     """

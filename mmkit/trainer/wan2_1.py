@@ -37,7 +37,7 @@ from .sampling import VideoPipeline
 
 # %% ../../nbs/6_trainer/03_wan2_1.ipynb #0ca85790
 def places(micro: int, micro_batch: int, dp_rank: int, dp_size: int) -> range:
-    "The places in the global batch of a rank's micro-batch number `micro`."
+    "The positions in the global batch of the samples in a rank's micro-batch number `micro`."
     start = (micro * dp_size + dp_rank) * micro_batch
     return range(start, start + micro_batch)
 
@@ -45,8 +45,9 @@ def places(micro: int, micro_batch: int, dp_rank: int, dp_size: int) -> range:
 def noised(
     batch: dict, video: VideoData, generators: Sequence[np.random.Generator], nothing: Tensor | None
 ) -> dict:
-    """A batch of features with what a step draws: dropped captions (replaced by `nothing` (L d)), times and
-    noise, one generator for each clip.
+    """A batch of features with what a step draws for it: caption dropout, timesteps and noise.
+
+    There is one generator for each clip. The embeddings of a dropped caption are replaced by `nothing` (L d).
     """
     clean, text = batch['latents'].float(), batch['text']
     dropped = torch.tensor([generator.random() < video.caption_dropout for generator in generators])
@@ -68,7 +69,7 @@ def noised(
 
 # %% ../../nbs/6_trainer/03_wan2_1.ipynb #f51d3931
 def by_tenth(sigma: Tensor, losses: Tensor) -> Tensor:
-    "Sum and number (2 10) of the losses (b) whose sigma (b) lies in each tenth."
+    "Sums and counts (2 10) of the losses (b) in ten intervals of sigma (b) from 0 to 1."
     tenth = (sigma * 10).long().clamp(max=9)
     ones = torch.stack([losses, torch.ones_like(losses)])
     return ones.new_zeros(2, 10).index_add_(1, tenth, ones)
@@ -77,7 +78,7 @@ def by_tenth(sigma: Tensor, losses: Tensor) -> Tensor:
 def read_prompts(file: str | Path) -> list[dict]:
     """The prompts of a JSON file, each as {prompt} or {prompt, image}.
 
-    Raises ValueError naming the first that is neither.
+    A ValueError names the first that is neither.
     """
     found = load_json(file)
     require(
@@ -94,9 +95,9 @@ def read_prompts(file: str | Path) -> list[dict]:
 
 
 def prompts_of(config: Config, shape: WanShape) -> list[dict]:
-    """The prompts that samples are made of, none without `loop.sample_prompts`.
+    """The prompts from which samples are generated, none without `loop.sample_prompts`.
 
-    Raises ValueError for one without the picture that the model continues.
+    A ValueError names one without an image, if this is an image-to-video model.
     """
     file = config.loop.sample_prompts
     found = read_prompts(file)[: config.loop.sample_count] if file else []
@@ -110,9 +111,9 @@ def prompts_of(config: Config, shape: WanShape) -> list[dict]:
 
 # %% ../../nbs/6_trainer/03_wan2_1.ipynb #2e3b94f1
 def fitting(dataset: Features, shape: WanShape) -> Features:
-    """Features, once the first of them was seen to fit the model.
+    """Checks that the first of the features fits the model, and returns `dataset`.
 
-    Raises ValueError when other encoders made them.
+    A ValueError says that they were made by the encoders of another model.
     """
     first = dataset[0]
     found = len(first['latents']), first['text'].shape[-1], shape.image_width is not None and 'first' in first
@@ -133,9 +134,9 @@ def fitting(dataset: Features, shape: WanShape) -> Features:
 
 
 def stack_features(samples: Sequence[dict], length: int) -> dict:
-    """Features of clips of one size as a batch, captions `length` tokens long.
+    """Features of clips of one size stacked into a batch, with captions padded to `length` tokens.
 
-    Broken clips that were replaced are named on the log.
+    Broken clips that were replaced are named in the log.
     """
     for index, reason in (sample['replaced'] for sample in samples if 'replaced' in sample):
         print(f'clip {index} was replaced by the next good one: {reason}', flush=True)
@@ -143,8 +144,9 @@ def stack_features(samples: Sequence[dict], length: int) -> dict:
 
 
 def generate_samples(task: 'WanTask', model: Sequence[nn.Module], mesh: Mesh, file: Path) -> None:
-    """Generates the prompts of `loop.sample_prompts`, shared by the data-parallel replicas: an mp4 of each,
-    and prompts and file names as JSON.
+    """Generates the prompts of `loop.sample_prompts`, distributed over the data-parallel replicas.
+
+    Writes an mp4 for each, and prompts and file names to `file` as JSON.
     """
     config, asked, folder = task.config, task.asked, file.with_suffix('')
     task.pipeline = task.pipeline or VideoPipeline(
@@ -181,9 +183,9 @@ def generate_samples(task: 'WanTask', model: Sequence[nn.Module], mesh: Mesh, fi
 def noisy_batches(
     task: 'WanTask', dataset: Features | OnlineFeatures, mesh: Mesh, first_step: int
 ) -> Iterator[list[dict]]:
-    """For every step, this rank's micro-batches of noisy clips on its device.
+    """For every step, this rank's micro-batches of noisy clips, on its device.
 
-    `tokens` are the patches of the clips.
+    `tokens` is the number of patches of all clips in a micro-batch.
     """
     config, dp, video, micro_batch = task.config, mesh.dp, task.config.video, task.config.loop.micro_batch
     order = SizeOrder(
@@ -202,7 +204,7 @@ def noisy_batches(
         else [dataset.clips.listed[number].name for number in dataset.clips.kept]
     )
     task.ledger = ledger(order, [names, order.sizes])
-    # encoders stay in one process
+    # the encoders run in this process, so there are no workers with them
     nothing = dataset.nothing if video.caption_dropout else None
     workers = video.workers if video.features else 0
     with closing(
@@ -230,7 +232,8 @@ class WanTask:
         self.config, self.root, self.pipeline = config, Path(config.processor or config.weights), None
         self.like = HFFolder(transformer_of(self.root))
         self.shape = shape_of(config)
-        self.asked = prompts_of(config, self.shape)  # now, not after a thousand steps
+        # read now, so that an error does not come after a thousand steps
+        self.asked = prompts_of(config, self.shape)
         self.towers = wan2_1_towers(self.like.config, layer_splits(self.shape, config.layout)['wan'])
         self.source = open_weights(transformer_of(config.weights), self.towers)
 
@@ -238,7 +241,7 @@ class WanTask:
         return build_stages(Wan2_1, self.shape, mesh, dtype)
 
     def codecs(self, mesh: Mesh) -> Codecs:
-        "The frozen encoders of the pipeline folder on this rank's device."
+        "The frozen VAE and encoders of the pipeline folder, on this rank's device."
         return open_codecs(
             self.root,
             image=self.shape.image_width is not None,
@@ -247,7 +250,7 @@ class WanTask:
         )
 
     def features(self) -> Features:
-        "The clips of `video.features`."
+        "The cached features in `video.features`, checked to fit the model."
         return fitting(Features(self.config.video.features), self.shape)
 
     def batches(self, mesh: Mesh, first_step: int = 0) -> Iterator[list[dict]]:
@@ -266,8 +269,10 @@ class WanTask:
         return model(batch['noisy'], batch['time'], batch['text'], batch.get('image'))
 
     def loss(self, output: Tensor, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted mean square of the velocity's error: (sum, count) over clips, of the sum this rank's share
-        among the ranks of cp, and sums and numbers (2 10) by tenths of sigma.
+        """Weighted mean squared error of the velocity: sum, count and parts by timestep (2 10).
+
+        Sum and count are over the clips; the sum is this rank's share among the context-parallel ranks. The
+        parts are sums and counts of the unweighted losses in ten intervals of sigma.
         """
         losses = velocity_losses(output, batch['clean'], batch['noise'])
         return (

@@ -36,9 +36,9 @@ from ..parallel.pipeline import broadcast_from_stage
 def load_weights(
     model: Sequence[nn.Module], source: HFFolder | MMFolder, towers: tuple[Tower, ...], mesh: Mesh
 ) -> None:
-    """Fills the parameters of this rank's stages from a Hugging Face or MindSpeed-MM folder.
+    """Loads the weights of this rank's stages from a Hugging Face or MindSpeed-MM folder.
 
-    A ValueError names what does not fit.
+    They are sharded on the fly, one tensor at a time. A ValueError names what does not fit.
     """
     check(towers, source, mesh.tp.size)
     empty = {(chunk.stage.index, name): p for chunk in model for name, p in chunk.named_parameters()}
@@ -65,7 +65,10 @@ def load_weights(
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #a301faa3
 def joined(parameter: Tensor, split: object, mesh: Mesh) -> Tensor:
-    "The whole tensor that this rank holds a part of."
+    """The whole tensor of which this rank holds the tensor-parallel shard `parameter` (all-gather).
+
+    With the split `whole` every rank holds all of it, and nothing is gathered.
+    """
     if split is whole:
         return parameter.detach()
     parts = [torch.empty_like(parameter) for _ in range(mesh.tp.size)]
@@ -76,8 +79,9 @@ def joined(parameter: Tensor, split: object, mesh: Mesh) -> Tensor:
 def whole_tensors(
     held: Mapping[int, Mapping[str, Tensor]], towers: tuple[Tower, ...], mesh: Mesh
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that somebody holds, whole, under its Hugging Face name, one after the other, on all
-    ranks; `held` are this rank's by number of stage and name.
+    """Yields every tensor that any rank holds, whole and under its Hugging Face name, on all ranks.
+
+    One tensor is gathered at a time. `held` are this rank's tensors by stage index and parameter name.
     """
     for k, piece in (
         (k, piece) for k, chunk in enumerate(pieces(towers)) for piece in chunk if not piece.rule.copy
@@ -93,12 +97,12 @@ def whole_tensors(
 def whole_weights(
     model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh
 ) -> Iterator[tuple[str, Tensor]]:
-    "Every weight under its Hugging Face name, one after the other, on all ranks."
+    "Yields every weight, whole and under its Hugging Face name, one after the other, on all ranks."
     return whole_tensors({chunk.stage.index: dict(chunk.named_parameters()) for chunk in model}, towers, mesh)
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #d8175e54
 def with_dtype(tree: dict, name: str) -> dict:
-    "A parsed config.json with its notes of the weights' number format, at any depth, set to `name`."
+    "A parsed `config.json` with `name` as every `dtype` and `torch_dtype` that is set, at any depth."
     return {
         key: (
             name
@@ -114,7 +118,7 @@ def with_dtype(tree: dict, name: str) -> dict:
 def layout_of(
     model: Sequence[nn.Module], towers: tuple[Tower, ...], mesh: Mesh, like: HFFolder
 ) -> dict[str, tuple[torch.dtype, tuple]]:
-    "Dtype, of the live parameter, and shape of every tensor in the files of `like`."
+    "Dtype (of the live parameter) and shape of every tensor in the files of `like`, by Hugging Face name."
     held = {chunk.stage.index: dict(chunk.named_parameters()) for chunk in model}
     mine = {
         hub: computed_in(held[k][piece.mm])
@@ -130,12 +134,12 @@ def layout_of(
     return {hub: (dtypes[like.copies.get(hub, hub)], like.shape(hub)) for hub in like.places}
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #a8e504e2
-# what is to be written: by file and own name, the hub's name, dtype and shape
+# tensors to write: by file and by name in the file, the Hugging Face name, dtype and shape
 Files = dict[str, dict[str, tuple[str, torch.dtype, tuple[int, ...]]]]
 
 
 def weight_files(like: HFFolder, layout: Mapping[str, tuple[torch.dtype, tuple]], inside: Path) -> Files:
-    "The weight files of a folder like `like` that lies `inside` another."
+    "The weight files of a folder that is laid out like `like` and lies at `inside` in another folder."
     files: Files = {(inside / file).as_posix(): {} for file in like.shards}
     for hub, (file, own) in like.places.items():
         files[(inside / file).as_posix()][own] = like.copies.get(hub, hub), *layout[hub]
@@ -143,7 +147,7 @@ def weight_files(like: HFFolder, layout: Mapping[str, tuple[torch.dtype, tuple]]
 
 
 def bytes_of(files: Files) -> int:
-    "How many bytes of tensors the files hold."
+    "The number of bytes of all tensors in the files."
     return sum(
         torch.Size(shape).numel() * dtype.itemsize
         for file in files.values()
@@ -161,9 +165,11 @@ def write_tensors(
     first: int = 0,
     copies: bool = False,
 ) -> None:
-    """Leaves it to `later` to write the tensors that the files want, rank number `first` the first file, and
-    to put what a manifest says of them into `written`; every rank is given all tensors. `copies` are
-    wanted when they may change meanwhile.
+    """Writes the tensors that `files` name; the writing itself is left to `later`, usually another thread.
+
+    All ranks are given all `tensors`. Files are distributed over the ranks: rank number `first` writes the
+    first one. The manifest entry of each file is put into `written`. With `copies` the tensors are copied,
+    because they may change before they are written.
     """
 
     def close(file: str, writer: SafetensorsWriter):
@@ -187,15 +193,15 @@ def write_tensors(
 # %% ../../nbs/6_trainer/00_weights.ipynb #24bae079
 @lru_cache(maxsize=1024)
 def known_entry(path: Path, size: int, changed: int) -> dict[str, Any]:
-    "What a manifest says of a file that is linked into every checkpoint: it is read once."
+    "The manifest entry of a file that is linked into every checkpoint; cached, so the file is read once."
     return entry(path)
 
 
 def second_name(source: Path, name: str, folder: Path) -> dict[str, Any]:
-    """Gives a file a second name in the folder of a checkpoint.
+    """Hard-links the file `source` as `name` in the folder of a checkpoint; returns its manifest entry.
 
-    Where the disk cannot, one of the copy in an earlier checkpoint beside it, or a copy. Returns what a
-    manifest says of it.
+    Where the disk cannot link it, it links the copy in an earlier checkpoint beside the folder, or else
+    copies the file. An OSError says that the copy differs from the file.
     """
     known, target = known_entry(source, source.stat().st_size, source.stat().st_mtime_ns), folder / name
     before = [
@@ -219,15 +225,19 @@ def second_name(source: Path, name: str, folder: Path) -> dict[str, Any]:
 
 
 def parts_beside(root: Path, inside: Path, names: Iterable[str]) -> list[str]:
-    "The weight files among the names in `root` that are not of its part `inside`."
+    """Those of `names` (weight files, relative to `root`) that lie outside its part `inside`.
+
+    There are none if `inside` is the whole folder.
+    """
     return [
         Path(name).as_posix() for name in names if inside != Path() and not Path(name).is_relative_to(inside)
     ]
 
 
 def room_beside(root: Path, inside: Path, target: Path) -> int:
-    """Bytes that copies of the other parts of `root` take: none on the same disk, where they get second
-    names, nor where an earlier checkpoint has them.
+    """Bytes of free disk space needed for copies of the weight files of the other parts of `root`.
+
+    It is 0 on the same disk, where they become hard links, and where an earlier checkpoint has copies.
     """
     home = next(parent for parent in target.resolve().parents if parent.exists())
     if root.stat().st_dev == home.stat().st_dev or any(target.parent.glob('step-*')):
@@ -240,18 +250,21 @@ def room_beside(root: Path, inside: Path, target: Path) -> int:
 
 
 def describe(like: HFFolder, folder: Path, layout: dict[str, tuple[torch.dtype, tuple]]) -> None:
-    "Adds what describes the weights in `folder`: index and settings."
+    "Writes what describes the weights in `folder`: their index and `config.json`."
     write_index(
         like, folder, sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
     )
-    # some parameters may stay in float32
+    # some parameters may stay in float32: the smallest dtype is that of the model
     dtype = min((dtype for dtype, _ in layout.values()), key=lambda dtype: dtype.itemsize)
     settings = with_dtype(like.config, str(dtype).removeprefix('torch.'))
     (folder / 'config.json').write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding='utf-8')
 
 # %% ../../nbs/6_trainer/00_weights.ipynb #6e3e2447
 def from_rank0(mesh: Mesh, call: Callable[[], Any]) -> Any:
-    "On every rank, what the call gives on rank 0; so is its ValueError or OSError."
+    """Returns on every rank what `call` returns on rank 0 (broadcast).
+
+    If it raises ValueError or OSError there, every rank raises a ValueError with that message.
+    """
     answer = [None, None]
     if mesh.first:
         try:
@@ -266,7 +279,10 @@ def from_rank0(mesh: Mesh, call: Callable[[], Any]) -> Any:
 
 @contextmanager
 def shared_folder(target: Path, size: int, mesh: Mesh) -> Iterator[Path]:
-    "`new_folder` for all ranks together: the same folder, which becomes `target` when all of them went well."
+    """`new_folder` for all ranks together: yields one folder, renamed to `target` when all ranks are done.
+
+    It needs `size` bytes of free disk space.
+    """
     with ExitStack() as stack:
         yield from_rank0(mesh, lambda: stack.enter_context(new_folder(target, size)))
         dist.barrier()
@@ -281,8 +297,9 @@ def complete(
     written: Mapping[str, dict],
     mesh: Mesh,
 ) -> None:
-    """Adds everything else of `root`, what describes the weights, and a manifest with the entries of what all
-    ranks have written.
+    """Completes a saved folder: the other files of `root`, index and `config.json`, and last the manifest.
+
+    The manifest has the entries of what all ranks have written.
     """
     every, inside = [None] * mesh.place.world, Path(like.path).relative_to(root)
     dist.all_gather_object(every, dict(written))
@@ -305,7 +322,7 @@ def save_weights(
     target: Path,
     root: Path | None = None,
 ) -> None:
-    """Writes the model as a Hugging Face folder like `root`, of which `like` is a part (default: the whole).
+    """Saves the model as a Hugging Face folder like `root`, of which `like` is a part (default: the whole).
 
     All ranks call it.
     """
