@@ -232,7 +232,7 @@ def video_on_ranks(folder):
 
 def test_two_ranks_share_a_model_and_the_first_writes(folders, theirs):
     torch.save(theirs['i2v', 'unipc, guidance 3'], folders / 'latents.pt')
-    found = parity.on_ranks('test_video', 'video_on_ranks', folders, 2, 120)
+    found = parity.on_ranks('test_generate', 'video_on_ranks', folders, 2, 120)
     assert found['apart'] <= parity.LIMIT and found['paths'] == 0 and 'tp=2' in found['error'], found
     assert sorted(path.name for path in (folders / 'made').iterdir()) == [
         '00_a_red_heart_moves_left.mp4',

@@ -225,7 +225,7 @@ MISTAKES = {
 
 
 @pytest.fixture(scope='module')
-def generate(tmp_path_factory):
+def video(tmp_path_factory):
     "A video config that would run, and beside it clips that nobody can read and a model with other encoders."
     folder = tmp_path_factory.mktemp('video')
     kill_test.write_video(folder, count=2)
